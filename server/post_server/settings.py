@@ -1,0 +1,56 @@
+"""Every setting of the provider's side, in one place. Each is an environment variable ``POST_<NAME>``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from platformdirs import user_data_path
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Embedded by default; each URL replaces one embedded part by the real thing at scale."""
+
+    model_config = SettingsConfigDict(env_prefix="POST_", frozen=True, extra="ignore")
+
+    home: Path = Field(default_factory=lambda: user_data_path("post"), description="Folder of all embedded parts.")
+    database_url: str = Field(default="", description="SQLAlchemy URL; default: SQLite in the home folder.")
+    redis_url: str = Field(default="", description="Broker and events; default: an embedded server on a private socket.")
+    storage_url: str = Field(default="", description="fsspec URL for blobs; default: a folder in the home folder.")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8321, ge=0, le=65535, description="0 takes a free port.")
+
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    threads: int = Field(default=0, ge=0, description="CPU threads of a job; 0: the cores there are.")
+
+    lease_seconds: float = Field(default=30.0, gt=0, description="A worker that is silent for so long has lost its job.")
+    heartbeat_seconds: float = Field(default=5.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1, description="How often a lost job is started again before it fails.")
+    checkpoint_seconds: float = Field(default=60.0, gt=0)
+    cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
+
+    prompt_bytes: int = Field(default=64 * 2**20, description="Largest prompt file.")
+    dataset_bytes: int = Field(default=2 * 2**30, description="Largest dataset upload.")
+    prediction_seconds: float = Field(default=120.0, gt=0, description="How long a request waits for a prediction.")
+    log_level: str = "INFO"
+    log_json: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_urls(cls, values: dict[str, object]) -> dict[str, object]:
+        home = Path(str(values.get("home") or user_data_path("post"))).expanduser().absolute()
+        defaults = {
+            "home": home,
+            "database_url": f"sqlite:///{home}/post.db",
+            "redis_url": f"unix://{home}/redis.sock",
+            "storage_url": f"file://{home}/blobs",
+        }
+        return {**defaults, **{name: value for name, value in values.items() if value not in ("", None)}, "home": home}
+
+
+@lru_cache
+def get_settings() -> Settings:
+    return Settings()

@@ -1,0 +1,163 @@
+"""Every error that POST raises on purpose: one class, one stable code, known to both sides.
+
+    PostError
+    ├── InvalidInput               422  something you passed can't be used
+    │   ├── TaskInvalid            422  template, labels or label words
+    │   ├── DataInvalid            422  a row of a data file (names file, line and column)
+    │   ├── PromptFileInvalid      422  bytes that are no prompt file
+    │   ├── PromptMismatch         422  a prompt made for another model, or of another width
+    │   ├── ModelUnsafe            422  a model folder that POST refuses to load
+    │   ├── PrivacyInvalid         422  (ε, δ) or a noise setting that gives no guarantee
+    │   └── IdempotencyMismatch    422  an Idempotency-Key reused with another body
+    ├── Unauthenticated            401
+    ├── Forbidden                  403
+    ├── NotFound                   404
+    ├── Conflict                   409
+    │   └── RequestInFlight        409  the same Idempotency-Key is being worked on
+    ├── PayloadTooLarge            413
+    ├── RangeInvalid               416
+    ├── TooManyRequests            429
+    ├── IntegrityError             500  bytes that don't match their hash
+    ├── Unavailable                503  try again later
+    │   └── Timeout                504
+    ├── JobFailed                       a job ended as failed (client side)
+    └── Cancelled                       long work was cancelled
+
+The server turns an error into RFC 9457 ``application/problem+json`` with :meth:`PostError.problem`;
+the client turns the problem back into the same class with :func:`from_problem`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class PostError(Exception):
+    """Base of all. ``detail`` says what went wrong, where, and what to do about it."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Something went wrong"
+
+    def __init__(self, detail: str, **fields: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.fields = fields
+        self.request_id: str | None = None
+
+    def problem(self) -> dict[str, Any]:
+        """The RFC 9457 members; ``type`` is a URN made from the stable code."""
+        return {
+            "type": f"urn:post:error:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            **self.fields,
+        }
+
+
+class InvalidInput(PostError):
+    code, status, title = "invalid_input", 422, "The input can't be used"
+
+
+class TaskInvalid(InvalidInput):
+    code, title = "task_invalid", "The task can't be used"
+
+
+class DataInvalid(InvalidInput):
+    code, title = "data_invalid", "The data can't be read"
+
+
+class PromptFileInvalid(InvalidInput):
+    code, title = "prompt_file_invalid", "Not a valid prompt file"
+
+
+class PromptMismatch(InvalidInput):
+    code, title = "prompt_mismatch", "The prompt doesn't belong to this model"
+
+
+class ModelUnsafe(InvalidInput):
+    code, title = "model_unsafe", "The model can't be loaded safely"
+
+
+class PrivacyInvalid(InvalidInput):
+    code, title = "privacy_invalid", "The privacy parameters give no guarantee"
+
+
+class IdempotencyMismatch(InvalidInput):
+    code, title = "idempotency_mismatch", "The Idempotency-Key was used with another body"
+
+
+class Unauthenticated(PostError):
+    code, status, title = "unauthenticated", 401, "No valid API key"
+
+
+class Forbidden(PostError):
+    code, status, title = "forbidden", 403, "This API key may not do that"
+
+
+class NotFound(PostError):
+    code, status, title = "not_found", 404, "There is no such thing"
+
+
+class Conflict(PostError):
+    code, status, title = "conflict", 409, "The request conflicts with what exists"
+
+
+class RequestInFlight(Conflict):
+    code, title = "request_in_flight", "The same request is being worked on"
+
+
+class PayloadTooLarge(PostError):
+    code, status, title = "payload_too_large", 413, "The body is too large"
+
+
+class RangeInvalid(PostError):
+    code, status, title = "range_invalid", 416, "The range can't be served"
+
+
+class TooManyRequests(PostError):
+    code, status, title = "too_many_requests", 429, "Too many requests"
+
+
+class IntegrityError(PostError):
+    code, status, title = "integrity_error", 500, "The bytes don't match their hash"
+
+
+class Unavailable(PostError):
+    code, status, title = "unavailable", 503, "Not available now"
+
+
+class Timeout(Unavailable):
+    code, status, title = "timeout", 504, "No answer in time"
+
+
+class JobFailed(PostError):
+    code, title = "job_failed", "The job failed"
+
+
+class Cancelled(PostError):
+    code, status, title = "cancelled", 409, "The work was cancelled"
+
+
+def _tree(base: type[PostError]) -> dict[str, type[PostError]]:
+    found = {base.code: base}
+    for child in base.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+def from_problem(problem: dict[str, Any]) -> PostError:
+    """The error that a problem document describes; an unknown code gives a plain :class:`PostError`."""
+    members = dict(problem)
+    code = str(members.pop("code", PostError.code))
+    detail = str(members.pop("detail", members.get("title", "The server gave no detail")))
+    for name in ("type", "title", "status", "instance"):
+        members.pop(name, None)
+    request_id = members.pop("request_id", None)
+    error = _tree(PostError).get(code, PostError)(detail, **members)
+    error.request_id = str(request_id) if request_id else None
+    return error
