@@ -1,0 +1,299 @@
+"""From texts to token ids: rows encoded once, batches cut from them.
+
+Rows are padded on the right, so a causal model needs no attention mask and its positions are those of the
+single row. The answer positions travel with the batch: the head is applied nowhere else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from post_shared.errors import InvalidInput, TaskInvalid
+from post_shared.language_model import LanguageModel
+from post_shared.tasks import MASK, TEXT, Task
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One text in the template. ``positions`` are the places whose logits answer; ``tokens`` the answers
+    expected there (generation only); ``label`` the index of its label, if known."""
+
+    token_ids: list[int]
+    positions: list[int]
+    tokens: list[int]
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ``index`` of ``encoded``. B rows, T tokens in the longest, P answer positions."""
+
+    encoded: EncodedRows
+    index: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of at most ``size`` rows of similar length; together the same rows."""
+        order = sorted(self.index, key=lambda row: len(self.encoded.rows[row].token_ids))
+        return [Batch(self.encoded, tuple(order[at : at + size])) for at in range(0, len(order), size)]
+
+    @cached_property
+    def _rows(self) -> list[EncodedRow]:
+        return [self.encoded.rows[at] for at in self.index]
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(row.token_ids) for row in self._rows)
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """(B, T), padded on the right with 0."""
+        return torch.tensor([row.token_ids + [0] * (self._longest - len(row.token_ids)) for row in self._rows])
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """(B, T): 1 where there is a token."""
+        lengths = torch.tensor([len(row.token_ids) for row in self._rows])
+        return (torch.arange(self._longest)[None, :] < lengths[:, None]).long()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(P,): the row of each answer position."""
+        return torch.tensor([at for at, row in enumerate(self._rows) for _ in row.positions])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(P,): the place of each answer position in its row, not counting a prompt."""
+        return torch.tensor([place for row in self._rows for place in row.positions])
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(P,): the tokens expected at the answer positions (generation)."""
+        return torch.tensor([token for row in self._rows for token in row.tokens])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(B,): indices into ``task.labels``."""
+        return torch.tensor([-1 if row.label is None else row.label for row in self._rows])
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """A data set in token ids, ready to be cut into batches."""
+
+    rows: tuple[EncodedRow, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, index: Sequence[int]) -> Batch:
+        return Batch(self, tuple(int(at) for at in index))
+
+    def in_order_of_length(self, size: int) -> Iterator[Batch]:
+        """All rows once, similar lengths together: for work whose order doesn't matter."""
+        yield from self.batch(range(len(self))).split(size)
+
+
+class ShuffledBatches:
+    """Batch ``step`` of endless seeded epochs; a function of (seed, step), so a resumed run sees the same.
+
+    Rows of similar length share a batch: a window of eight batches is drawn at random, sorted by length, cut,
+    and its batches shuffled.
+    """
+
+    WINDOW = 8
+
+    def __init__(self, encoded: EncodedRows, batch_size: int, seed: int) -> None:
+        if not len(encoded):
+            raise InvalidInput("there are no rows to make batches of")
+        self.encoded = encoded
+        self.batch_size = min(batch_size, len(encoded))
+        self.seed = seed
+        self.per_epoch = len(encoded) // self.batch_size
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __call__(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._plan(epoch))
+        return self.encoded.batch(self._epoch[1][place])
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        generator = random.Random(f"{self.seed}/{epoch}")  # noqa: S311  not a secret: plain tuning and public data
+        order = list(range(len(self.encoded)))
+        generator.shuffle(order)
+        order = order[: self.per_epoch * self.batch_size]
+        batches: list[list[int]] = []
+        window = self.WINDOW * self.batch_size
+        for at in range(0, len(order), window):
+            some = sorted(order[at : at + window], key=lambda row: len(self.encoded.rows[row].token_ids))
+            cut = [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
+            generator.shuffle(cut)
+            batches += cut
+        return batches
+
+
+# --- encoding -----------------------------------------------------------------------------------------
+
+
+def encode_rows(
+    model: LanguageModel,
+    task: Task,
+    texts: Sequence[str],
+    max_length: int = 128,
+    *,
+    labels: Sequence[str | None] | None = None,
+    room: int = 0,
+) -> EncodedRows:
+    """Put each text into the template and tokenise it; a text that is too long is cut at its end, the template
+    never. ``labels`` are label names, or the free answers of a generation task. ``room`` positions are kept
+    for the prompt.
+
+    Raises:
+        TaskInvalid: the template alone is too long, or a label is unknown to the task.
+        InvalidInput: prompt and text together exceed the model's positions.
+    """
+    if max_length + room > model.max_length:
+        raise InvalidInput(
+            f"texts of {max_length} tokens and a prompt of {room} don't fit the model's {model.max_length} positions; "
+            "lower the maximum length"
+        )
+    template = task.template_for(model.kind)
+    mask_token = model.tokenizer.mask_token
+    if model.kind == "masked":
+        template = template.replace(MASK, mask_token)
+        texts = [text.replace(mask_token, " ") for text in texts]  # a mask in the text would be a second answer
+    every = _tokenise(model, template, texts, max_length)
+    names = labels if labels is not None else [None] * len(texts)
+    return EncodedRows(tuple(_row(model, task, ids, name, max_length) for ids, name in zip(every, names, strict=True)))
+
+
+def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    if not texts:
+        return []
+    before, after = template.split(TEXT)
+
+    def ids_of(some: Sequence[str]) -> list[list[int]]:
+        found = model.tokenizer([before + text + after for text in some]).input_ids
+        return [_without_end(model, ids) for ids in found]
+
+    bare = len(ids_of([""])[0])
+    if bare >= max_length:
+        raise TaskInvalid(f"the template alone takes {bare} tokens; the maximum length is {max_length}")
+    every = ids_of(texts)
+    for at, ids in enumerate(every):
+        text, excess = texts[at], len(ids) - max_length
+        while excess > 0:
+            text = _cut(model, text, excess)
+            every[at] = ids_of([text])[0]
+            excess = len(every[at]) - max_length
+    return every
+
+
+def _cut(model: LanguageModel, text: str, excess: int) -> str:
+    """``text`` without its last ``excess`` tokens."""
+    spans = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    if len(spans) <= excess:
+        return ""
+    end = int(spans[len(spans) - excess - 1][1])
+    return text[: min(end, len(text) - 1)].rstrip()
+
+
+def _without_end(model: LanguageModel, ids: list[int]) -> list[int]:
+    """A causal model answers after the last token, so an end-of-text token that the tokenizer adds must go."""
+    ends = (model.tokenizer.eos_token_id, model.tokenizer.sep_token_id)
+    while model.kind == "causal" and len(ids) > 1 and ids[-1] is not None and ids[-1] in ends:
+        ids = ids[:-1]
+    return ids
+
+
+def _row(model: LanguageModel, task: Task, ids: list[int], name: str | None, max_length: int) -> EncodedRow:
+    if task.is_generation:
+        if name is None:
+            return EncodedRow(ids, [len(ids) - 1], [], None)
+        answer = model.tokenizer(" " + name.strip(), add_special_tokens=False).input_ids
+        if model.tokenizer.eos_token_id is not None:
+            answer = [*answer, model.tokenizer.eos_token_id]
+        full = [*ids, *answer][-max_length:] if len(ids) + len(answer) > max_length else [*ids, *answer]
+        first = len(full) - len(answer)
+        return EncodedRow(full[:-1], list(range(first - 1, len(full) - 1)), answer, None)
+    label = None
+    if name is not None:
+        if name not in task.labels:
+            raise TaskInvalid(f"label {name!r} is unknown to the task; its labels are: {', '.join(task.labels)}")
+        label = task.labels.index(name)
+    place = ids.index(model.tokenizer.mask_token_id) if model.kind == "masked" else len(ids) - 1
+    return EncodedRow(ids, [place], [], label)
+
+
+# --- label words --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelWords:
+    """The label words of a task as tokens of one model: K distinct tokens, C labels."""
+
+    token_ids: Tensor
+    """(K,)"""
+    weights: Tensor
+    """(C, K): 1/n where token k is one of the n words of class c, else 0."""
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Class scores, the mean over each class's words (Table 9): (B, V) -> (B, C)."""
+        chosen = logits[:, self.token_ids.to(logits.device)]  # (B, V) -> (B, K)
+        return chosen @ self.weights.to(logits.device).T
+
+
+def label_words(model: LanguageModel, task: Task) -> LabelWords:
+    """Find each label word's token, as it stands after the template.
+
+    Raises:
+        TaskInvalid: a word takes several tokens, is unknown, or shares its token with another label's word.
+    """
+    words = task.label_words or {}
+    owner: dict[int, tuple[str, str]] = {}
+    columns: list[list[int]] = []
+    for label, some in words.items():
+        column = []
+        for word in some:
+            token = _single_token(model, label, word)
+            other = owner.setdefault(token, (label, word))
+            if other[0] != label:
+                raise TaskInvalid(
+                    f"label words {other[1]!r} ({other[0]}) and {word!r} ({label}) are the same token of this "
+                    "model's tokenizer, so the classes can't be told apart; choose another word"
+                )
+            if token not in column:
+                column.append(token)
+        columns.append(column)
+    tokens = list(owner)
+    weights = torch.zeros(len(columns), len(tokens))
+    for row, column in enumerate(columns):
+        for token in column:
+            weights[row, tokens.index(token)] = 1.0 / len(column)
+    return LabelWords(torch.tensor(tokens), weights)
+
+
+def _single_token(model: LanguageModel, label: str, word: str) -> int:
+    tokenizer: Any = model.tokenizer
+    ids = tokenizer(" " + word.strip(), add_special_tokens=False).input_ids
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    if len(ids) == 2 and not tokenizer.decode([ids[0]]).strip():  # some tokenizers set the space apart
+        ids = tokenizer(word.strip(), add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise TaskInvalid(
+            f"label word {word!r} of label {label!r} takes {len(ids)} tokens {pieces} of this model's tokenizer; "
+            "a label word must be a single token: choose a shorter or more common word"
+        )
+    if ids[0] == tokenizer.unk_token_id:
+        raise TaskInvalid(f"label word {word!r} of label {label!r} is unknown to this model's tokenizer")
+    return int(ids[0])

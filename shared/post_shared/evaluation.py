@@ -1,0 +1,129 @@
+"""What a model makes of a task, with or without a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from post_shared.batches import encode_rows, label_words
+from post_shared.data import Row
+from post_shared.errors import DataInvalid
+from post_shared.language_model import LanguageModel, Prefix
+from post_shared.tasks import Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``accuracy`` is the share of right answers (exact match for generation); ``recall`` that of each label."""
+
+    accuracy: float
+    rows: int
+    recall: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def classify(
+    model: LanguageModel,
+    task: Task,
+    texts: Sequence[str],
+    prompt: Tensor | Prefix | None = None,
+    *,
+    batch_size: int = 32,
+    max_length: int = 128,
+) -> Tensor:
+    """Class probabilities (N, C), in the order of ``texts`` and of ``task.labels``.
+
+    ``prompt`` is (l, d) or, cheaper for many texts on a causal model, its :class:`Prefix`.
+    """
+    words = label_words(model, task)
+    if isinstance(prompt, Tensor) and model.kind == "causal":
+        prompt = model.prefix(prompt)
+    room = prompt.length if isinstance(prompt, Prefix) else 0 if prompt is None else prompt.shape[-2]
+    encoded = encode_rows(model, task, texts, max_length, room=room)
+    scores = torch.zeros(len(texts), len(task.labels))
+    for batch in encoded.in_order_of_length(batch_size):
+        if isinstance(prompt, Prefix):
+            logits = model.answer_logits_after(batch, prompt)
+        else:
+            logits = model.answer_logits(batch, prompt)
+        scores[list(batch.index)] = words.scores(logits).softmax(-1).cpu()
+    return scores
+
+
+def generate(
+    model: LanguageModel,
+    task: Task,
+    texts: Sequence[str],
+    prompt: Tensor | None = None,
+    *,
+    batch_size: int = 16,
+    max_length: int = 128,
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Free answers of a generation task, greedy, in the order of ``texts``."""
+    room = max_new_tokens + (0 if prompt is None else prompt.shape[-2])
+    encoded = encode_rows(model, task, texts, max_length, room=room)
+    answers = [""] * len(texts)
+    for batch in encoded.in_order_of_length(batch_size):
+        made = model.generate([encoded.rows[at].token_ids for at in batch.index], prompt, max_new_tokens)
+        for at, answer in zip(batch.index, made, strict=True):
+            answers[at] = answer
+    return answers
+
+
+def evaluate(
+    model: LanguageModel,
+    task: Task,
+    rows: Sequence[Row],
+    prompt: Tensor | Prefix | None = None,
+    *,
+    batch_size: int = 32,
+    max_length: int = 128,
+) -> Evaluation:
+    """Accuracy over labelled rows; exact match (case and outer space aside) for a generation task.
+
+    Raises:
+        DataInvalid: a row without a label, or none at all.
+        TaskInvalid: a label that the task doesn't know.
+    """
+    texts, labels = [row.text for row in rows], [row.label for row in rows]
+    if not rows or None in labels:
+        raise DataInvalid("an evaluation needs labelled rows, at least one")
+    if task.is_generation:
+        if isinstance(prompt, Prefix):
+            raise TypeError("a generation task takes the prompt itself, not its prefix")
+        answers = generate(model, task, texts, prompt, batch_size=batch_size, max_length=max_length)
+        return Evaluation(exact_match(answers, [str(label) for label in labels]), len(rows))
+    check_labels(task, rows)
+    scores = classify(model, task, texts, prompt, batch_size=batch_size, max_length=max_length)
+    return score(task, scores.argmax(-1).tolist(), [str(label) for label in labels])
+
+
+def score(task: Task, predicted: Sequence[int], labels: Sequence[str]) -> Evaluation:
+    """Accuracy and recall of predicted label indices against label names."""
+    right = [task.labels[guess] == label for guess, label in zip(predicted, labels, strict=True)]
+    recall = {}
+    for name in task.labels:
+        hits = [hit for hit, label in zip(right, labels, strict=True) if label == name]
+        if hits:
+            recall[name] = sum(hits) / len(hits)
+    return Evaluation(sum(right) / len(right), len(right), recall)
+
+
+def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
+    """Share of answers that equal what was expected, case and outer space aside."""
+    same = [a.strip().casefold() == e.strip().casefold() for a, e in zip(answers, expected, strict=True)]
+    return sum(same) / len(same)
+
+
+def check_labels(task: Task, rows: Sequence[Row]) -> None:
+    """Raise :class:`DataInvalid` when a label of ``rows`` isn't the task's."""
+    unknown = sorted({str(row.label) for row in rows} - set(task.labels))
+    if unknown:
+        raise DataInvalid(
+            f"the data has labels that the task doesn't know: {', '.join(unknown[:10])}; "
+            f"the task's labels are: {', '.join(task.labels)}"
+        )

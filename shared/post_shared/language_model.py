@@ -1,0 +1,331 @@
+"""One wrapper around any Hugging Face causal or masked language model.
+
+Everything that POST does with a model goes through :class:`LanguageModel`: embeddings, hidden states,
+logits at the answer positions, a prompt's key/value prefix, generation. No architecture is named here:
+what differs between families is asked of the configuration or of a signature.
+
+Shapes: B rows, T tokens, l prompt vectors, L = l + T positions, d hidden width, V vocabulary,
+P answer positions (P = B for classification).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GgufConfig,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from post_shared.errors import InvalidInput, PromptMismatch
+
+if TYPE_CHECKING:
+    from post_shared.batches import Batch
+
+Kind = Literal["causal", "masked"]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The key/value cache of one prompt, computed once and reused for every text (serving)."""
+
+    cache: Any
+    length: int
+
+
+class _Body(nn.Module):
+    """Stands where a model's body was and hands out hidden states that were computed elsewhere.
+
+    With it, a model's own ``forward`` becomes "apply the head", whatever the head is: a plain matrix,
+    a masked model's transform, capped or scaled logits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    @property
+    def decoder(self) -> _Body:
+        return self
+
+    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+
+
+class LanguageModel:
+    """A frozen language model in evaluation mode, with its tokenizer.
+
+    Gradients flow through it to a prompt; its own weights never get one (distillation, which trains a
+    student's weights, turns that on for itself).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.kind: Kind = kind_of(self.model.config)
+        self._heads = self._without_body()
+
+    # --- loading and saving ---------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        gguf_file: str | None = None,
+    ) -> LanguageModel:
+        """Load from a folder, a ``.gguf`` file, or a hub id. Only safetensors or GGUF weights; never remote code.
+
+        ``dtype`` defaults to float32 on CPU and bfloat16 on CUDA.
+
+        Raises:
+            InvalidInput: there is no such folder or file, or it holds no language model.
+        """
+        source = str(source)
+        if source.endswith(".gguf"):
+            path = Path(source)
+            source, gguf_file = str(path.parent), path.name
+        place = choose_device(device)
+        dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+        options: dict[str, Any] = {"trust_remote_code": False}
+        if gguf_file:
+            options["gguf_file"] = gguf_file
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            auto = AutoModelForMaskedLM if kind_of(config) == "masked" else AutoModelForCausalLM
+            if gguf_file:  # kept quantised, the model could be neither saved nor differentiated
+                options["quantization_config"] = GgufConfig(dequantize=True)
+            else:
+                options["use_safetensors"] = True
+            model = auto.from_pretrained(source, dtype=dtype, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise InvalidInput(
+                f"can't load a language model from {source!r}: {error}. Give a folder with config.json, tokenizer "
+                "and safetensors weights, a .gguf file, or a hub id of a causal or masked model."
+            ) from error
+        return cls(model.to(place), tokenizer)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that ``from_pretrained`` reads anywhere: safetensors, configuration, tokenizer."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+    # --- facts ----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @cached_property
+    def hidden_size(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype  # type: ignore[no-any-return]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of distinct weights (tied ones counted once)."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def max_length(self) -> int:
+        """Positions that the model has, prompt included. A very large number when nothing limits them."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if not isinstance(limit, int) or limit <= 0:
+            return 1_000_000
+        table = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)  # such tables number their positions from padding_idx + 1
+        return limit if padding is None else limit - padding - 1
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its head."""
+        return getattr(self.model, self.model.base_model_prefix)  # type: ignore[no-any-return]
+
+    # --- forward --------------------------------------------------------------------------------------
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids (B, T) -> input embeddings (B, T, d), in the model's data type."""
+        return self.model.get_input_embeddings()(token_ids.to(self.device))  # type: ignore[no-any-return]
+
+    def hidden(self, token_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, l + T, d) of right-padded rows, with the prompt put before each row.
+
+        ``prompt`` is (l, d), one for all rows, or (B, l, d), a different one per row.
+        A causal model needs no mask here: no real position can see the padding on its right.
+        """
+        inputs = self.embed(token_ids)
+        if prompt is not None:
+            inputs = self._prepend(prompt, inputs)
+            if attention_mask is not None:
+                attention_mask = nn.functional.pad(attention_mask, (prompt.shape[-2], 0), value=1)
+        if self.kind == "causal" or attention_mask is None or bool(attention_mask.all()):
+            attention_mask = None
+        else:
+            attention_mask = attention_mask.to(self.device)
+        return self._run(inputs_embeds=inputs, attention_mask=attention_mask).last_hidden_state  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., d) -> logits over the vocabulary (..., V), float32."""
+        body = getattr(self._heads, self._heads.base_model_prefix)
+        body.hidden = hidden.reshape(1, -1, hidden.shape[-1])
+        try:
+            logits = self._heads(inputs_embeds=body.hidden).logits
+        finally:
+            body.hidden = None
+        return logits.float().reshape(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def answer_hidden(self, batch: Batch, prompt: Tensor | None = None) -> Tensor:
+        """Hidden states at the answer positions only: (P, d)."""
+        hidden = self.hidden(batch.token_ids, batch.attention_mask, prompt)  # (B, L, d)
+        shift = 0 if prompt is None else prompt.shape[-2]
+        return hidden[batch.rows.to(self.device), batch.positions.to(self.device) + shift]  # (B, L, d) -> (P, d)
+
+    def answer_logits(self, batch: Batch, prompt: Tensor | None = None) -> Tensor:
+        """Logits at the answer positions: (P, V), float32. The head sees the P gathered rows and nothing else."""
+        return self.head(self.answer_hidden(batch, prompt))
+
+    @torch.no_grad()
+    def prefix(self, prompt: Tensor) -> Prefix:
+        """The key/value cache of ``prompt`` (l, d). Causal models only: a masked model looks both ways.
+
+        Raises:
+            InvalidInput: the model is a masked one.
+        """
+        if self.kind != "causal":
+            raise InvalidInput("a masked model has no key/value prefix: its prompt sees the text too")
+        self._check_width(prompt)
+        inputs = prompt[None].to(self.device, self.dtype)
+        return Prefix(self._run(inputs_embeds=inputs, use_cache=True).past_key_values, prompt.shape[0])
+
+    @torch.no_grad()
+    def answer_logits_after(self, batch: Batch, prefix: Prefix) -> Tensor:
+        """As :meth:`answer_logits` with the prompt of ``prefix``, without running the prompt again."""
+        cache = copy.deepcopy(prefix.cache)
+        cache.batch_repeat_interleave(len(batch))
+        output = self._run(inputs_embeds=self.embed(batch.token_ids), past_key_values=cache, use_cache=True)
+        rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
+        return self.head(output.last_hidden_state[rows, positions])  # (B, T, d) -> (P, d) -> (P, V)
+
+    @torch.no_grad()
+    def generate(self, prefixes: Sequence[Sequence[int]], prompt: Tensor | None, max_new_tokens: int) -> list[str]:
+        """Greedy continuations of token id rows, each cut at its first line break.
+
+        Rows are padded on the left: [padding, prompt, text], so that all continue at the same position.
+        """
+        if self.kind != "causal":
+            raise InvalidInput("a masked model can't generate; use a causal one for a generation task")
+        longest = max(len(ids) for ids in prefixes)
+        lengths = torch.tensor([len(ids) for ids in prefixes])
+        padded = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prefixes])  # (B, T)
+        inputs = self.embed(padded)
+        steps = torch.arange(longest)
+        mask = (steps[None, :] >= longest - lengths[:, None]).long()
+        if prompt is not None:
+            inputs, mask = self._prompt_after_padding(prompt, inputs, lengths)
+        end = self.tokenizer.eos_token_id
+        made = self.model.generate(
+            inputs_embeds=inputs,
+            attention_mask=mask.to(self.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=end if end is not None else 0,
+        )
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [text.strip().split("\n")[0].strip() for text in texts]
+
+    # --- helpers --------------------------------------------------------------------------------------
+
+    def _run(self, **inputs: Any) -> Any:
+        inputs.setdefault("use_cache", False)
+        known = inspect.signature(self.body.forward).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+        return self.body(**{name: value for name, value in inputs.items() if takes_all or name in known})
+
+    def _prepend(self, prompt: Tensor, inputs: Tensor) -> Tensor:
+        self._check_width(prompt)
+        rows = prompt if prompt.dim() == 3 else prompt.expand(inputs.shape[0], -1, -1)  # (l, d) -> (B, l, d)
+        return torch.cat([rows.to(inputs.device, inputs.dtype), inputs], dim=1)
+
+    def _prompt_after_padding(self, prompt: Tensor, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """[padding, text] -> [padding, prompt, text], by rolling each row of [prompt, padding, text]."""
+        joined = self._prepend(prompt, inputs)  # (B, L, d)
+        count, total = joined.shape[:2]
+        length = prompt.shape[-2]
+        gap = (total - length) - lengths  # (B,) padding of each row
+        place = torch.arange(total)[None, :].expand(count, -1)
+        source = torch.where(place < gap[:, None], place + length, place - gap[:, None])
+        source = torch.where(place >= gap[:, None] + length, place, source)  # the text stays where it is
+        mask = (place >= gap[:, None]).long()
+        rows = torch.arange(count, device=joined.device)[:, None]
+        return joined[rows, source.to(joined.device)], mask
+
+    def _check_width(self, prompt: Tensor) -> None:
+        if prompt.shape[-1] != self.hidden_size:
+            raise PromptMismatch(
+                f"the prompt's vectors have width {prompt.shape[-1]}, the model's hidden size is {self.hidden_size}"
+            )
+
+    def _without_body(self) -> Any:
+        """The same model object with a :class:`_Body` for a body; the head's weights are shared."""
+        heads = copy.copy(self.model)
+        heads._modules = dict(self.model._modules)
+        heads._modules[self.model.base_model_prefix] = _Body()
+        return heads
+
+
+def kind_of(config: Any) -> Kind:
+    """Masked when the family has a masked-language-model class and isn't configured as a decoder."""
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return "masked" if masked else "causal"
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        InvalidInput: no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidInput(f"{device!r} is no device; use auto, cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(f"{device!r} was asked for, but torch sees no CUDA device; use cpu or auto")
+    return place
