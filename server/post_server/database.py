@@ -1,0 +1,112 @@
+"""The way to the records: SQLite for one machine, PostgreSQL beyond it, the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from post_server.settings import Settings
+
+_BUSY_MILLISECONDS = 30_000
+_BLOB_LOCK = (
+    0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock that guards blobs against deletion
+)
+
+
+class Database:
+    """An engine and two kinds of sessions.
+
+    :meth:`read` sees one snapshot and never waits for writers. :meth:`write` is one transaction: it
+    commits when the block ends and rolls back when it raises. On SQLite it takes the write lock at its
+    first statement, so it waits for its turn instead of failing half-way; keep slow work (files, models)
+    before that statement.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.engine = _create_engine(url)
+        self._read = sessionmaker(self.engine, expire_on_commit=False)
+        self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Database:
+        """The database that the settings name."""
+        return cls(settings.database_url)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session for reading; nothing is committed."""
+        with self._read() as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """One transaction; rows stay usable after it."""
+        with self._write.begin() as session:
+            yield session
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; safe to call from several processes at once."""
+        from alembic import command
+
+        with self.engine.execution_options(immediate=True).begin() as connection:
+            if self.engine.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _BLOB_LOCK + 1})
+            command.upgrade(alembic_config(connection), "head")
+
+    def dispose(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def guard_blobs(session: Session) -> None:
+    """Hold off other writers that store or delete blobs, until this transaction ends.
+
+    Without it, deleting an unused blob could race with a row that is about to name the same bytes.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _BLOB_LOCK})
+    else:  # any statement takes SQLite's write lock, since the session is a writing one
+        session.execute(text("SELECT 1"))
+
+
+def alembic_config(connection: Connection | None = None) -> Any:
+    """Alembic's configuration without an ini file: the migrations travel inside the package."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _create_engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, pool_pre_ping=True)
+    if parsed.database and parsed.database != ":memory:":
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    engine = create_engine(parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000})
+    event.listen(engine, "connect", _set_pragmas)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _set_pragmas(connection: Any, _record: object) -> None:
+    """Durable and concurrent: readers and one writer at once, references checked, wait for the lock."""
+    connection.isolation_level = None  # the driver must not begin transactions by itself; see _begin
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    immediate = connection.get_execution_options().get("immediate", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")

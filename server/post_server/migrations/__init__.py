@@ -1,0 +1,1 @@
+"""Alembic migrations; :meth:`post_server.database.Database.migrate` runs them."""

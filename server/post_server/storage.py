@@ -1,0 +1,202 @@
+"""Blobs: bytes named by their SHA-256, in a folder or in any store that fsspec knows.
+
+A blob never changes, so writing it twice is harmless and a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from post_server.settings import Settings
+from post_shared.errors import IntegrityError, NotFound
+
+CHUNK_BYTES = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class BlobStore:
+    """A content-addressed store at an fsspec URL (``file:///…``, ``s3://bucket/prefix``, ``memory://…``).
+
+    ``cache`` is a local folder for blobs of a remote store that have to be memory-mapped; a ``file://`` store
+    needs none. Temporary files lie beside their destination, so that a rename makes a blob visible at once.
+    """
+
+    def __init__(self, storage_url: str, cache: Path | None = None) -> None:
+        self._is_local = urlsplit(storage_url).scheme in ("", "file", "local")
+        self._fs, root = fsspec.core.url_to_fs(storage_url)
+        self._root = str(root).rstrip("/")
+        self._cache = (
+            Path(self._root) if self._is_local else cache or Path(tempfile.gettempdir()) / "post-blobs"
+        )
+        (self._cache / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> BlobStore:
+        """The store that the settings name, its cache in the home folder."""
+        return cls(settings.storage_url, cache=settings.home / "cache" / "blobs")
+
+    def put(self, source: Path | bytes | IO[bytes]) -> str:
+        """Store the bytes and return their SHA-256."""
+        temporary = self.new_file()
+        try:
+            sha256 = _copy_and_hash(source, temporary)
+            self._adopt(temporary, sha256)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return sha256
+
+    def new_file(self) -> Path:
+        """An empty temporary file; pass it to :meth:`adopt` once it's whole, or unlink it."""
+        handle, name = tempfile.mkstemp(dir=self._cache / "tmp")
+        os.close(handle)
+        return Path(name)
+
+    def adopt(self, temporary: Path) -> str:
+        """Store a file made by :meth:`new_file` by renaming it; it no longer exists afterwards."""
+        with temporary.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            self._adopt(temporary, sha256)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return sha256
+
+    def exists(self, sha256: str) -> bool:
+        """Whether the blob is stored."""
+        return bool(self._fs.exists(self._key(sha256)))
+
+    def size(self, sha256: str) -> int:
+        """Its number of bytes."""
+        try:
+            return int(self._fs.size(self._key(sha256)))
+        except FileNotFoundError:
+            raise _missing(sha256) from None
+
+    def open(self, sha256: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The bytes from ``start`` up to ``stop`` (exclusive) in chunks; a missing blob is known at once."""
+        try:
+            stream = self._fs.open(self._key(sha256), "rb")
+        except FileNotFoundError:
+            raise _missing(sha256) from None
+        return _chunks(stream, start, stop)
+
+    def read(self, sha256: str) -> bytes:
+        """All bytes of a small blob, checked against their hash."""
+        data = b"".join(self.open(sha256))
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise IntegrityError(f"The stored bytes of {sha256} have changed; restore them from a backup.")
+        return data
+
+    def local_path(self, sha256: str) -> Path:
+        """A local file of the bytes, to read or memory-map only; a remote blob is downloaded once."""
+        path = self._cache / sha256[:2] / sha256
+        self._key(sha256)
+        if path.exists():
+            return path
+        if self._is_local:
+            raise _missing(sha256)
+        temporary = self.new_file()
+        try:
+            digest = hashlib.sha256()
+            with temporary.open("wb") as target:
+                for chunk in self.open(sha256):
+                    digest.update(chunk)
+                    target.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise IntegrityError(f"The downloaded bytes of {sha256} don't match it; try again.")
+            _place(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def delete(self, sha256: str) -> None:
+        """Remove the blob and its cached copy; nothing happens if there is none."""
+        (self._cache / sha256[:2] / sha256).unlink(missing_ok=True)
+        try:
+            self._fs.rm_file(self._key(sha256))
+        except FileNotFoundError:
+            return
+
+    def list(self) -> list[str]:
+        """The SHA-256 of every blob, for housekeeping and tests."""
+        found = self._fs.find(self._root) if self._fs.exists(self._root) else []
+        names = (str(path).rsplit("/", 1)[-1] for path in found)
+        return sorted(name for name in names if _SHA256.fullmatch(name))
+
+    def _key(self, sha256: str) -> str:
+        if not _SHA256.fullmatch(sha256):
+            raise NotFound(f"{sha256!r} is not a SHA-256 in lower-case hex.")
+        return f"{self._root}/{sha256[:2]}/{sha256}"
+
+    def _adopt(self, temporary: Path, sha256: str) -> None:
+        if self._is_local:
+            _place(temporary, Path(self._key(sha256)))
+        elif not self.exists(sha256):  # an object store shows an object when it is whole
+            self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
+            self._fs.put_file(str(temporary), self._key(sha256))
+
+
+def _missing(sha256: str) -> NotFound:
+    return NotFound(f"There is no blob {sha256}.")
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Make the file durable, then visible under its name, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.chmod(0o400)
+    os.replace(temporary, path)
+
+
+def _copy_and_hash(source: Path | bytes | IO[bytes], target: Path) -> str:
+    digest = hashlib.sha256()
+    with target.open("wb") as output:
+        for chunk in _source_chunks(source):
+            digest.update(chunk)
+            output.write(chunk)
+    return digest.hexdigest()
+
+
+def _source_chunks(source: Path | bytes | IO[bytes]) -> Iterator[bytes]:
+    if isinstance(source, bytes):
+        yield source
+    elif isinstance(source, Path):
+        with source.open("rb") as stream:
+            yield from _source_chunks(stream)
+    else:
+        while chunk := source.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _chunks(stream: Any, start: int, stop: int | None) -> Iterator[bytes]:
+    with stream:
+        stream.seek(start)
+        left = None if stop is None else stop - start
+        while left is None or left > 0:
+            chunk = stream.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
+            if not chunk:
+                return
+            if left is not None:
+                left -= len(chunk)
+            yield chunk
+
+
+def copy_to(store: BlobStore, sha256: str, path: Path) -> None:
+    """Put a blob at a path: a hard link when the file system allows it, a copy otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = store.local_path(sha256)
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
