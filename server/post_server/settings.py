@@ -17,7 +17,9 @@ class Settings(BaseSettings):
 
     home: Path = Field(default_factory=lambda: user_data_path("post"), description="Folder of all embedded parts.")
     database_url: str = Field(default="", description="SQLAlchemy URL; default: SQLite in the home folder.")
-    redis_url: str = Field(default="", description="Broker and events; default: an embedded server on a private socket.")
+    redis_url: str = Field(
+        default="", description="Broker and events; default: an embedded server on a private socket."
+    )
     storage_url: str = Field(default="", description="fsspec URL for blobs; default: a folder in the home folder.")
 
     host: str = "127.0.0.1"
@@ -26,11 +28,23 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(default=0, ge=0, description="CPU threads of a job; 0: the cores there are.")
 
-    lease_seconds: float = Field(default=30.0, gt=0, description="A worker that is silent for so long has lost its job.")
+    lease_seconds: float = Field(
+        default=30.0, gt=0, description="A worker that is silent for so long has lost its job."
+    )
     heartbeat_seconds: float = Field(default=5.0, gt=0)
     max_attempts: int = Field(default=3, ge=1, description="How often a lost job is started again before it fails.")
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
+
+    worker_jobs: int = Field(default=1, ge=1, description="Jobs that one worker runs at a time.")
+    reconcile_seconds: float = Field(
+        default=5.0, gt=0, description="How often a worker looks for lost and undelivered jobs."
+    )
+    ring_seconds: float = Field(default=10.0, ge=0, description="A job that is queued for longer is announced again.")
+    stop_seconds: float = Field(default=10.0, gt=0, description="From a stop signal to kill, for every process.")
+
+    predictor_models: int = Field(default=2, ge=1, description="Models that a predictor keeps in memory.")
+    predictor_prompts: int = Field(default=64, ge=1, description="Prompts that it keeps ready for each model.")
 
     prompt_bytes: int = Field(default=64 * 2**20, description="Largest prompt file.")
     dataset_bytes: int = Field(default=2 * 2**30, description="Largest dataset upload.")
@@ -48,7 +62,11 @@ class Settings(BaseSettings):
             "redis_url": f"unix://{home}/redis.sock",
             "storage_url": f"file://{home}/blobs",
         }
-        return {**defaults, **{name: value for name, value in values.items() if value not in ("", None)}, "home": home}
+        return {
+            **defaults,
+            **{name: value for name, value in values.items() if value not in ("", None)},
+            "home": home,
+        }
 
 
 @lru_cache

@@ -21,6 +21,9 @@
     ├── Unavailable                503  try again later
     │   └── Timeout                504
     ├── JobFailed                       a job ended as failed (client side)
+    │   ├── WorkerLost                  its worker went silent too often
+    │   ├── JobKilled                   its process was killed or crashed too often
+    │   └── OutOfMemory                 the machine or the device has too little memory for it
     └── Cancelled                       long work was cancelled
 
 The server turns an error into RFC 9457 ``application/problem+json`` with :meth:`PostError.problem`;
@@ -137,6 +140,18 @@ class Timeout(Unavailable):
 
 class JobFailed(PostError):
     code, title = "job_failed", "The job failed"
+
+
+class WorkerLost(JobFailed):
+    code, title = "worker_lost", "The worker was lost"
+
+
+class JobKilled(JobFailed):
+    code, title = "job_killed", "The job's process was killed"
+
+
+class OutOfMemory(JobFailed):
+    code, title = "out_of_memory", "There is too little memory for the job"
 
 
 class Cancelled(PostError):
