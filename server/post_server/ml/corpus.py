@@ -1,0 +1,122 @@
+"""Public text for distillation: tokenised and counted once, packed into blocks without padding."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from post_shared.errors import DataInvalid
+from post_shared.language_model import LanguageModel
+from post_shared.training import fingerprint
+
+MASKED_SHARE = 0.15
+"""Share of the tokens that a masked model has to predict (method §1)."""
+RARITY = 0.7
+"""Positions are drawn with weight count(token)^-0.7, so that rare tokens are learnt."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """``blocks`` (N, T) of token ids, paragraphs joined by the end token; ``counts`` (V,) over all of them."""
+
+    blocks: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.blocks.tobytes()).hexdigest()
+
+    def batch(self, step: int, rows: int, seed: int) -> Tensor:
+        """Block rows of ``step``, (rows, T): every epoch is a fresh permutation, a function of (seed, step)."""
+        rows = min(rows, len(self.blocks))
+        epoch, place = divmod(step, len(self.blocks) // rows)
+        order = list(range(len(self.blocks)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311  public data
+        return torch.from_numpy(self.blocks[order[place * rows : (place + 1) * rows]].astype(np.int64))
+
+
+def prepare_corpus(model: LanguageModel, paragraphs: Sequence[str], length: int, keep: Path | None) -> Corpus:
+    """Tokenise and pack ``paragraphs``; with ``keep``, the work is done once and read back by a resumed run.
+
+    Raises:
+        DataInvalid: the corpus doesn't fill a single block.
+    """
+    work = fingerprint(length, model.architecture, model.vocabulary, list(paragraphs))
+    path = keep / f"corpus-{work[:16]}.npy" if keep else None
+    if path and path.exists():
+        blocks = np.load(path, allow_pickle=False)
+    else:
+        blocks = _pack(model, paragraphs, length)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".part")
+            with aside.open("wb") as file:
+                np.save(file, blocks, allow_pickle=False)
+            aside.replace(path)
+    return Corpus(blocks, np.bincount(blocks.ravel(), minlength=model.vocabulary).astype(np.int64))
+
+
+def _pack(model: LanguageModel, paragraphs: Sequence[str], length: int) -> NDArray[np.int32]:
+    tokenizer = model.tokenizer
+    begin = [tokenizer.cls_token_id] if model.kind == "masked" and tokenizer.cls_token_id is not None else []
+    end = [tokenizer.sep_token_id] if model.kind == "masked" and tokenizer.sep_token_id is not None else []
+    between = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not end else []
+    stream: list[int] = []
+    for at in range(0, len(paragraphs), 1000):
+        for ids in tokenizer(list(paragraphs[at : at + 1000]), add_special_tokens=False).input_ids:
+            stream += [*ids, *between]
+    inner = length - len(begin) - len(end)
+    count = len(stream) // inner
+    if count == 0:
+        raise DataInvalid(f"the corpus has {len(stream)} tokens, fewer than one block of {length}; add public text")
+    packed = np.asarray(stream[: count * inner], dtype=np.int32).reshape(count, inner)
+    edges = [np.full((count, 1), token, dtype=np.int32) for token in (*begin, *end)]
+    return np.concatenate([*edges[: len(begin)], packed, *edges[len(begin) :]], axis=1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model is asked on one batch. n predicted positions."""
+
+    inputs: Tensor
+    """(B, T): what the models read."""
+    rows: Tensor
+    """(n,)"""
+    positions: Tensor
+    """(n,): where the answer is read."""
+    tokens: Tensor
+    """(n,): the token expected there."""
+
+
+def next_token(block: Tensor, share: float, generator: torch.Generator) -> Prediction:
+    """A causal model's objective at a random ``share`` of the positions."""
+    rows, length = block.shape
+    count = max(1, round(rows * (length - 1) * share))
+    chosen = torch.randperm(rows * (length - 1), generator=generator)[:count].sort().values
+    row, position = chosen // (length - 1), chosen % (length - 1)
+    return Prediction(block, row, position, block[row, position + 1])
+
+
+def masked_tokens(
+    block: Tensor, mask_token: int, vocabulary: int, counts: NDArray[np.int64], generator: torch.Generator
+) -> Prediction:
+    """A masked model's objective: 15 % of the tokens, rare ones first; 80 % masked, 10 % random, 10 % kept."""
+    weight = torch.from_numpy(np.maximum(counts, 1).astype(np.float64) ** -RARITY)[block].flatten()  # (B·T,)
+    count = max(1, round(block.numel() * MASKED_SHARE))
+    chosen = torch.multinomial(weight, count, generator=generator).sort().values
+    row, position = chosen // block.shape[1], chosen % block.shape[1]
+    fate = torch.rand(count, generator=generator)
+    some = torch.randint(vocabulary, (count,), generator=generator)
+    tokens = block[row, position]
+    replaced = torch.where(fate < 0.8, torch.full_like(tokens, mask_token), torch.where(fate < 0.9, some, tokens))
+    inputs = block.clone()
+    inputs[row, position] = replaced
+    return Prediction(inputs, row, position, tokens)

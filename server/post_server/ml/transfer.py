@@ -1,0 +1,218 @@
+"""Move a prompt from the student to the target model with public text alone (method §3, Eq. 3-6).
+
+Three of the four forward passes in the paper's loss never change: Φs(p_s + x), Φs(x) and Φt(x). They are
+computed once, without a graph; each step is one forward and one backward pass of Φt, to the prompt only,
+with the head at the answer positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
+from post_shared.data import Row
+from post_shared.errors import DataInvalid, InvalidInput, PromptMismatch
+from post_shared.evaluation import check_labels, evaluate
+from post_shared.language_model import LanguageModel
+from post_shared.losses import alpha_heuristic, divergence, soften, transfer_loss
+from post_shared.schemas import TransferCreate
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from post_shared.training import Checkpoint, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """How to transfer. Defaults are those of the API document; see :class:`post_shared.schemas.TransferCreate`."""
+
+    alpha: float = 0.7
+    steps: int = 250
+    batch_size: int = 16
+    learning_rate: float = 0.03
+    temperature: float = 2.0
+    max_rows: int = 512
+    max_length: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise InvalidInput(f"alpha weighs Eq. 5 against Eq. 4 and lies in 0..1, not {self.alpha}")
+        if min(self.steps, self.batch_size, self.max_rows, self.max_length) < 1:
+            raise InvalidInput("steps, batch size, rows and length are at least 1")
+        if self.learning_rate <= 0 or self.temperature <= 0:
+            raise InvalidInput("learning rate and temperature are above 0")
+
+    @classmethod
+    def from_request(cls, request: TransferCreate, alpha: float) -> TransferConfig:
+        names = ("steps", "batch_size", "learning_rate", "temperature", "max_rows", "max_length", "seed")
+        return cls(alpha=alpha, **{name: getattr(request, name) for name in names})
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    prompt: SoftPrompt
+    alpha: float
+    steps: int
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What never changes during a transfer, one row per text and answer position: logits (N, V), float32."""
+
+    student: Tensor
+    """Φs(p_s + x)"""
+    student_plain: Tensor
+    """Φs(x)"""
+    target_plain: Tensor
+    """Φt(x)"""
+    first: Tensor
+    """(rows,): where each text's answer positions begin."""
+
+    def of(self, batch: Batch) -> Tensor:
+        """The positions of a batch's rows in the tensors above: (P,)."""
+        spans = [torch.arange(len(batch.encoded.rows[at].positions)) + self.first[at] for at in batch.index]
+        return torch.cat(spans)
+
+
+def check_pair(target: LanguageModel, student: LanguageModel, prompt: SoftPrompt) -> None:
+    """The full-vocabulary losses need the same vocabulary, and the prompt the same width, on both sides.
+
+    Raises:
+        PromptMismatch: they differ.
+    """
+    if prompt.width != student.hidden_size:
+        raise PromptMismatch(f"the prompt has width {prompt.width}, the student {student.hidden_size}")
+    if student.hidden_size != target.hidden_size or student.vocabulary != target.vocabulary:
+        raise PromptMismatch(
+            f"the student (width {student.hidden_size}, vocabulary {student.vocabulary}) isn't one of the target model "
+            f"(width {target.hidden_size}, vocabulary {target.vocabulary}); use the target that it was distilled from"
+        )
+
+
+@torch.no_grad()
+def constants(
+    target: LanguageModel,
+    student: LanguageModel,
+    prompt: SoftPrompt,
+    encoded: EncodedRows,
+    *,
+    batch_size: int = 32,
+    report: Reporter = ignore,
+) -> Constants:
+    """Run each of the three constant forward passes once over all rows."""
+    counts = torch.tensor([len(row.positions) for row in encoded.rows])
+    first = torch.cumsum(counts, 0) - counts
+    total = int(counts.sum())
+    kept = Constants(*(torch.empty(total, target.vocabulary) for _ in range(3)), first)
+    batches = list(encoded.in_order_of_length(batch_size))
+    for step, batch in enumerate(batches, 1):
+        at = kept.of(batch)
+        kept.student[at] = student.answer_logits(batch, prompt.embeddings).cpu()
+        kept.student_plain[at] = student.answer_logits(batch).cpu()
+        kept.target_plain[at] = target.answer_logits(batch).cpu()
+        report(Progress(step, len(batches), "constants"))
+    return kept
+
+
+def transfer_objective(target: LanguageModel, known: Constants, alpha: float, temperature: float):  # type: ignore[no-untyped-def]
+    """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``, with all that is constant already softened."""
+    imitated = soften(known.student, temperature)  # (N, V): what Eq. 4 imitates
+    shift = soften(known.student - known.student_plain, temperature)  # (N, V): the change that Eq. 5 reproduces
+
+    def loss(prompt: Tensor, batch: Batch) -> Tensor:
+        at = known.of(batch)
+        logits = target.answer_logits(batch, prompt)  # (P, V)
+        place = logits.device
+        imitation = divergence(imitated[at].to(place), soften(logits, temperature))
+        change = soften(logits - known.target_plain[at].to(place), temperature)
+        return transfer_loss(imitation, divergence(shift[at].to(place), change), alpha)
+
+    return loss
+
+
+def transfer(
+    target: LanguageModel,
+    student: LanguageModel,
+    task: Task,
+    prompt: SoftPrompt,
+    texts: Sequence[str],
+    config: TransferConfig,
+    *,
+    report: Reporter = ignore,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> TransferResult:
+    """p_s -> p_t: start where p_s is, and follow Eq. 3 on public texts. Labels are never looked at.
+
+    A generation task is transferred at the position where the answer begins.
+
+    Raises:
+        PromptMismatch: prompt, student and target don't belong together.
+        DataInvalid: there is no text.
+    """
+    check_pair(target, student, prompt)
+    chosen = list(dict.fromkeys(texts))[: config.max_rows]
+    if not chosen:
+        raise DataInvalid("the public dataset has no texts")
+    encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
+    known = constants(target, student, prompt, encoded, report=report)
+    loss = transfer_objective(target, known, config.alpha, config.temperature)
+    trained = nn.Parameter(prompt.embeddings.clone().to(target.device))
+    losses: list[float] = []
+
+    def watch(progress: Progress) -> None:
+        losses.append(progress.metrics["loss"])
+        report(progress)
+
+    work = (
+        Checkpoint(checkpoint, fingerprint(config, prompt.embeddings, chosen), checkpoint_seconds)
+        if checkpoint
+        else None
+    )
+    moved = train_prompt(
+        PromptAdam(trained, config.learning_rate),
+        loss,
+        ShuffledBatches(encoded, config.batch_size, config.seed),
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        stage="transfer",
+        report=watch,
+        checkpoint=work,
+    )
+    first, last = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
+    return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last)
+
+
+def choose_alpha(
+    target: LanguageModel,
+    student: LanguageModel,
+    task: Task,
+    prompt: SoftPrompt,
+    rows: Sequence[Row],
+    *,
+    max_rows: int = 200,
+) -> float:
+    """Eq. 6 on public labelled rows: no private figure is needed.
+
+    Raises:
+        InvalidInput: a generation task, or rows whose labels aren't the task's.
+    """
+    if task.is_generation:
+        raise InvalidInput("alpha='auto' needs classes to guess among; give a number for a generation task")
+    rows = rows[:max_rows]
+    try:
+        check_labels(task, rows)
+    except DataInvalid as error:
+        raise InvalidInput(
+            f"alpha='auto' needs public rows with the task's labels; give a number. {error.detail}"
+        ) from error
+    zero_shot = evaluate(target, task, rows).accuracy
+    compressed = evaluate(student, task, rows, prompt.embeddings).accuracy
+    return alpha_heuristic(zero_shot, compressed, 1.0 / len(task.labels))

@@ -1,0 +1,121 @@
+"""Laws of the wrapper, on every family: what it computes is what the plain model computes, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from post_shared.batches import encode_rows
+from post_shared.errors import InvalidInput, PromptMismatch
+from post_shared.language_model import LanguageModel, choose_device
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(params=CAUSAL + MASKED)
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return tiny_model(request.param)
+
+
+def single_rows(model: LanguageModel, prompts: list[torch.Tensor | None]) -> torch.Tensor:
+    """The slow path: the plain Transformers model, one row at a time, all positions, unpadded."""
+    encoded = encode_rows(model, TASK, TEXTS)
+    answers = []
+    for row, prompt in zip(encoded.rows, prompts, strict=True):
+        inputs = model.model.get_input_embeddings()(torch.tensor([row.token_ids]))
+        shift = 0
+        if prompt is not None:
+            inputs, shift = torch.cat([prompt[None], inputs], 1), prompt.shape[0]
+        answers.append(model.model(inputs_embeds=inputs).logits[0, row.positions[0] + shift])
+    return torch.stack(answers)
+
+
+def test_without_prompt_equals_the_plain_model_on_token_ids(model: LanguageModel) -> None:
+    encoded = encode_rows(model, TASK, TEXTS)
+    plain = [model.model(torch.tensor([r.token_ids])).logits[0, r.positions[0]] for r in encoded.rows]
+    close(model.answer_logits(encoded.batch(range(8))), torch.stack(plain))
+
+
+def test_padded_batch_equals_single_rows_for_every_kind_of_prompt(model: LanguageModel) -> None:
+    batch = encode_rows(model, TASK, TEXTS).batch(range(8))
+    one = SoftPrompt.random(model, 5, seed=1).embeddings
+    many = torch.stack([SoftPrompt.random(model, 5, seed=s).embeddings for s in range(8)])
+    close(model.answer_logits(batch), single_rows(model, [None] * 8))
+    close(model.answer_logits(batch, one), single_rows(model, [one] * 8))
+    close(model.answer_logits(batch, many), single_rows(model, list(many)))
+    assert (model.answer_logits(batch, one) - model.answer_logits(batch)).abs().max() > 1e-2
+
+
+def test_head_of_hidden_states_equals_the_whole_model(model: LanguageModel) -> None:
+    ids = torch.tensor([encode_rows(model, TASK, TEXTS).rows[1].token_ids])
+    close(model.head(model.hidden(ids)), model.model(ids).logits.float())
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_prefix_equals_running_the_prompt_again(family: str) -> None:
+    model = tiny_model(family)
+    batch = encode_rows(model, TASK, TEXTS).batch(range(8))
+    prompt = SoftPrompt.random(model, 7, seed=2).embeddings
+    prefix = model.prefix(prompt)
+    for _ in range(2):  # the second time shows that the first left the prefix as it was
+        close(model.answer_logits_after(batch, prefix), model.answer_logits(batch, prompt))
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("length", [0, 6])
+def test_generation_from_a_padded_batch_equals_single_rows(family: str, length: int) -> None:
+    model = tiny_model(family)
+    prompt = SoftPrompt.random(model, length, seed=3).embeddings if length else None
+    rows = [row.token_ids for row in encode_rows(model, TASK, TEXTS).rows]
+    together = model.generate(rows, prompt, max_new_tokens=6)
+    assert together == [model.generate([row], prompt, max_new_tokens=6)[0] for row in rows]
+
+
+def test_gradient_reaches_the_prompt_and_no_weight(model: LanguageModel) -> None:
+    prompt = SoftPrompt.random(model, 4).embeddings.requires_grad_()
+    model.answer_logits(encode_rows(model, TASK, TEXTS).batch(range(8)), prompt).logsumexp(-1).sum().backward()
+    assert prompt.grad is not None
+    assert prompt.grad.abs().min() >= 0
+    assert prompt.grad.norm() > 0
+    assert all(weight.grad is None for weight in model.model.parameters())
+
+
+def test_saved_and_loaded_is_the_same_model(model: LanguageModel, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model.save(tmp_path)
+    again = LanguageModel.load(tmp_path, device="cpu")
+    assert (again.kind, again.hidden_size, again.layers) == (model.kind, model.hidden_size, model.layers)
+    batch, other = (encode_rows(m, TASK, TEXTS).batch(range(8)) for m in (model, again))
+    close(again.answer_logits(other), model.answer_logits(batch))
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_bos_token_stays_first_and_the_prompt_goes_before_it() -> None:
+    model = tiny_model("llama", bos=True)
+    encoded = encode_rows(model, TASK, TEXTS)
+    assert all(row.token_ids[0] == model.tokenizer.bos_token_id for row in encoded.rows)
+    close(model.answer_logits(encoded.batch(range(8))), single_rows(model, [None] * 8))
+
+
+def test_positions_of_the_roberta_table_are_counted_right() -> None:
+    assert tiny_model("roberta").max_length == 257  # 258 places, padding_idx 0, so numbers start at 1
+    assert tiny_model("llama").max_length == 256
+
+
+def test_wrong_width_missing_folder_and_unknown_device_are_said(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_model("llama")
+    with pytest.raises(PromptMismatch, match="width 31"):
+        model.answer_logits(encode_rows(model, TASK, TEXTS).batch([0]), torch.zeros(3, 31))
+    with pytest.raises(InvalidInput, match="can't load"):
+        LanguageModel.load(tmp_path / "nothing")
+    with pytest.raises(InvalidInput, match="no device"):
+        choose_device("quantum")
+    with pytest.raises(InvalidInput, match="masked"):
+        tiny_model("bert").prefix(torch.zeros(3, 32))
+    assert len(LABELS) == len(TEXTS)
