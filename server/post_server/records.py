@@ -224,13 +224,13 @@ class JobEventRow(Base):
 
 
 class IdempotencyRow(Base):
-    """The answer to a create that carried an ``Idempotency-Key``; no status yet: it is being worked on."""
+    """The answer to a create that carried an ``Idempotency-Key``, kept for a day."""
 
     __tablename__ = "idempotency"
 
     key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     body_hash: Mapped[str] = mapped_column(String(64))
-    status: Mapped[int | None]
-    response: Mapped[dict[str, Any] | None]
+    status: Mapped[int]
+    response: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)

@@ -189,8 +189,8 @@ def _idempotency() -> None:
         _id("key_id"),
         sa.Column("key", sa.String(255), nullable=False),
         sa.Column("body_hash", sa.String(64), nullable=False),
-        sa.Column("status", sa.Integer(), nullable=True),
-        _json("response", nullable=True),
+        sa.Column("status", sa.Integer(), nullable=False),
+        _json("response"),
         _time("created_at"),
         sa.ForeignKeyConstraint(
             ["key_id"], ["api_keys.id"], name="fk_idempotency_key_id", ondelete="CASCADE"

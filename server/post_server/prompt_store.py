@@ -1,0 +1,129 @@
+"""Soft prompts in the store: a row and one blob, the prompt file as it was pushed or made."""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from post_server.database import guard_blobs
+from post_server.model_store import find_model_by_hash
+from post_server.records import ApiKeyRow, DatasetRow, JobRow, ModelRow, PromptRow
+from post_server.storage import BlobStore
+from post_shared.errors import Conflict, NotFound, PromptMismatch
+from post_shared.prompt_file import PromptFile, read_prompt
+from post_shared.schemas import JobState, Prompt, PromptRole, Role, TaskForm
+from post_shared.tasks import Task
+
+ENDED = [state for state in JobState if state.ended]
+
+
+def add_prompt(
+    session: Session,
+    store: BlobStore,
+    data: bytes,
+    *,
+    role: PromptRole,
+    owner_key_id: str,
+    source_id: str | None = None,
+    max_bytes: int = 64 * 2**20,
+) -> tuple[PromptRow, bool]:
+    """Check a prompt file, store it and add its row. Nothing is stored when it is refused.
+
+    Returns:
+        The row, and whether it is new: the same source prompt pushed again by the same key is the row there is.
+
+    Raises:
+        PromptFileInvalid: the bytes are no prompt file.
+        TaskInvalid: its template or label words can't be used.
+        PromptMismatch: its model isn't here, or the model has another width.
+    """
+    prompt = read_prompt(data, max_bytes=max_bytes)
+    form = _task_form(prompt)
+    guard_blobs(session)
+    model = _model_of(session, prompt)
+    sha256 = store.put(data)
+    if role is PromptRole.SOURCE:
+        same = select(PromptRow).where(
+            PromptRow.owner_key_id == owner_key_id, PromptRow.sha256 == sha256, PromptRow.role == role
+        )
+        if (existing := session.scalar(same)) is not None:
+            return existing, False
+    length, width = prompt.embeddings.shape
+    row = PromptRow(
+        role=role,
+        owner_key_id=owner_key_id,
+        model_id=model.id,
+        model_hash=model.hash,
+        length=length,
+        width=width,
+        task=form.model_dump(mode="json"),
+        epsilon=prompt.epsilon,
+        delta=prompt.delta,
+        sha256=sha256,
+        size_bytes=len(data),
+        source_id=source_id,
+    )
+    session.add(row)
+    session.flush()
+    return row, True
+
+
+def visible_prompt(session: Session, caller: ApiKeyRow, prompt_id: str) -> PromptRow:
+    """The prompt, if the caller may know of it: its owner, or the provider.
+
+    Raises:
+        NotFound: there is none, or it belongs to someone else (the answer doesn't tell which).
+    """
+    row = session.get(PromptRow, prompt_id)
+    if row is None or (caller.role is not Role.PROVIDER and row.owner_key_id != caller.id):
+        raise NotFound(f"There is no prompt {prompt_id!r}.", prompt=prompt_id)
+    return row
+
+
+def delete_prompt(session: Session, store: BlobStore, row: PromptRow) -> None:
+    """Remove the prompt, and its bytes once nothing else has the same.
+
+    Raises:
+        Conflict: a job that has not ended needs it.
+    """
+    guard_blobs(session)
+    for job in session.scalars(select(JobRow).where(JobRow.state.not_in(ENDED))):
+        if job.request.get("prompt") == row.id:
+            raise Conflict(f"The job {job.id} needs this prompt; cancel it or wait for its end.", job=job.id)
+    session.delete(row)
+    session.flush()
+    if not any(_uses(session, column, row.sha256) for column in (PromptRow.sha256, DatasetRow.sha256)):
+        store.delete(row.sha256)
+
+
+def prompt_document(row: PromptRow) -> Prompt:
+    """The row as the API shows it."""
+    return Prompt.model_validate({name: getattr(row, name) for name in Prompt.model_fields})
+
+
+def _uses(session: Session, column: object, sha256: str) -> bool:
+    statement = select(func.count()).where(column == sha256)  # type: ignore[arg-type]
+    return bool(session.scalar(statement))
+
+
+def _task_form(prompt: PromptFile) -> TaskForm:
+    task = prompt.task
+    form = task if isinstance(task, TaskForm) else task.form()
+    return Task.from_form(form).form()  # refuses what can't be used
+
+
+def _model_of(session: Session, prompt: PromptFile) -> ModelRow:
+    model = find_model_by_hash(session, prompt.model_hash)
+    if model is None:
+        raise PromptMismatch(
+            f"No model here has the hash {prompt.model_hash}; pull the student again and tune on it.",
+            model_hash=prompt.model_hash,
+        )
+    width = int(prompt.embeddings.shape[1])
+    if width != model.hidden_size:
+        raise PromptMismatch(
+            f"The prompt is {width} wide, the model {model.name} {model.hidden_size}.",
+            width=width,
+            hidden_size=model.hidden_size,
+        )
+    return model
