@@ -1,0 +1,17 @@
+"""What holds for every test: few threads, no network, and the same examples on every run in CI."""
+
+from __future__ import annotations
+
+import os
+
+# Before any library reads them. The machine's cores are shared by the processes that some tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
