@@ -101,5 +101,5 @@ def tiny_model(family: str = "llama", *, layers: int = 4, seed: int = 0, bos: bo
     model = auto.from_config(config)
     for weight in model.parameters():
         if weight.dim() >= 2:
-            weight.data.mul_(4.0)
+            weight.data.mul_(10.0)
     return LanguageModel(model, tok)

@@ -106,6 +106,7 @@ def _fold_gap(
 ) -> None:
     """Fit on the student as it is now (earlier gaps folded), so that later gaps see what they will get."""
     matrix = mlp_output(getattr(*layers_of(student))[place], student.hidden_size)
+    _check_adds(student, place, matrix, blocks[0])
     width = student.hidden_size
     gram = torch.zeros(width, width, dtype=torch.float64)
     cross = torch.zeros(width, width, dtype=torch.float64)
@@ -142,6 +143,21 @@ def _sizes(module: nn.Module) -> tuple[int, int] | tuple[()]:
     if isinstance(module, nn.Linear):
         return weight.shape[1], weight.shape[0]
     return weight.shape[0], weight.shape[1]  # GPT-2's Conv1D keeps it transposed
+
+
+def _check_adds(student: LanguageModel, place: int, matrix: nn.Module, block: Tensor) -> None:
+    """The layer's output must be "residual + what the matrix gives": doubling the one adds it to the other."""
+    output, made = _output_of(student, place, matrix, block[:1])
+    doubled = matrix.register_forward_hook(lambda _, __, value: 2 * value)
+    try:
+        output_of_double, _ = _output_of(student, place, matrix, block[:1])
+    finally:
+        doubled.remove()
+    if not torch.allclose(output_of_double - output, made, rtol=1e-2, atol=1e-3 * float(made.abs().max())):
+        raise InvalidInput(
+            f"a layer of this {student.architecture} model isn't its residual plus its MLP's output, so nothing can be "
+            "folded into it; use start='copy'"
+        )
 
 
 @torch.no_grad()

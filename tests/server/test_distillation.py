@@ -1,0 +1,196 @@
+"""Laws of distillation: the start, the losses, what is trained, and resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from post_server.ml.corpus import masked_tokens, next_token, prepare_corpus
+from post_server.ml.distillation import DistilConfig, Plateau, distil, distillation_losses
+from post_server.ml.start import chosen_layers, copy_student, fold
+from post_shared.errors import Cancelled, DataInvalid, InvalidInput
+from post_shared.language_model import LanguageModel
+from post_shared.training import Progress
+from tests.models import CAUSAL, MASKED, TEXTS, tiny_model
+
+PARAGRAPHS = [" ".join(TEXTS)] * 40
+
+
+def test_layers_are_chosen_from_both_ends_or_as_named() -> None:
+    assert chosen_layers(8, 30) == [0, 1, 2, 3, 26, 27, 28, 29]
+    assert chosen_layers(3, 12) == [0, 1, 11]
+    assert chosen_layers([0, 5, 11], 12) == [0, 5, 11]
+    for bad in (0, 13, [], [1, 1], [3, 2], [-1, 2], [0, 12]):
+        with pytest.raises(InvalidInput):
+            chosen_layers(bad, 12)
+
+
+@pytest.mark.parametrize("family", CAUSAL + MASKED)
+def test_keeping_every_layer_is_the_target_itself(family: str) -> None:
+    target = tiny_model(family)
+    student = copy_student(target, range(4))
+    ids = torch.randint(5, 100, (2, 9))
+    torch.testing.assert_close(student.hidden(ids), target.hidden(ids))
+    assert target.layers == 4
+
+
+@pytest.mark.parametrize("family", CAUSAL + MASKED)
+def test_a_student_is_a_plain_model_of_the_same_architecture(family: str, tmp_path: Path) -> None:
+    target = tiny_model(family)
+    student = copy_student(target, [0, 3])
+    student.save(tmp_path)
+    again = LanguageModel.load(tmp_path, device="cpu")
+    assert (again.layers, again.architecture, again.hidden_size) == (2, target.architecture, target.hidden_size)
+    ids = torch.randint(5, 100, (2, 9))
+    torch.testing.assert_close(again.hidden(ids), student.hidden(ids))
+    if family in CAUSAL:  # with a key/value cache too: the layers know their new places
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert plain.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
+def test_the_fold_brings_the_student_closer_than_the_copy(family: str) -> None:
+    target = tiny_model(family, layers=6)
+    corpus = prepare_corpus(target, PARAGRAPHS, 32, None)
+    block = corpus.batch(0, 16, 0)
+    kept = [0, 1, 5]
+    plain, folded = copy_student(target, kept), copy_student(target, kept)
+    fold(target, folded, kept, [block])
+
+    def gap(student: LanguageModel) -> float:
+        return float((student.hidden(block) - target.hidden(block)).norm())
+
+    assert gap(folded) < gap(plain)
+    with pytest.raises(InvalidInput, match="keep the last layer"):
+        fold(target, copy_student(target, [0, 1]), [0, 1], [block])
+
+
+def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
+    """A removed layer whose effect is zero leaves nothing to fold: T is the identity, up to the ridge."""
+    target = tiny_model("llama", layers=3)
+    for weight in target.model.model.layers[1].parameters():
+        weight.data.zero_()
+    student = copy_student(target, [0, 2])
+    block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 16, 0)
+    fold(target, student, [0, 2], [block])
+    torch.testing.assert_close(student.hidden(block), target.hidden(block), rtol=0.05, atol=0.05)
+
+
+def test_a_model_whose_layers_normalise_after_adding_says_that_it_cannot_fold() -> None:
+    target = tiny_model("bert")
+    block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 4, 0)
+    with pytest.raises(InvalidInput, match="start='copy'"):
+        fold(target, copy_student(target, [0, 3]), [0, 3], [block])
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_losses_vanish_for_the_target_itself_and_fall_in_training(family: str) -> None:
+    target = tiny_model(family)
+    generator = torch.Generator().manual_seed(0)
+    corpus = prepare_corpus(target, PARAGRAPHS, 32, None)
+    block = corpus.batch(0, 8, 0)
+    if family == "llama":
+        prediction = next_token(block, 0.5, generator)
+    else:
+        prediction = masked_tokens(block, target.tokenizer.mask_token_id, target.vocabulary, corpus.counts, generator)
+    same = distillation_losses(target, target, prediction, 2.0)
+    assert float(same["ce"]) < 1e-4
+    assert float(same["cos"]) < 1e-5
+    seen: list[Progress] = []
+    config = DistilConfig(keep_layers=2, start="copy", steps=60, batch_tokens=256, sequence_length=32, learning_rate=3e-3)
+    distil(target, PARAGRAPHS, config, report=seen.append)
+    losses = [p.metrics["cos"] for p in seen if p.stage == "distil"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_frozen_head_and_embeddings_stay_and_the_layers_move() -> None:
+    target = tiny_model("gpt_neox")  # head and embeddings are two matrices
+    for head, embeddings in [(True, True), (True, False), (False, True)]:
+        config = DistilConfig(
+            keep_layers=2,
+            start="copy",
+            steps=2,
+            batch_tokens=64,
+            sequence_length=32,
+            freeze_head=head,
+            freeze_embeddings=embeddings,
+        )
+        student = distil(target, PARAGRAPHS, config)
+        same = torch.equal(student.model.get_output_embeddings().weight, target.model.get_output_embeddings().weight)
+        assert same == head
+        same = torch.equal(student.model.get_input_embeddings().weight, target.model.get_input_embeddings().weight)
+        assert same == embeddings
+        kept = torch.equal(
+            student.body.layers[0].mlp.dense_4h_to_h.weight, target.body.layers[0].mlp.dense_4h_to_h.weight
+        )
+        assert not kept
+
+
+def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    target = tiny_model("llama")
+    config = DistilConfig(keep_layers=2, steps=8, batch_tokens=64, sequence_length=32)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "distil" and progress.step == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        distil(target, PARAGRAPHS, config, report=stop, checkpoint=tmp_path)
+    steps: list[int] = []
+    resumed = distil(
+        target, PARAGRAPHS, config, report=lambda p: steps.append(p.step) if p.stage == "distil" else None, checkpoint=tmp_path
+    )
+    assert steps[0] == 4
+    undisturbed = distil(target, PARAGRAPHS, config)
+    for ours, theirs in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not any(weight.requires_grad for weight in resumed.model.parameters())
+
+
+def test_time_alone_ends_it_and_plateau_too() -> None:
+    seen: list[Progress] = []
+    config = DistilConfig(keep_layers=2, start="copy", minutes=0.01, batch_tokens=64, sequence_length=32)
+    distil(tiny_model(), PARAGRAPHS, config, report=seen.append)
+    assert seen[-1].step >= 1
+    plateau = Plateau(window=3)
+    for loss in (3, 2, 1, 1, 1, 1):
+        plateau.add(loss)
+    assert not plateau.reached()  # 6 -> 3 fell
+    for loss in (1, 1, 1):
+        plateau.add(loss)
+    assert plateau.reached()
+
+
+def test_the_corpus_is_packed_without_padding_kept_and_read_back(tmp_path: Path) -> None:
+    target = tiny_model("roberta")
+    corpus = prepare_corpus(target, PARAGRAPHS, 16, tmp_path)
+    assert (corpus.blocks[:, 0] == 1).all()  # <s>
+    assert (corpus.blocks[:, -1] == 2).all()  # </s>
+    assert not (corpus.blocks == 0).any()
+    assert np.array_equal(prepare_corpus(target, PARAGRAPHS, 16, tmp_path).blocks, corpus.blocks)
+    assert corpus.counts.sum() == corpus.blocks.size
+    with pytest.raises(DataInvalid, match="fewer than one block"):
+        prepare_corpus(target, ["nice"], 64, None)
+
+
+def test_masking_takes_15_percent_in_shares_of_80_10_10_and_prefers_rare_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    block = torch.where(torch.rand(200, 100, generator=generator) < 0.1, 7, 9)  # 7 is rare, 9 common
+    counts = np.bincount(block.flatten().numpy(), minlength=400)
+    made = masked_tokens(block, 4, 400, counts, generator)
+    assert len(made.tokens) == round(0.15 * block.numel())
+    assert torch.equal(block[made.rows, made.positions], made.tokens)
+    seen = made.inputs[made.rows, made.positions]
+    assert abs(float((seen == 4).float().mean()) - 0.8) < 0.03
+    assert abs(float((seen == made.tokens).float().mean()) - 0.1) < 0.03
+    assert float((made.tokens == 7).float().mean()) > 0.2  # twice its share of the text and more
+
+
+@pytest.mark.parametrize("change", [{"start": "magic"}, {"steps": None}, {"batch_tokens": 16, "sequence_length": 32}])
+def test_a_config_that_cannot_work_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput):
+        DistilConfig(**{"steps": 1, **change})  # type: ignore[arg-type]
