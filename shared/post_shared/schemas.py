@@ -10,13 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="A short name in lower case.")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Reference = Annotated[str, Field(min_length=1, max_length=64)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 T = TypeVar("T")
 
 
 class Document(BaseModel):
     """Base of all documents: unknown members are refused, so a typing error can't pass as a default."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Role(StrEnum):
@@ -112,7 +114,10 @@ class Dataset(Document):
     name: Name
     kind: DatasetKind
     rows: int
-    labels: list[str] | None = Field(default=None, description="The labels found, sorted; null when unlabelled.")
+    labels: list[str] | None = Field(
+        default=None,
+        description="The labels found, sorted; null when unlabelled, empty when too many to list (free answers).",
+    )
     licence: str | None = None
     sha256: Sha256
     size_bytes: int
@@ -195,9 +200,11 @@ class JobEvent(Document):
 class DistillationCreate(Document):
     """Distil a target model into a student (method §1)."""
 
-    target: str = Field(description="Id or name of the target model.")
+    target: Reference = Field(description="Id or name of the target model.")
     name: Name = Field(description="Name of the student to be.")
-    corpus: list[str] = Field(min_length=1, description="Ids or names of datasets; rows give their texts.")
+    corpus: list[Reference] = Field(
+        min_length=1, max_length=100, description="Ids or names of datasets; rows give their texts."
+    )
     keep_layers: list[int] | int = Field(
         default=8, description="Indices of the layers to keep, or how many (half from each end)."
     )
@@ -206,41 +213,42 @@ class DistillationCreate(Document):
     )
     freeze_head: bool = True
     freeze_embeddings: bool = True
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=100_000_000)
     minutes: float | None = Field(default=None, gt=0)
     plateau: bool = Field(default=False, description="Stop when the smoothed loss no longer falls.")
     learning_rate: float = Field(default=2.5e-4, gt=0)
-    batch_tokens: int = Field(default=1024, ge=32)
-    sequence_length: int = Field(default=128, ge=8)
-    seed: int = 0
+    batch_tokens: int = Field(default=1024, ge=32, le=2**24)
+    sequence_length: int = Field(default=128, ge=8, le=2**16)
+    seed: Seed = 0
 
 
 class TransferCreate(Document):
     """Move a source prompt to the target model with public text (method §3)."""
 
-    prompt: str = Field(description="Id of the source prompt.")
-    target: str = Field(description="Id or name of the target model.")
-    dataset: str = Field(description="Id or name of a public dataset; its labels are not used by the transfer.")
-    alpha: float | Literal["auto"] = Field(
-        default=0.7, description="Weight of Eq. 5 in Eq. 3. 'auto': Eq. 6 on the dataset's labels, if it has the task's."
+    prompt: Reference = Field(description="Id of the source prompt.")
+    target: Reference = Field(description="Id or name of the target model.")
+    dataset: Reference = Field(description="Id or name of a public dataset; its labels are not used by the transfer.")
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default=0.7,
+        description="Weight of Eq. 5 in Eq. 3. 'auto': Eq. 6 on the dataset's labels, if it has the task's.",
     )
     steps: int = Field(default=250, ge=1, le=100_000)
     batch_size: int = Field(default=16, ge=1, le=1024)
     learning_rate: float = Field(default=0.03, gt=0)
     temperature: float = Field(default=2.0, gt=0)
-    max_rows: int = Field(default=512, ge=1)
-    max_length: int = Field(default=128, ge=8)
-    seed: int = 0
+    max_rows: int = Field(default=512, ge=1, le=2**24)
+    max_length: int = Field(default=128, ge=8, le=2**16)
+    seed: Seed = 0
 
 
 class EvaluationCreate(Document):
     """Measure a model, with or without a prompt, on a labelled public dataset."""
 
-    model: str = Field(description="Id or name of a target or student model.")
-    dataset: str
-    prompt: str | None = None
+    model: Reference = Field(description="Id or name of a target or student model.")
+    dataset: Reference
+    prompt: Reference | None = None
     task: TaskForm | None = Field(default=None, description="Needed when there is no prompt.")
-    max_rows: int = Field(default=1000, ge=1)
+    max_rows: int = Field(default=1000, ge=1, le=2**24)
 
 
 class JobCreated(Document):
@@ -253,8 +261,8 @@ class JobCreated(Document):
 class PredictionCreate(Document):
     """Ask a target model, through a prompt or (zero-shot) through a task alone."""
 
-    model: str = Field(description="Id or name of the target model.")
-    prompt: str | None = Field(default=None, description="Id of a target or source prompt of the model's width.")
+    model: Reference = Field(description="Id or name of the target model.")
+    prompt: Reference | None = Field(default=None, description="Id of a target or source prompt of the model's width.")
     task: TaskForm | None = Field(default=None, description="Needed when there is no prompt.")
     texts: list[Annotated[str, Field(min_length=1, max_length=20_000)]] = Field(min_length=1, max_length=256)
     max_new_tokens: int = Field(default=16, ge=1, le=256, description="Generation tasks only.")
