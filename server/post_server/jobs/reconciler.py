@@ -1,0 +1,59 @@
+"""Finds what was lost: jobs of silent workers, and jobs that no worker ever heard of."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from post_server.database import Database
+from post_server.jobs import doorbell, states
+from post_server.settings import Settings
+from post_shared.schemas import JobState
+
+log = logging.getLogger("post.jobs")
+
+
+def reconcile(database: Database, settings: Settings) -> list[str]:
+    """One round; the ids of the jobs that were announced again. Several at once do no harm.
+
+    Undelivered jobs are announced only while nothing waits in the broker: a busy worker will come to those
+    that do, and so the queue can't grow.
+    """
+    with database.read() as session:
+        lost = [(row.id, row.token) for row in states.expired(session)]
+    again = []
+    for job_id, token in lost:
+        with database.write() as session:
+            state = states.take_back(session, job_id, token, max_attempts=settings.max_attempts)
+        if state is not None:
+            log.warning("worker lost", extra={"job": job_id, "state": state.value})
+        if state is JobState.QUEUED:
+            again.append(job_id)
+    with database.read() as session:
+        overdue = states.overdue(session, settings.ring_seconds)
+    if overdue and doorbell.waiting(settings) == 0:
+        again += [job_id for job_id in overdue if job_id not in again]
+    return [job_id for job_id in again if doorbell.ring(job_id, settings)]
+
+
+class Reconciler(threading.Thread):
+    """Reconciles at once and then every few seconds, until :meth:`stop`."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        super().__init__(name="reconciler", daemon=True)
+        self._database, self._settings = database, settings
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                reconcile(self._database, self._settings)
+            except Exception:  # the database may be away for a while; the next round tries again
+                log.exception("reconciling failed")
+            self._stopping.wait(self._settings.reconcile_seconds)
+
+    def stop(self) -> None:
+        """End after the round that is under way."""
+        self._stopping.set()
+        if self.is_alive():
+            self.join(5.0)

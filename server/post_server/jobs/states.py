@@ -1,0 +1,233 @@
+"""What may happen to a job row, and who may do it.
+
+    queued ──claim──▶ running ──finish──▶ succeeded
+      ▲                │  │ └────fail────▶ failed
+      └────release─────┘  └─request_cancel─▶ cancelling ──▶ cancelled
+
+A worker holds a job by a lease and a random token. Every write of its names the token in the ``WHERE`` clause,
+so a worker that lost the job (paused too long, cut off, delivered twice) changes nothing and learns it by
+:class:`LeaseLost`. Each change is one conditional ``UPDATE``; it also locks the row, so that the events of a job
+are numbered without gaps.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from post_server.records import JobEventRow, JobRow, now
+from post_shared.errors import NotFound, PostError, WorkerLost
+from post_shared.schemas import JobState
+
+HELD = (JobState.RUNNING, JobState.CANCELLING)
+_CANCEL_TRIES = 5
+
+
+class LeaseLost(Exception):
+    """The job belongs to someone else now, or has ended: stop working on it and write nothing."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write to a job until someone else claims it."""
+
+    job_id: str
+    token: str
+
+
+# --- by the worker that holds the job -----------------------------------------------------------------
+
+
+def claim(session: Session, job_id: str, *, lease_seconds: float, max_attempts: int) -> tuple[JobRow, Lease] | None:
+    """Take a queued job, or a running one whose lease ran out; None when it isn't to be had."""
+    at, token = now(), secrets.token_hex(16)
+    free = or_(
+        JobRow.state == JobState.QUEUED,
+        and_(JobRow.state == JobState.RUNNING, JobRow.lease_until < at, JobRow.attempt < max_attempts),
+    )
+    taken = _update(
+        session,
+        and_(JobRow.id == job_id, free),
+        state=JobState.RUNNING,
+        attempt=JobRow.attempt + 1,
+        token=token,
+        lease_until=at + timedelta(seconds=lease_seconds),
+        heartbeat_at=at,
+        started_at=func.coalesce(JobRow.started_at, at),
+    )
+    if not taken:
+        return None
+    row = _fresh(session, job_id)
+    _append(session, job_id, "state", {"state": JobState.RUNNING, "attempt": row.attempt})
+    return row, Lease(job_id, token)
+
+
+def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> JobState:
+    """Renew the lease; the state tells whether a cancel was asked for."""
+    at = now()
+    _fenced(session, lease, heartbeat_at=at, lease_until=at + timedelta(seconds=lease_seconds))
+    return _fresh(session, lease.job_id).state
+
+
+def held_state(session: Session, lease: Lease) -> JobState:
+    """The job's state, without a write, as long as the lease holds."""
+    mine = and_(JobRow.id == lease.job_id, JobRow.token == lease.token, JobRow.state.in_(HELD))
+    state = session.scalar(select(JobRow.state).where(mine))
+    if state is None:
+        raise LeaseLost(lease.job_id)
+    return state
+
+
+def report(
+    session: Session,
+    lease: Lease,
+    *,
+    progress: float,
+    stage: str,
+    step: int,
+    steps: int,
+    metrics: Mapping[str, float],
+) -> None:
+    """Where the work stands: into the row, and as events for whoever follows."""
+    known = _fenced(session, lease, progress=min(1.0, max(0.0, progress)), stage=stage[:64])
+    at = {"stage": stage, "step": step}
+    _append(session, lease.job_id, "progress", {"progress": round(progress, 4), **at, "steps": steps})
+    if metrics:
+        known.metrics = {**known.metrics, **metrics}
+        _append(session, lease.job_id, "metrics", {**at, "values": dict(metrics)})
+
+
+def append_event(session: Session, lease: Lease, kind: str, data: Mapping[str, Any]) -> None:
+    """Add a line to the job's history."""
+    _fenced(session, lease, heartbeat_at=now())
+    _append(session, lease.job_id, kind, data)
+
+
+def finish(session: Session, lease: Lease, result: Mapping[str, Any]) -> None:
+    """The work is done. Add the rows that it made in the same transaction: all of it stands, or nothing."""
+    _end(session, lease, JobState.SUCCEEDED, result=dict(result), progress=1.0)
+
+
+def fail(session: Session, lease: Lease, error: PostError) -> None:
+    """The work can't be done, and trying again would not help."""
+    _end(session, lease, JobState.FAILED, error=error.problem())
+
+
+def cancel(session: Session, lease: Lease) -> None:
+    """The work has stopped because someone asked for it."""
+    _end(session, lease, JobState.CANCELLED)
+
+
+def release(session: Session, lease: Lease, *, reason: str, give_attempt_back: bool = False) -> None:
+    """Put a running job back into the queue; a cancelling one ends as cancelled instead."""
+    row = _fenced(session, lease, heartbeat_at=now())
+    if row.state is JobState.CANCELLING:
+        cancel(session, lease)
+        return
+    attempt = max(0, row.attempt - 1) if give_attempt_back else row.attempt
+    _requeue(session, and_(JobRow.id == lease.job_id, JobRow.token == lease.token), attempt=attempt)
+    _append(session, lease.job_id, "state", {"state": JobState.QUEUED, "attempt": attempt, "reason": reason})
+
+
+# --- by anyone ----------------------------------------------------------------------------------------
+
+
+def announce(session: Session, row: JobRow) -> None:
+    """The first line of a new job's history."""
+    session.add(row)
+    session.flush()
+    _append(session, row.id, "state", {"state": JobState.QUEUED, "attempt": 0})
+
+
+def request_cancel(session: Session, job_id: str) -> JobRow:
+    """Ask for a job to stop: a queued one ends at once, a running one soon, an ended one stays as it is.
+
+    Raises:
+        NotFound: there is no such job.
+    """
+    for _ in range(_CANCEL_TRIES):  # the state may change between two looks, but not for ever
+        at, mine = now(), JobRow.id == job_id
+        done: dict[str, Any] = {"state": JobState.CANCELLED, "cancel_requested_at": at, "finished_at": at}
+        soon: dict[str, Any] = {"state": JobState.CANCELLING, "cancel_requested_at": at}
+        for state, values in ((JobState.QUEUED, done), (JobState.RUNNING, soon)):
+            if _update(session, and_(mine, JobRow.state == state), **values):
+                _append(session, job_id, "state", {"state": values["state"]})
+                return _fresh(session, job_id)
+        row = _fresh(session, job_id)
+        if row.state.ended or row.state is JobState.CANCELLING:
+            return row
+    return row
+
+
+# --- by the reconciler --------------------------------------------------------------------------------
+
+
+def expired(session: Session) -> list[JobRow]:
+    """Jobs whose worker went silent: its lease ran out."""
+    return list(session.scalars(select(JobRow).where(JobRow.state.in_(HELD), JobRow.lease_until < now())))
+
+
+def take_back(session: Session, job_id: str, token: str | None, *, max_attempts: int) -> JobState | None:
+    """End the lease of a lost worker: queue the job again, or end it; None when it wasn't lost after all."""
+    where = and_(JobRow.id == job_id, JobRow.token == token, JobRow.state.in_(HELD), JobRow.lease_until < now())
+    if not _update(session, where, lease_until=JobRow.lease_until):  # locks the row
+        return None
+    row, lease = _fresh(session, job_id), Lease(job_id, str(token))
+    if row.state is JobState.CANCELLING:
+        cancel(session, lease)
+    elif row.attempt >= max_attempts:
+        fail(session, lease, WorkerLost(f"its worker went silent {row.attempt} times; see the workers' logs"))
+    else:
+        release(session, lease, reason="worker_lost")
+    return _fresh(session, job_id).state
+
+
+def overdue(session: Session, seconds: float) -> list[str]:
+    """Ids of jobs that are queued and older than ``seconds``, oldest first."""
+    before = now() - timedelta(seconds=seconds)
+    where = and_(JobRow.state == JobState.QUEUED, JobRow.created_at <= before)
+    return list(session.scalars(select(JobRow.id).where(where).order_by(JobRow.created_at)))
+
+
+# --- the conditional update ---------------------------------------------------------------------------
+
+
+def _update(session: Session, where: ColumnElement[bool], **values: Any) -> bool:
+    statement = update(JobRow).where(where).values(**values).execution_options(synchronize_session=False)
+    return bool(session.execute(statement).rowcount)  # type: ignore[attr-defined]
+
+
+def _fenced(session: Session, lease: Lease, **values: Any) -> JobRow:
+    mine = and_(JobRow.id == lease.job_id, JobRow.token == lease.token, JobRow.state.in_(HELD))
+    if not _update(session, mine, **values):
+        raise LeaseLost(lease.job_id)
+    return _fresh(session, lease.job_id)
+
+
+def _end(session: Session, lease: Lease, state: JobState, **values: Any) -> None:
+    row = _fenced(session, lease, state=state, finished_at=now(), token=None, lease_until=None, **values)
+    _append(session, lease.job_id, "state", {"state": state, "attempt": row.attempt})
+
+
+def _requeue(session: Session, where: ColumnElement[bool], attempt: int) -> None:
+    _update(session, where, state=JobState.QUEUED, attempt=attempt, token=None, lease_until=None)
+
+
+def _fresh(session: Session, job_id: str) -> JobRow:
+    row = session.get(JobRow, job_id, populate_existing=True)
+    if row is None:
+        raise NotFound(f"There is no job {job_id!r}.", job=job_id)
+    return row
+
+
+def _append(session: Session, job_id: str, kind: str, data: Mapping[str, Any]) -> None:
+    session.flush()
+    last = session.scalar(select(func.max(JobEventRow.sequence)).where(JobEventRow.job_id == job_id))
+    session.add(JobEventRow(job_id=job_id, sequence=(last or 0) + 1, kind=kind, data=dict(data)))
+    session.flush()

@@ -1,0 +1,12 @@
+"""Predictions: the transport that the API process uses, and the process that answers. See :func:`main`."""
+
+from __future__ import annotations
+
+from post_server.settings import Settings
+
+
+def main(settings: Settings) -> int:
+    """Answer predictions until a signal comes; the exit status."""
+    from post_server.predictor.server import main as serve
+
+    return serve(settings)

@@ -1,0 +1,53 @@
+"""What ``post serve`` starts: ``python -m post_server.serve.child api|worker|predictor|run``.
+
+Each ends with the supervisor, even when that is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from post_server.settings import get_settings
+from post_server.worker import lifeline
+
+
+def api(listening: int) -> None:
+    """Answer HTTP on a socket that is already bound."""
+    import uvicorn
+
+    settings = get_settings()
+    config = uvicorn.Config(
+        "post_server.api.app:create_app",
+        factory=True,
+        log_level=settings.log_level.lower(),
+        access_log=False,
+        timeout_graceful_shutdown=max(1, int(settings.stop_seconds / 2)),
+    )
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listening)])
+
+
+def main(arguments: list[str]) -> None:
+    """Tie this process to its parent, then become one of the parts."""
+    part, rest = arguments[0], arguments[1:]
+    if part == "run":  # another program: it keeps the tie, but not our watching thread
+        lifeline.die_with_parent(None)
+        os.execv(rest[0], rest)  # noqa: S606  the program that embedded_redis found
+    lifeline.die_with_parent(get_settings().stop_seconds)
+    if part == "api":
+        api(int(rest[0]))
+    elif part == "worker":
+        from post_server.worker import main as worker
+
+        sys.exit(worker(get_settings()))
+    elif part == "predictor":
+        from post_server.predictor import main as predictor
+
+        sys.exit(predictor(get_settings()))
+    else:
+        raise SystemExit(f"there is no part {part!r}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

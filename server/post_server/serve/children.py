@@ -1,0 +1,121 @@
+"""Child processes that are kept alive: started again when they die, given up when they die too often."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from post_server.worker import lifeline
+from post_shared.errors import Unavailable
+
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 10.0
+_HEALTHY_SECONDS = 60.0
+"""A child that lived so long starts with a clean record."""
+_MOST_DEATHS = 5
+_LOG_BYTES = 10 * 2**20
+
+
+@dataclass
+class Child:
+    """One program, its log file, and how often it died of late."""
+
+    name: str
+    argv: Sequence[str]
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inherited: Sequence[int] = ()
+    """File descriptors that the child shares."""
+    process: subprocess.Popen[bytes] | None = None
+    deaths: int = 0
+    started: float = 0.0
+    again_at: float = 0.0
+
+    def start(self) -> None:
+        """Start it in a session of its own, so that Ctrl-C reaches us alone and we stop all in order."""
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.log.exists() and self.log.stat().st_size > _LOG_BYTES:
+            self.log.replace(self.log.with_suffix(".log.1"))
+        with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+            self.process = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment, **lifeline.environment_for_child()},
+                pass_fds=self.inherited,
+                start_new_session=True,
+            )
+        self.started = time.monotonic()
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def tend(self) -> str | None:
+        """Start the child again if it died and its pause is over; a sentence when there is something to say.
+
+        Raises:
+            Unavailable: it died too often in a row.
+        """
+        if self.alive:
+            return None
+        if self.process is not None:
+            return self._mourn(self.process.returncode)
+        if time.monotonic() >= self.again_at:
+            self.start()
+        return None
+
+    def _mourn(self, status: int) -> str:
+        lived = time.monotonic() - self.started
+        self.deaths = 1 if lived >= _HEALTHY_SECONDS else self.deaths + 1
+        if self.deaths > _MOST_DEATHS:
+            raise Unavailable(
+                f"the {self.name} ended {self.deaths} times ({_how(status)}); see {self.log}{_last_line(self.log)}"
+            )
+        pause = min(_FIRST_PAUSE * 2 ** (self.deaths - 1), _LONGEST_PAUSE)
+        self.process, self.again_at = None, time.monotonic() + pause
+        return f"the {self.name} ended ({_how(status)}); starting it again in {pause:g} s"
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the child, or, to kill, to all that is in its session's process group."""
+        if not self.alive or self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if number == signal.SIGKILL:
+                os.killpg(self.process.pid, number)
+            else:
+                self.process.send_signal(number)
+
+
+def stop(children: Sequence[Child], seconds: float) -> list[str]:
+    """Ask all to end, wait, and kill those that don't; the names of the killed ones."""
+    for child in children:
+        child.signal(signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while any(child.alive for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed = [child.name for child in children if child.alive]
+    for child in children:
+        child.signal(signal.SIGKILL)
+        if child.process is not None:
+            child.process.wait()
+    return killed
+
+
+def _how(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_bytes()[-4000:].decode("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    return f". It said: {lines[-1].strip()[:500]}" if lines else ""

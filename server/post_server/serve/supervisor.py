@@ -1,0 +1,233 @@
+"""``post serve``: every part of the provider's side on one machine, started, watched and stopped together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import redis
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from post_server.database import Database
+from post_server.serve import embedded_redis
+from post_server.serve.children import Child, stop
+from post_server.serve.home import announce, locked_home
+from post_server.settings import Settings
+from post_shared.errors import PostError, Unavailable
+
+_START_SECONDS = 120.0
+_TICK = 0.1
+
+Say = Callable[[str], None]
+
+
+def main(settings: Settings, say: Say | None = None) -> int:
+    """Serve until a signal comes; the exit status. What can't work is said in one line.
+
+    The URL goes to standard output when the server answers, everything else to ``say`` (standard error).
+    """
+    tell = say or _to_stderr
+    try:
+        with _signals() as stopping:
+            Supervisor(settings, stopping, tell).run()
+    except PostError as error:
+        tell(error.detail)
+        return 1
+    return 0
+
+
+class Stopping:
+    """What the signals said so far: nothing, stop (once), or stop now (again)."""
+
+    count = 0
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+
+class Supervisor:
+    """Starts the parts in order, tends them, and stops them in the opposite order."""
+
+    def __init__(self, settings: Settings, stopping: Stopping, say: Say) -> None:
+        self.settings, self.stopping, self.say = settings, stopping, say
+        self.redis: Child | None = None
+        self.parts: list[Child] = []
+
+    def run(self) -> None:
+        """Everything between start and stop.
+
+        Raises:
+            Unavailable: something can't be started, or a part died too often.
+        """
+        with ExitStack() as stack:
+            home = stack.enter_context(locked_home(self.settings.home))
+            listening = stack.enter_context(_listen(self.settings.host, self.settings.port))
+            url = _url(self.settings.host, listening)
+            _migrate(self.settings)
+            environment = _environment(self.settings)
+            stack.callback(self._stop)
+            if embedded_redis.is_embedded(self.settings):
+                path = stack.enter_context(embedded_redis.socket_path(home))
+                stack.callback(self._stop)  # before a temporary folder goes
+                environment["POST_REDIS_URL"] = f"unix://{path}"
+                self._start_redis(path)
+            _check_redis(environment.get("POST_REDIS_URL", self.settings.redis_url), self.redis, self.stopping)
+            self._start_parts(environment, listening.fileno())
+            if self._until_ready(url):
+                announce(home, url)
+                print(url, flush=True)
+                self._watch()
+
+    # --- the parts ------------------------------------------------------------------------------------
+
+    def _child(self, name: str, *arguments: str, **more: object) -> Child:
+        argv = [sys.executable, "-m", "post_server.serve.child", *arguments]
+        return Child(name, argv, self.settings.home / "logs" / f"{name}.log", **more)  # type: ignore[arg-type]
+
+    def _start_redis(self, path: Path) -> None:
+        command = embedded_redis.command(embedded_redis.find_program(), path)
+        self.redis = self._child("redis", "run", *command)
+        self.redis.start()
+
+    def _start_parts(self, environment: dict[str, str], listening: int) -> None:
+        self.parts = [
+            self._child("api", "api", str(listening), environment=environment, inherited=(listening,)),
+            self._child("worker", "worker", environment=environment),
+            self._child("predictor", "predictor", environment=environment),
+        ]
+        for child in self.parts:
+            child.start()
+
+    def _tend(self) -> None:
+        for child in [self.redis, *self.parts]:
+            if child is not None and (news := child.tend()):
+                self.say(news)
+        time.sleep(_TICK)
+
+    def _watch(self) -> None:
+        while not self.stopping:
+            self._tend()
+
+    def _until_ready(self, url: str) -> bool:
+        """Wait until the API says that it is ready; false when a signal came first."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.stopping:
+            self._tend()
+            try:
+                if httpx.get(f"{url}/readyz", timeout=2.0, trust_env=False).status_code == 200:
+                    return True
+            except httpx.HTTPError:
+                pass
+            if time.monotonic() > deadline:
+                logs = self.settings.home / "logs"
+                raise Unavailable(f"the server isn't ready after {_START_SECONDS:.0f} s; see {logs}")
+        return False
+
+    def _stop(self) -> None:
+        """Redis goes last: the others still talk to it while they end."""
+        parts, self.parts = self.parts, []
+        killed = stop(parts, self.settings.stop_seconds)
+        if self.redis is not None:
+            killed += stop([self.redis], 2.0)
+            self.redis = None
+        if killed:
+            self.say(f"had to kill: {', '.join(killed)}")
+
+
+# --- what can go wrong before anything runs -----------------------------------------------------------
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """The API's socket, bound here: port 0 gets its number, and a restarted API loses no connection."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+    except OSError as error:
+        raise Unavailable(f"can't listen on {host}: {error.strerror or error}") from error
+    with listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(address)
+            listening.listen(1024)
+        except OSError as error:
+            raise Unavailable(
+                f"can't listen on {host}, port {port}: {error.strerror}; choose another port (0 takes a free one)"
+            ) from error
+        yield listening
+
+
+def _url(host: str, listening: socket.socket) -> str:
+    port = listening.getsockname()[1]
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def _migrate(settings: Settings) -> None:
+    try:
+        shown = make_url(settings.database_url).render_as_string(hide_password=True)
+    except ArgumentError as error:
+        raise Unavailable(
+            "the database URL can't be read; it looks like postgresql+psycopg://user@host/name"
+        ) from error
+    try:
+        database = Database.from_settings(settings)
+        try:
+            database.migrate()
+        finally:
+            database.dispose()
+    except (NoSuchModuleError, ImportError) as error:
+        raise Unavailable(f"no driver for the database {shown}: {error}") from error
+    except (SQLAlchemyError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise Unavailable(f"the database {shown} can't be used: {reason}") from error
+
+
+def _check_redis(url: str, child: Child | None, stopping: Stopping) -> None:
+    """Wait for our own server's first answer; another one has to answer within a few seconds."""
+    deadline = time.monotonic() + 10.0
+    while not stopping:
+        try:
+            with redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=2.0) as client:
+                client.ping()
+            return
+        except (redis.RedisError, ValueError, OSError) as error:
+            ended = child is not None and not child.alive
+            if ended or time.monotonic() > deadline or isinstance(error, ValueError):
+                where = f"see {child.log}" if child else "check POST_REDIS_URL"
+                raise Unavailable(f"the Redis server doesn't answer: {error}; {where}") from error
+        time.sleep(0.05)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """The settings as environment variables: the parts see what we were given, wherever it came from."""
+    return {f"POST_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
+
+
+@contextmanager
+def _signals() -> Iterator[Stopping]:
+    stopping = Stopping()
+
+    def note(_number: int, _frame: object) -> None:
+        stopping.count += 1
+        if stopping.count > 2:  # who insists gets out at once; the parts end with us
+            os._exit(1)
+
+    kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _to_stderr(line: str) -> None:
+    print(f"post serve: {line}", file=sys.stderr, flush=True)

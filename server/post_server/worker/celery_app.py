@@ -1,0 +1,53 @@
+"""The Celery worker: hears the doorbell, hands the id to the supervisor, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+from celery import signals
+
+from post_server.database import Database
+from post_server.jobs.broker import RUN_JOB, celery_for
+from post_server.jobs.reconciler import Reconciler
+from post_server.logs import configure_logging
+from post_server.settings import Settings
+from post_server.worker.supervisor import JobSupervisor
+
+log = logging.getLogger("post.worker")
+
+
+def main(settings: Settings) -> int:
+    """Work until SIGTERM or SIGINT: then running jobs keep a checkpoint and go back into the queue."""
+    configure_logging(settings)
+    database, stopping = Database.from_settings(settings), threading.Event()
+    supervisor = JobSupervisor(settings, database, stopping)
+    supervisor.sweep()
+    app = celery_for(settings.redis_url)
+    app.task(supervisor.run, name=RUN_JOB, ignore_result=True, typing=False)
+
+    def note_stop(**_: Any) -> None:
+        stopping.set()
+
+    signals.worker_shutting_down.connect(note_stop)
+    reconciler = Reconciler(database, settings)
+    reconciler.start()
+    worker = app.Worker(
+        pool="threads",  # a thread only waits for the job's process
+        concurrency=settings.worker_jobs,
+        hostname=f"post-{os.getpid()}@%h",
+        loglevel=settings.log_level,
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+    )
+    try:
+        worker.start()
+    finally:
+        stopping.set()
+        reconciler.stop()
+        database.dispose()
+    return int(worker.exitcode or 0)

@@ -1,0 +1,159 @@
+"""The process of one job: ``python -m post_server.worker.process JOB_ID TOKEN``. Torch lives here.
+
+It writes how the job ended, if it still may. Otherwise its exit status tells the supervisor, which decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import OperationalError
+
+from post_server.database import Database
+from post_server.jobs import states
+from post_server.jobs.states import Lease, LeaseLost
+from post_server.logs import configure_logging
+from post_server.records import JobRow
+from post_server.settings import Settings, get_settings
+from post_server.storage import BlobStore
+from post_server.worker import lifeline
+from post_server.worker.reporter import JobReporter
+from post_server.worker.supervisor import work_folder
+from post_shared.errors import Cancelled, OutOfMemory, PostError
+
+if TYPE_CHECKING:
+    from post_server.worker.runners import Outcome
+
+ENDED, DATABASE_AWAY, INTERRUPTED, LOST = 0, 74, 75, 76
+"""Exit statuses: the row says how it ended; no database; a checkpoint was kept after SIGTERM; not our job."""
+
+log = logging.getLogger("post.job")
+
+
+class JobProcess:
+    """Runs one job under one lease."""
+
+    def __init__(self, settings: Settings, lease: Lease, interrupted: threading.Event) -> None:
+        self._settings, self._lease, self._interrupted = settings, lease, interrupted
+        self._database = Database.from_settings(settings)
+        self._store = BlobStore.from_settings(settings)
+        self._folder = work_folder(settings, lease.job_id)
+
+    def run(self) -> int:
+        """The exit status."""
+        try:
+            with self._alone():
+                return self._run()
+        except LeaseLost:
+            log.warning("the job belongs to someone else now", extra={"job": self._lease.job_id})
+            return LOST
+        except Cancelled:
+            return INTERRUPTED
+        except OperationalError as error:
+            log.error("database away: %s", error.orig, extra={"job": self._lease.job_id})
+            return DATABASE_AWAY
+        finally:
+            self._database.dispose()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for a former process of this job on this machine to end: it may still write its checkpoint."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self._folder / "lock").open("w") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self._stop_if_told()
+                    time.sleep(0.1)
+            yield
+
+    def _run(self) -> int:
+        with self._database.read() as session:
+            states.held_state(session, self._lease)
+            row = session.get_one(JobRow, self._lease.job_id)
+        try:
+            outcome = self._work(row)
+        except Cancelled:
+            raise
+        except PostError as error:
+            return self._fail(error)
+        except MemoryError:
+            return self._fail(_out_of_memory())
+        except (LeaseLost, OperationalError):
+            raise
+        except Exception as error:
+            if _is_out_of_memory(error):
+                return self._fail(_out_of_memory())
+            log.exception("job failed", extra={"job": row.id})
+            return self._fail(PostError("the job failed unexpectedly; the worker's log says more", job=row.id))
+        return self._finish(outcome)
+
+    def _work(self, row: JobRow) -> Outcome:
+        import torch  # slow, and of no use to a job that isn't ours any more
+
+        from post_server.worker.runners import RUNNERS, Work
+
+        if self._settings.threads:
+            torch.set_num_threads(self._settings.threads)
+        scratch = self._folder / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a former attempt
+        scratch.mkdir(parents=True)
+        reporter = JobReporter(self._database, self._lease, self._stop_if_told)
+        work = Work(row, self._database, self._store, self._settings, reporter, self._folder / "checkpoint", scratch)
+        return RUNNERS[row.kind](work)
+
+    def _finish(self, outcome: Outcome) -> int:
+        """The rows that the job made and its success, in one transaction under the token."""
+        try:
+            with self._database.write() as session:
+                result = outcome(session)  # stores blobs before its first statement
+                states.finish(session, self._lease, result)
+        except PostError as error:
+            return self._fail(error)
+        return ENDED
+
+    def _fail(self, error: PostError) -> int:
+        log.info("job failed: %s", error.code, extra={"job": self._lease.job_id})
+        with self._database.write() as session:
+            states.fail(session, self._lease, error)
+        return ENDED
+
+    def _stop_if_told(self) -> None:
+        if self._interrupted.is_set():
+            raise Cancelled("the job was told to stop")
+
+
+def _out_of_memory() -> OutOfMemory:
+    return OutOfMemory("memory ran out; use a smaller model, batch or sequence length")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch says it by a class on a GPU and by a text on a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def main(job_id: str, token: str) -> int:
+    """Run the job; SIGTERM, or the worker's death, makes it stop at its next step with a checkpoint."""
+    interrupted = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
+    settings = get_settings()
+    # Shorter than what is left of the lease when the worker has just died.
+    left = settings.lease_seconds - settings.heartbeat_seconds
+    lifeline.die_with_parent(max(0.2, min(settings.stop_seconds, left / 2)))
+    configure_logging(settings)
+    return JobProcess(settings, Lease(job_id, token), interrupted).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

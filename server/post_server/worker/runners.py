@@ -1,0 +1,232 @@
+"""What each kind of job does: fetch what it names, call the paper's function, hand over what it made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from post_server.database import Database
+from post_server.dataset_store import find_dataset
+from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.transfer import TransferConfig, choose_alpha, transfer
+from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
+from post_server.prompt_store import add_prompt
+from post_server.records import DatasetRow, JobRow, ModelRow, PromptRow
+from post_server.settings import Settings
+from post_server.storage import BlobStore
+from post_shared.data import Row, read_corpus, read_rows
+from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch
+from post_shared.evaluation import classify, exact_match, generate, score
+from post_shared.language_model import LanguageModel
+from post_shared.prompt_file import PromptFile, read_prompt, write_prompt
+from post_shared.schemas import (
+    DatasetKind,
+    DistillationCreate,
+    EvaluationCreate,
+    JobKind,
+    ModelRole,
+    PromptRole,
+    TransferCreate,
+)
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from post_shared.training import Progress, Reporter
+
+Outcome = Callable[[Session], dict[str, Any]]
+"""Adds the rows that a job made and returns its result. It runs in the transaction that ends the job."""
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job with all that it may use. ``scratch`` is empty at first; ``checkpoint`` survives a lost process."""
+
+    job: JobRow
+    database: Database
+    store: BlobStore
+    settings: Settings
+    report: Reporter
+    checkpoint: Path
+    scratch: Path
+
+    def load(self, row: ModelRow) -> LanguageModel:
+        """A stored model, memory-mapped from links to its blobs."""
+        folder = self.scratch / row.id
+        if not folder.exists():
+            materialise_model(self.store, row, folder)
+        return LanguageModel.load(folder, device=self.settings.device)
+
+    def texts(self, row: DatasetRow) -> list[str]:
+        """The texts of a public dataset."""
+        kind = "txt" if row.kind is DatasetKind.CORPUS else "jsonl"
+        return read_corpus(self.store.local_path(row.sha256), format=kind)  # type: ignore[arg-type]
+
+    def rows(self, row: DatasetRow) -> list[Row]:
+        """The labelled rows of a public dataset."""
+        if row.kind is not DatasetKind.ROWS:
+            raise InvalidInput(f"the dataset {row.name} is a corpus; rows with labels are needed")
+        return read_rows(self.store.local_path(row.sha256), format="jsonl")
+
+
+def run_distil(work: Work) -> Outcome:
+    """Target model + public text -> student (method §1)."""
+    request = DistillationCreate.model_validate(work.job.request)
+    with work.database.read() as session:
+        source = find_model(session, request.target, ModelRole.TARGET)
+        corpora = [find_dataset(session, name) for name in request.corpus]
+        if session.scalar(select(ModelRow.id).where(ModelRow.name == request.name)):
+            raise Conflict(f"There already is a model named {request.name!r}; choose another name.")
+    paragraphs = [text for corpus in corpora for text in work.texts(corpus)]
+    student = distil(
+        work.load(source),
+        paragraphs,
+        DistilConfig.from_request(request),
+        report=work.report,
+        checkpoint=work.checkpoint,
+        checkpoint_seconds=work.settings.checkpoint_seconds,
+    )
+    folder = work.scratch / "student"
+    student.save(folder)
+
+    def save(session: Session) -> dict[str, Any]:
+        facts = model_facts(student)
+        row = add_model(
+            session, work.store, folder, name=request.name, role=ModelRole.STUDENT, target_id=source.id, **facts
+        )
+        return {"model_id": row.id, "name": row.name, "hash": row.hash}
+
+    return save
+
+
+def run_transfer(work: Work) -> Outcome:
+    """Source prompt + public text -> target prompt (method §3)."""
+    request = TransferCreate.model_validate(work.job.request)
+    with work.database.read() as session:
+        source = _prompt(session, request.prompt, PromptRole.SOURCE)
+        target_row = find_model(session, request.target, ModelRole.TARGET)
+        dataset = find_dataset(session, request.dataset)
+        student_row = _student_of(session, source, target_row)
+    file, task = _read(work, source)
+    prompt = SoftPrompt(torch.from_numpy(file.embeddings))
+    target, student = work.load(target_row), work.load(student_row)
+    alpha = request.alpha
+    if alpha == "auto":
+        alpha = choose_alpha(target, student, task, prompt, work.rows(dataset)[: request.max_rows])
+    moved = transfer(
+        target,
+        student,
+        task,
+        prompt,
+        work.texts(dataset),
+        TransferConfig.from_request(request, float(alpha)),
+        report=work.report,
+        checkpoint=work.checkpoint,
+        checkpoint_seconds=work.settings.checkpoint_seconds,
+    )
+    # Post-processing of a private prompt costs nothing: the target prompt states the same (ε, δ).
+    data = write_prompt(
+        PromptFile(moved.prompt.embeddings.numpy(), target_row.hash, file.task, file.epsilon, file.delta)
+    )
+    losses = {"first_loss": moved.first_loss, "last_loss": moved.last_loss}
+
+    def save(session: Session) -> dict[str, Any]:
+        row, _ = add_prompt(
+            session,
+            work.store,
+            data,
+            role=PromptRole.TARGET,
+            owner_key_id=source.owner_key_id,
+            source_id=source.id,
+            max_bytes=work.settings.prompt_bytes,
+        )
+        known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+        return {"prompt_id": row.id, "alpha": moved.alpha, "steps": moved.steps, **known}
+
+    return save
+
+
+def run_evaluate(work: Work) -> Outcome:
+    """Model, with or without a prompt, on labelled public rows."""
+    request = EvaluationCreate.model_validate(work.job.request)
+    with work.database.read() as session:
+        row = find_model(session, request.model)
+        dataset = find_dataset(session, request.dataset)
+        asked = _prompt(session, request.prompt) if request.prompt else None
+    prompt: torch.Tensor | None = None
+    if asked is not None:
+        file, task = _read(work, asked)
+        prompt = torch.from_numpy(file.embeddings)
+    elif request.task is not None:
+        task = Task.from_form(request.task)
+    else:
+        raise InvalidInput("an evaluation needs a prompt or a task")
+    rows = work.rows(dataset)[: request.max_rows]
+    model = work.load(row)
+    result = _measure(model, task, rows, prompt, work.report)
+    return lambda session: result
+
+
+RUNNERS: dict[JobKind, Callable[[Work], Outcome]] = {
+    JobKind.DISTIL: run_distil,
+    JobKind.TRANSFER: run_transfer,
+    JobKind.EVALUATE: run_evaluate,
+}
+
+
+def _measure(
+    model: LanguageModel, task: Task, rows: Sequence[Row], prompt: torch.Tensor | None, report: Reporter
+) -> dict[str, Any]:
+    """As :func:`post_shared.evaluation.evaluate`, in pieces, so that it can be watched and stopped."""
+    if any(row.label is None for row in rows):
+        raise InvalidInput("an evaluation needs labelled rows; this dataset has rows without a label")
+    labels = [str(row.label) for row in rows]
+    unknown = sorted(set(labels) - set(task.labels))
+    if unknown and not task.is_generation:
+        raise InvalidInput(f"the dataset has labels that the task doesn't know: {', '.join(unknown[:10])}")
+    kept = model.prefix(prompt) if prompt is not None and model.kind == "causal" else prompt
+    guesses: list[int] = []
+    answers: list[str] = []
+    for at in range(0, len(rows), _CHUNK):
+        texts = [row.text for row in rows[at : at + _CHUNK]]
+        if task.is_generation:
+            answers += generate(model, task, texts, prompt)
+        else:
+            guesses += classify(model, task, texts, kept).argmax(-1).tolist()
+        report(Progress(min(at + _CHUNK, len(rows)), len(rows), "evaluate"))
+    if task.is_generation:
+        return {"accuracy": exact_match(answers, labels), "rows": len(rows), "recall": {}}
+    return asdict(score(task, guesses, labels))
+
+
+def _prompt(session: Session, prompt_id: str, role: PromptRole | None = None) -> PromptRow:
+    row = session.get(PromptRow, prompt_id)
+    if row is None or (role is not None and row.role is not role):
+        raise NotFound(f"There is no {role.value + ' ' if role else ''}prompt {prompt_id!r}.", prompt=prompt_id)
+    return row
+
+
+def _student_of(session: Session, prompt: PromptRow, target: ModelRow) -> ModelRow:
+    """The model that the prompt was tuned on; it has to come from the target model."""
+    student = find_model_by_hash(session, prompt.model_hash)
+    if student is None:
+        raise PromptMismatch(f"No model here has the hash {prompt.model_hash}.", model_hash=prompt.model_hash)
+    origin = session.get(ModelRow, student.target_id) if student.target_id else None
+    if origin is not None and origin.hash != target.hash:
+        raise PromptMismatch(
+            f"The prompt was tuned on {student.name}, a student of {origin.name}, not of {target.name}; "
+            f"transfer to {origin.name}, or tune on a student of {target.name}."
+        )
+    return student
+
+
+def _read(work: Work, row: PromptRow) -> tuple[PromptFile, Task]:
+    file = read_prompt(work.store.read(row.sha256), max_bytes=work.settings.prompt_bytes)
+    return file, Task.from_form(file.task)

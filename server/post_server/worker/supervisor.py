@@ -1,0 +1,211 @@
+"""One supervised process per job: torch lives there, so a cancel works and a crash takes nothing else along."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from post_server.database import Database
+from post_server.jobs import doorbell, states
+from post_server.jobs.states import Lease, LeaseLost
+from post_server.records import JobRow
+from post_server.settings import Settings
+from post_server.worker import lifeline
+from post_shared.errors import JobKilled
+from post_shared.schemas import JobState
+
+log = logging.getLogger("post.worker")
+
+_TICK = 0.1
+_LOOK_SECONDS = 1.0
+"""How often the row is looked at, so that a cancel is heard long before the next heartbeat."""
+
+
+def work_folder(settings: Settings, job_id: str) -> Path:
+    """Where a job keeps its checkpoint; it outlives the process and goes when the job ends."""
+    return settings.home / "work" / job_id
+
+
+@dataclass
+class _Attempt:
+    """A running job process and what was said to it."""
+
+    lease: Lease
+    attempt: int
+    process: subprocess.Popen[bytes]
+    kill_at: float | None = None
+    lost: bool = False
+    asked_by_us: bool = False
+    """A signal came from us: to stop the worker, or for a cancel."""
+
+
+class JobSupervisor:
+    """Claims a job, watches its process and writes what became of it when the process itself couldn't."""
+
+    def __init__(self, settings: Settings, database: Database, stopping: threading.Event) -> None:
+        self._settings, self._database, self._stopping = settings, database, stopping
+
+    def run(self, job_id: str) -> None:
+        """Do the job if it is to be had; a second delivery of the same id finds that it isn't."""
+        if self._stopping.is_set():
+            return
+        settings = self._settings
+        with self._database.write() as session:
+            claimed = states.claim(
+                session, job_id, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts
+            )
+        if claimed is None:
+            return
+        row, lease = claimed
+        log.info("job started", extra={"job": job_id, "attempt": row.attempt})
+        attempt = _Attempt(lease, row.attempt, self._start(lease))
+        try:
+            self._attend(attempt)
+        finally:  # whatever happens here, no process stays behind
+            _kill(attempt.process)
+        self._settle(attempt)
+
+    def sweep(self) -> None:
+        """Remove the work folders of jobs that have ended; call it when the worker starts."""
+        folder = self._settings.home / "work"
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with self._database.read() as session:
+                row = session.get(JobRow, path.name)
+            if row is None or row.state.ended:
+                shutil.rmtree(path, ignore_errors=True)
+
+    # --- while it runs --------------------------------------------------------------------------------
+
+    def _start(self, lease: Lease) -> subprocess.Popen[bytes]:
+        settings = {f"POST_{name.upper()}": str(value) for name, value in self._settings.model_dump().items()}
+        return subprocess.Popen(
+            [sys.executable, "-m", "post_server.worker.process", lease.job_id, lease.token],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **settings, **lifeline.environment_for_child()},
+            start_new_session=True,
+        )
+
+    def _attend(self, attempt: _Attempt) -> None:
+        """Until the process has ended: renew the lease, pass on a cancel or a stop, kill what doesn't obey."""
+        heard = beaten = time.monotonic()
+        while attempt.process.poll() is None:
+            at = time.monotonic()
+            if at - beaten >= self._settings.heartbeat_seconds or at - heard >= _LOOK_SECONDS:
+                heard = at
+                if self._look(attempt, beat=at - beaten >= self._settings.heartbeat_seconds):
+                    beaten = at
+            if self._stopping.is_set():
+                self._ask_to_end(attempt, self._settings.stop_seconds / 2)
+            overdue = attempt.kill_at is not None and at > attempt.kill_at
+            silent = at - beaten > self._settings.lease_seconds  # others may have the job by now
+            if overdue or silent or attempt.lost:
+                _kill(attempt.process)
+            time.sleep(_TICK)
+
+    def _look(self, attempt: _Attempt, *, beat: bool) -> bool:
+        """Read the row, renewing the lease if it's time; whether that worked."""
+        try:
+            if beat:
+                with self._database.write() as session:
+                    seconds = self._settings.lease_seconds
+                    state = states.heartbeat(session, attempt.lease, lease_seconds=seconds)
+            else:
+                with self._database.read() as session:
+                    state = states.held_state(session, attempt.lease)
+        except LeaseLost:
+            # The process may have ended the job a moment ago; if it hasn't, it mustn't go on.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                attempt.process.wait(2.0)
+            attempt.lost = True
+            return False
+        except OperationalError as error:
+            log.warning("database away: %s", error.orig, extra={"job": attempt.lease.job_id})
+            return False
+        if state is JobState.CANCELLING:
+            self._ask_to_end(attempt, self._settings.cancel_grace_seconds)
+        return beat
+
+    def _ask_to_end(self, attempt: _Attempt, grace: float) -> None:
+        latest = time.monotonic() + grace
+        if not attempt.asked_by_us:
+            attempt.asked_by_us = True
+            attempt.process.send_signal(signal.SIGTERM)
+        attempt.kill_at = latest if attempt.kill_at is None else min(attempt.kill_at, latest)
+
+    # --- afterwards -----------------------------------------------------------------------------------
+
+    def _settle(self, attempt: _Attempt) -> None:
+        """Write what became of the job, unless its process did so or someone else has it."""
+        job_id, status = attempt.lease.job_id, attempt.process.wait()
+        again = False
+        try:
+            with self._database.write() as session:
+                again = self._write_end(session, attempt, status)
+        except LeaseLost:
+            pass
+        except OperationalError as error:
+            log.warning("database away: %s", error.orig, extra={"job": job_id})
+            return  # the lease runs out and the reconciler takes over
+        with self._database.read() as session:
+            row = session.get(JobRow, job_id)
+        if row is None or row.state.ended:
+            shutil.rmtree(work_folder(self._settings, job_id), ignore_errors=True)
+        log.info("job left", extra={"job": job_id, "state": row.state.value if row else "gone", "exit": status})
+        if again:
+            doorbell.ring(job_id, self._settings)
+
+    def _write_end(self, session: Session, attempt: _Attempt, status: int) -> bool:
+        """The state after a process that left none; whether the job waits in the queue again."""
+        lease = attempt.lease
+        state = states.held_state(session, lease)
+        if state is JobState.CANCELLING:
+            states.cancel(session, lease)
+            return False
+        if self._stopping.is_set():
+            states.release(session, lease, reason="worker_stopped", give_attempt_back=True)
+            return True
+        if attempt.attempt < self._settings.max_attempts:
+            states.release(session, lease, reason=f"process ended with {_how(status)}")
+            return True
+        states.fail(session, lease, _killed(status, attempt.attempt))
+        return False
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and all that it started."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
+
+
+def _killed(status: int, attempts: int) -> JobKilled:
+    times = "once" if attempts == 1 else f"{attempts} times"
+    if status == -signal.SIGKILL:
+        return JobKilled(
+            f"its process was killed {times}, which the system does when memory runs out; use a smaller model, "
+            "batch or sequence length, or a machine with more memory",
+            signal=signal.SIGKILL.value,
+        )
+    return JobKilled(f"its process ended {times} ({_how(status)}); see the worker's log", exit_status=status)
