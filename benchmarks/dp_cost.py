@@ -1,0 +1,107 @@
+"""What differential privacy costs per step of tuning: both kinds of step in turn, on the same batches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tests.models import WORDS, tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from post_client.privacy import PrivacyConfig
+from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
+from post_shared.batches import Batch
+from post_shared.data import Row
+from post_shared.language_model import LanguageModel
+from post_shared.tasks import Task
+from post_shared.training import PromptAdam, PromptOptimizer
+
+LABEL_WORDS = {"negative": ("terrible", "bad"), "positive": ("great", "good")}
+
+
+def student_shaped_model(layers: int) -> LanguageModel:
+    """Random weights in the shape of the demo's student."""
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return LanguageModel(AutoModelForCausalLM.from_config(config), tokenizer(masked=False))
+
+
+def reviews(count: int, seed: int = 0) -> list[Row]:
+    """Rows of 10 to 40 words, about as long as movie reviews of one sentence."""
+    draw = random.Random(seed)
+    labels = sorted(LABEL_WORDS)
+    return [Row(" ".join(draw.choices(WORDS, k=draw.randint(10, 40))), labels[i % 2]) for i in range(count)]
+
+
+def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -> dict[str, float]:
+    """Median seconds of each kind of step, and the median of the pairs' ratios."""
+    task, rows, tune = Task("{text}, it was", LABEL_WORDS), reviews(batch_size * 20), TuneConfig(length=length)
+    encoded, loss = encode_private(model, task, rows, tune), tuning_objective(model, task)
+    start = starting_prompt(model, task, length).embeddings
+    plan = PrivacyConfig(micro_batch_size=batch_size).plan(len(rows), batch_size=batch_size, steps=steps)
+    plain = PromptAdam(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
+    private = plan.optimizer(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
+    draw, pairs = random.Random(1), []
+    for step in range(steps + 2):
+        batch = Batch(encoded, tuple(draw.sample(range(len(rows)), batch_size)))
+        order: list[tuple[str, PromptOptimizer]] = [("plain", plain), ("private", private)]
+        seconds = {name: _seconds(optimizer, loss, batch) for name, optimizer in order[:: 1 if step % 2 else -1]}
+        if step >= 2:  # the first ones warm up
+            pairs.append(seconds)
+    return {
+        "plain_seconds": statistics.median(pair["plain"] for pair in pairs),
+        "private_seconds": statistics.median(pair["private"] for pair in pairs),
+        "ratio": statistics.median(pair["private"] / pair["plain"] for pair in pairs),
+    }
+
+
+def _seconds(optimizer: PromptOptimizer, loss: object, batch: Batch) -> float:
+    fresh = Batch(batch.encoded, batch.index)  # neither kind of step profits from what the other one cached
+    began = time.perf_counter()
+    optimizer.update(loss, fresh)  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="folder of a real model instead of random weights")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=20, help="vectors in the prompt")
+    parser.add_argument("--steps", type=int, default=20, help="measured pairs")
+    given = parser.parse_args()
+    model = LanguageModel.load(given.model) if given.model else student_shaped_model(given.layers)
+    result = measure(model, batch_size=given.batch_size, steps=given.steps, length=given.length)
+    about = {
+        "batch_size": given.batch_size,
+        "length": given.length,
+        "pairs": given.steps,
+        "layers": model.layers,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    print(json.dumps(about | {name: round(value, 4) for name, value in result.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
