@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format install clean
+.PHONY: help demo test test-slow lint format docs install clean
 
 help:
 	@echo 'make demo       the whole journey on a real model and real text   ARGS="--report r.json --fast ..."'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-slow  the tests that need the real model or minutes'
 	@echo 'make lint       ruff, ruff format --check, mypy --strict'
 	@echo 'make format     ruff format and the fixes that ruff makes by itself'
+	@echo 'make docs       fill the tables of the reference pages from the code'
 	@echo 'make install    only the virtual environment'
 	@echo 'make clean      remove the virtual environment and every cache'
 	@echo 'PYTHON=python3.12 picks the interpreter (3.11 or later).'
@@ -37,6 +38,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(STAMP)
+	$(BIN)/python docs/tables.py
 
 install: $(STAMP)
 
