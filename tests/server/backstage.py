@@ -1,0 +1,150 @@
+"""What the tests of jobs and predictions need: tiny stored models and real processes to start and kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import redis
+from sqlalchemy import select
+
+from post_server.database import Database
+from post_server.jobs import states
+from post_server.keys import create_key
+from post_server.records import ApiKeyRow, JobEventRow, JobRow, ModelRow
+from post_server.serve import embedded_redis
+from post_server.settings import Settings
+from post_server.storage import BlobStore
+from post_shared.schemas import JobKind, JobState, ModelRole, Role
+
+
+T = TypeVar("T")
+
+
+def wait_for(look: Callable[[], T], seconds: float = 30.0, pause: float = 0.05) -> T:
+    """The first true value that ``look`` gives."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"nothing within {seconds} s: {look}")
+        time.sleep(pause)
+    return found
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The settings as a process sees them."""
+    return os.environ | {f"POST_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
+
+
+class Backstage:
+    """One server's insides. Everything that was started is gone after :meth:`close`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.database = Database.from_settings(settings)
+        self.database.migrate()
+        self.store = BlobStore.from_settings(settings)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        with self.database.write() as session:
+            self.provider = create_key(session, name="provider", role=Role.PROVIDER)[0]
+            self.owner = create_key(session, name="owner", role=Role.OWNER)[0]
+
+    # --- processes ------------------------------------------------------------------------------------
+
+    def start(self, *argv: str) -> subprocess.Popen[bytes]:
+        log = (self.settings.home / "test.log").open("ab")
+        with log:
+            process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment(self.settings))
+        self._processes.append(process)
+        return process
+
+    def start_redis(self) -> subprocess.Popen[bytes]:
+        socket = self.settings.home / "redis.sock"
+        process = self.start(*embedded_redis.command(embedded_redis.find_program(), socket))
+        wait_for(self._pings, 10.0, 0.01)
+        return process
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        return self.start(sys.executable, "-m", "post_server.worker")
+
+    def start_predictor(self) -> subprocess.Popen[bytes]:
+        return self.start(sys.executable, "-m", "post_server.predictor")
+
+    def log(self) -> str:
+        return (self.settings.home / "test.log").read_text("utf-8", "replace")
+
+    def close(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                        each.send_signal(signal.SIGKILL)
+            process.wait()
+        self.database.dispose()
+
+    def _pings(self) -> bool:
+        try:
+            with redis.Redis.from_url(self.settings.redis_url) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    # --- rows -----------------------------------------------------------------------------------------
+
+    def add_target(self, *, name: str = "target", layers: int = 4, family: str = "llama") -> ModelRow:
+        from post_server.model_store import add_model, model_facts
+        from tests.models import tiny_model
+
+        model = tiny_model(family, layers=layers)
+        folder = self.settings.home / f"{name}-saved"
+        model.save(folder)
+        with self.database.write() as session:
+            return add_model(session, self.store, folder, name=name, role=ModelRole.TARGET, **model_facts(model))
+
+    def add_job(self, kind: JobKind, request: dict[str, Any], owner: ApiKeyRow | None = None) -> str:
+        row = JobRow(kind=kind, request=request, owner_key_id=(owner or self.provider).id)
+        with self.database.write() as session:
+            states.announce(session, row)
+        return row.id
+
+    def job(self, job_id: str) -> JobRow:
+        with self.database.read() as session:
+            return session.get_one(JobRow, job_id)
+
+    def events(self, job_id: str) -> list[JobEventRow]:
+        with self.database.read() as session:
+            statement = select(JobEventRow).where(JobEventRow.job_id == job_id)
+            return list(session.scalars(statement.order_by(JobEventRow.sequence)))
+
+    def ended(self, job_id: str, seconds: float = 60.0) -> JobRow:
+        wait_for(lambda: self.job(job_id).state.ended, seconds)
+        return self.job(job_id)
+
+    def reaches(self, job_id: str, *, stage: str, progress: float = 0.0, seconds: float = 60.0) -> JobRow:
+        """Wait until the running job reports that stage; an ended job is an error."""
+
+        def there() -> bool:
+            row = self.job(job_id)
+            assert not row.state.ended, (row.state, row.error, self.log())
+            return row.state is JobState.RUNNING and row.stage == stage and row.progress >= progress
+
+        wait_for(there, seconds, 0.02)
+        return self.job(job_id)
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Every process whose POST_HOME is that folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("POST_HOME") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
