@@ -11,8 +11,7 @@ from post_server.records import ApiKeyRow, DatasetRow, JobRow, ModelRow, PromptR
 from post_server.storage import BlobStore
 from post_shared.errors import Conflict, NotFound, PromptMismatch
 from post_shared.prompt_file import PromptFile, read_prompt
-from post_shared.schemas import JobState, Prompt, PromptRole, Role, TaskForm
-from post_shared.tasks import Task
+from post_shared.schemas import JobState, Prompt, PromptRole, Role
 
 ENDED = [state for state in JobState if state.ended]
 
@@ -34,11 +33,9 @@ def add_prompt(
 
     Raises:
         PromptFileInvalid: the bytes are no prompt file.
-        TaskInvalid: its template or label words can't be used.
         PromptMismatch: its model isn't here, or the model has another width.
     """
     prompt = read_prompt(data, max_bytes=max_bytes)
-    form = _task_form(prompt)
     guard_blobs(session)
     model = _model_of(session, prompt)
     sha256 = store.put(data)
@@ -48,15 +45,14 @@ def add_prompt(
         )
         if (existing := session.scalar(same)) is not None:
             return existing, False
-    length, width = prompt.embeddings.shape
     row = PromptRow(
         role=role,
         owner_key_id=owner_key_id,
         model_id=model.id,
         model_hash=model.hash,
-        length=length,
-        width=width,
-        task=form.model_dump(mode="json"),
+        length=prompt.length,
+        width=prompt.width,
+        task=prompt.task.model_dump(mode="json"),
         epsilon=prompt.epsilon,
         delta=prompt.delta,
         sha256=sha256,
@@ -106,12 +102,6 @@ def _uses(session: Session, column: object, sha256: str) -> bool:
     return bool(session.scalar(statement))
 
 
-def _task_form(prompt: PromptFile) -> TaskForm:
-    task = prompt.task
-    form = task if isinstance(task, TaskForm) else task.form()
-    return Task.from_form(form).form()  # refuses what can't be used
-
-
 def _model_of(session: Session, prompt: PromptFile) -> ModelRow:
     model = find_model_by_hash(session, prompt.model_hash)
     if model is None:
@@ -119,11 +109,10 @@ def _model_of(session: Session, prompt: PromptFile) -> ModelRow:
             f"No model here has the hash {prompt.model_hash}; pull the student again and tune on it.",
             model_hash=prompt.model_hash,
         )
-    width = int(prompt.embeddings.shape[1])
-    if width != model.hidden_size:
+    if prompt.width != model.hidden_size:
         raise PromptMismatch(
-            f"The prompt is {width} wide, the model {model.name} {model.hidden_size}.",
-            width=width,
+            f"The prompt is {prompt.width} wide, the model {model.name} {model.hidden_size}.",
+            width=prompt.width,
             hidden_size=model.hidden_size,
         )
     return model

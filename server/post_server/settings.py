@@ -48,6 +48,8 @@ class Settings(BaseSettings):
 
     prompt_bytes: int = Field(default=64 * 2**20, description="Largest prompt file.")
     dataset_bytes: int = Field(default=2 * 2**30, description="Largest dataset upload.")
+    document_bytes: int = Field(default=32 * 2**20, description="Largest JSON document.")
+    jobs_per_key: int = Field(default=100, ge=1, description="Jobs of one API key that have not ended.")
     prediction_seconds: float = Field(default=120.0, gt=0, description="How long a request waits for a prediction.")
     log_level: str = "INFO"
     log_json: bool = True

@@ -61,14 +61,26 @@ def read_rows(
     Raises:
         DataInvalid: names the file, the line (or row) and the column.
     """
-    name, places = _open(source, label_column, format)
-    rows = []
-    for where, columns in places:
-        text = _text(where, columns, text_column)
-        rows.append(Row(text, _label(where, columns, label_column, labels)))
+    wanted = iter_rows(source, text_column=text_column, label_column=label_column, labels=labels, format=format)
+    rows = list(wanted)
     if not rows:
+        name = Path(source).name if isinstance(source, str | Path) else "the data set"
         raise DataInvalid(f"{name}: there are no rows")
     return rows
+
+
+def iter_rows(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    text_column: str = "text",
+    label_column: str | None = "label",
+    labels: Collection[str] | None = None,
+    format: Format | None = None,
+) -> Iterator[Row]:
+    """The rows of :func:`read_rows` one by one, for files that don't fit into memory."""
+    for where, columns in _open(source, label_column, format):
+        text = _text(where, columns, text_column)
+        yield Row(text, _label(where, columns, label_column, labels))
 
 
 def read_corpus(source: str | Path, *, text_column: str = "text", format: Format | None = None) -> list[str]:
@@ -80,10 +92,15 @@ def read_corpus(source: str | Path, *, text_column: str = "text", format: Format
     path = Path(source)
     if (format or _format(path)) != "txt":
         return [row.text for row in read_rows(path, text_column=text_column, label_column=None, format=format)]
-    paragraphs = [line.strip() for _, line in _lines(path) if line.strip()]
+    paragraphs = list(iter_paragraphs(path))
     if not paragraphs:
         raise DataInvalid(f"{path.name}: there is no text in it")
     return paragraphs
+
+
+def iter_paragraphs(source: str | Path) -> Iterator[str]:
+    """The lines of a text file that aren't blank, one by one."""
+    return (line.strip() for _, line in _lines(Path(source)) if line.strip())
 
 
 # --- columns ------------------------------------------------------------------------------------------
@@ -134,17 +151,17 @@ def _kind(value: Any) -> str:
 
 def _open(
     source: str | Path | Iterable[Mapping[str, Any]], label_column: str | None, format: Format | None
-) -> tuple[str, Iterator[Place]]:
+) -> Iterator[Place]:
     if isinstance(source, str | Path):
         path = Path(source)
         found = format or _format(path)
         if found not in _READERS:
             raise DataInvalid(f"{path.name}: plain text has no rows; give .jsonl, .csv or .parquet")
-        return path.name, _READERS[found](path)
+        return _READERS[found](path)
     if isinstance(source, Mapping):
         names = ", ".join(str(name) for name in source)
         raise DataInvalid(f"the data set has several splits; pass one of them: {names}")
-    return "the data set", _mappings(source, label_column)
+    return _mappings(source, label_column)
 
 
 def _format(path: Path) -> Format:
