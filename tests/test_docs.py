@@ -16,7 +16,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench
 
 def _tables() -> ModuleType:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -43,26 +44,24 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def _commands() -> set[str]:
-    return set(re.findall(r"^### `post ([a-z -]+)`$", (ROOT / "docs" / "reference-cli.md").read_text("utf-8"), re.M))
+def _command_lines(page: Path) -> list[list[str]]:
+    """The words after ``post`` of each such line in a code block; comments are left out."""
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", page.read_text("utf-8"), re.S)
+    lines = [line.split("#")[0] for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
+    found = [re.search(r"(?:^|\s)post ([a-z].*)", line) for line in lines]
+    return [match[1].split() for match in found if match]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_code_blocks_exist(page: Path) -> None:
     """Every ``post VERB`` in a code block is a command, and its long options are that command's."""
     reference = (ROOT / "docs" / "reference-cli.md").read_text("utf-8")
-    known = _commands()
-    for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text("utf-8"), re.S):
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-            found = re.match(r"\s*(?:\$ )?(?:\.venv/bin/)?post ([a-z][a-z -]*?)(?=\s+[^a-z\s]|\s*$|\s+[a-z]+[./_]|\s)", line)
-            if not found:
-                continue
-            words = line[found.start(1) :].split()
-            verb = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
-            assert verb in known, f"{page.name}: {line.strip()}"
-            section = reference.split(f"### `post {verb}`\n")[1].split("\n### ")[0]
-            for option in re.findall(r"\s(--[a-z-]+)", line.split("#")[0]):
-                assert f"`{option}`" in section, f"{page.name}: {option} in {line.strip()}"
+    sections = {part.split("`")[0]: part for part in reference.split("### `post ")[1:]}
+    for words in _command_lines(page):
+        verb = next((verb for verb in (" ".join(words[:2]), words[0]) if verb in sections), None)
+        assert verb is not None, f"{page.name}: post {' '.join(words)}"
+        for option in (word.split("=")[0] for word in words if word.startswith("--")):
+            assert f"`{option}`" in sections[verb], f"{page.name}: {option} in post {' '.join(words)}"
 
 
 def test_picture_is_svg_for_light_and_dark() -> None:
