@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def copy_student(target: LanguageModel, kept: Sequence[int]) -> LanguageModel:
     for at, layer in enumerate(getattr(*layers_of(_wrapped(model, target)))):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = at  # type: ignore[assignment]
+                module.layer_idx = at
     return _wrapped(model.float(), target)
 
 
@@ -94,7 +95,7 @@ def fold(target: LanguageModel, student: LanguageModel, kept: Sequence[int], blo
     Raises:
         InvalidInput: the layers aren't of the kind "residual + MLP output", so there is nothing to fold into.
     """
-    for place, (layer, following) in enumerate(zip(kept[:-1], kept[1:], strict=True)):
+    for place, (layer, following) in enumerate(pairwise(kept)):
         if following != layer + 1:
             _fold_gap(target, student, place, following, blocks)
     if kept[-1] != target.layers - 1:
@@ -129,17 +130,18 @@ def mlp_output(layer: nn.Module, width: int) -> nn.Module:
     Raises:
         InvalidInput: there is none.
     """
-    found = [m for m in layer.modules() if _sizes(m) and _sizes(m)[1] == width and _sizes(m)[0] > width]
+    sizes = [(module, *_sizes(module)) for module in layer.modules()]
+    found = [module for module, inputs, outputs in sizes if outputs == width and inputs > width]
     if not found:
         raise InvalidInput("the layer's MLP has no output matrix to fold into; use start='copy'")
     return found[-1]
 
 
-def _sizes(module: nn.Module) -> tuple[int, int] | tuple[()]:
-    """(inputs, outputs) of a matrix module, whichever way round it keeps its weight."""
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a matrix module, whichever way round it keeps its weight; zeros for any other module."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(module, nn.Embedding):
-        return ()
+        return 0, 0
     if isinstance(module, nn.Linear):
         return weight.shape[1], weight.shape[0]
     return weight.shape[0], weight.shape[1]  # GPT-2's Conv1D keeps it transposed

@@ -23,7 +23,7 @@ from post_shared.losses import alpha_heuristic, divergence, soften, transfer_los
 from post_shared.schemas import TransferCreate
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
-from post_shared.training import Checkpoint, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
+from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def constants(
     counts = torch.tensor([len(row.positions) for row in encoded.rows])
     first = torch.cumsum(counts, 0) - counts
     total = int(counts.sum())
-    kept = Constants(*(torch.empty(total, target.vocabulary) for _ in range(3)), first)
+    student_logits, student_plain, target_plain = (torch.empty(total, target.vocabulary) for _ in range(3))
+    kept = Constants(student_logits, student_plain, target_plain, first)
     batches = list(encoded.in_order_of_length(batch_size))
     for step, batch in enumerate(batches, 1):
         at = kept.of(batch)
@@ -121,7 +122,7 @@ def constants(
     return kept
 
 
-def transfer_objective(target: LanguageModel, known: Constants, alpha: float, temperature: float):  # type: ignore[no-untyped-def]
+def transfer_objective(target: LanguageModel, known: Constants, alpha: float, temperature: float) -> Loss:
     """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``, with all that is constant already softened."""
     imitated = soften(known.student, temperature)  # (N, V): what Eq. 4 imitates
     shift = soften(known.student - known.student_plain, temperature)  # (N, V): the change that Eq. 5 reproduces

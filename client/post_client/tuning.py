@@ -1,0 +1,163 @@
+"""Tune a soft prompt on the student with private data (method §2), plainly or with differential privacy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from post_client.privacy import PrivacyConfig, PrivacyStatement
+from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows, label_words
+from post_shared.data import Row
+from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.evaluation import check_labels
+from post_shared.language_model import LanguageModel
+from post_shared.losses import answer_loss, label_word_loss
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import MASK, TEXT, Task
+from post_shared.training import (
+    Checkpoint,
+    Loss,
+    PromptAdam,
+    PromptOptimizer,
+    Reporter,
+    fingerprint,
+    ignore,
+    train_prompt,
+)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How to tune. ``learning_rate`` falls linearly to 0; on a small student it matters more than all else."""
+
+    length: int = 20
+    steps: int = 300
+    batch_size: int = 16
+    learning_rate: float = 0.05
+    max_length: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.length, self.steps, self.batch_size, self.max_length) < 1:
+            raise InvalidInput("length, steps, batch size and maximum length are at least 1")
+        if self.learning_rate <= 0:
+            raise InvalidInput(f"the learning rate is above 0, not {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """``prompt`` may leave the machine; the rest of what tuning saw may not.
+
+    ``statement`` says what is guaranteed about it; None when it was tuned without differential privacy.
+    """
+
+    prompt: SoftPrompt
+    statement: PrivacyStatement | None
+
+
+def tuning_objective(model: LanguageModel, task: Task) -> Loss:
+    """``loss(prompt, batch) -> (B,)``: cross-entropy of the label-word scores, or over the answer's tokens."""
+    if task.is_generation:
+
+        def generation(prompt: Tensor, batch: Batch) -> Tensor:
+            logits = model.answer_logits(batch, prompt)  # (P, V)
+            place = logits.device
+            return answer_loss(logits, batch.tokens.to(place), batch.rows.to(place), len(batch))
+
+        return generation
+    words = label_words(model, task)
+
+    def classification(prompt: Tensor, batch: Batch) -> Tensor:
+        scores = words.scores(model.answer_logits(batch, prompt))  # (B, C)
+        return label_word_loss(scores, batch.labels.to(scores.device))
+
+    return classification
+
+
+def starting_prompt(model: LanguageModel, task: Task, length: int) -> SoftPrompt:
+    """From the task's description, or else from its template: a text that states the task."""
+    text = task.description or task.template.replace(TEXT, " ").replace(MASK, " ").strip() or "Answer:"
+    return SoftPrompt.from_text(model, text, length)
+
+
+def check_rows(task: Task, rows: Sequence[Row]) -> None:
+    """Raise :class:`DataInvalid` on data that can't be tuned on: empty, unlabelled, foreign labels, one class."""
+    if not rows:
+        raise DataInvalid("there are no rows to tune on")
+    unlabelled = sum(row.label is None for row in rows)
+    if unlabelled:
+        raise DataInvalid(f"{unlabelled} of {len(rows)} rows have no label; tuning needs one for each")
+    if not task.is_generation:
+        check_labels(task, rows)
+        seen = Counter(row.label for row in rows)
+        if len(seen) < 2:
+            raise DataInvalid(
+                f"all {len(rows)} rows have the label {next(iter(seen))!r}; tuning needs two classes at least"
+            )
+
+
+def encode_private(model: LanguageModel, task: Task, rows: Sequence[Row], config: TuneConfig) -> EncodedRows:
+    """The private rows as token ids, with room for the prompt."""
+    texts, labels = [row.text for row in rows], [row.label for row in rows]
+    return encode_rows(model, task, texts, config.max_length, labels=labels, room=config.length)
+
+
+def tune(
+    student: LanguageModel,
+    task: Task,
+    rows: Sequence[Row],
+    config: TuneConfig,
+    *,
+    privacy: PrivacyConfig | None,
+    report: Reporter = ignore,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> TuneResult:
+    """Tune a prompt for ``task`` on the frozen ``student``; with ``privacy`` by PromptDPSGD.
+
+    A private run has its number of steps fixed in advance and returns its last iterate: choosing a step by a
+    private score would cost budget. With a ``checkpoint`` folder, a killed run goes on where it was; the folder
+    stays on this machine.
+
+    Raises:
+        DataInvalid: empty, unlabelled or foreign rows, or a single class.
+        TaskInvalid: label words that this model's tokenizer can't tell apart.
+        PrivacyInvalid: (ε, δ) that give no guarantee for so many rows.
+        Cancelled: raised by ``report``; the state is kept first.
+    """
+    check_rows(task, rows)
+    encoded = encode_private(student, task, rows, config)
+    prompt = nn.Parameter(starting_prompt(student, task, config.length).embeddings.clone().to(student.device))
+    kept = None
+    if checkpoint:
+        work = fingerprint(
+            config, privacy, task.form().model_dump(), list(map(asdict, rows)), *student.model.parameters()
+        )
+        kept = Checkpoint(checkpoint, work, checkpoint_seconds)
+    optimizer: PromptOptimizer = PromptAdam(prompt, config.learning_rate)
+    batches: Callable[[int], Batch] = ShuffledBatches(encoded, config.batch_size, config.seed)
+    spent: Callable[[int], Mapping[str, float]] = lambda step: {}  # noqa: E731
+    steps, statement = config.steps, None
+    if privacy is not None:
+        plan = privacy.plan(len(rows), batch_size=config.batch_size, steps=config.steps)
+        sampler = plan.sampler()
+        optimizer = plan.optimizer(prompt, config.learning_rate)
+        batches = lambda step: encoded.batch(sampler.draw(step).tolist())  # noqa: E731
+        spent = lambda step: {"epsilon": plan.epsilon_after(step)}  # noqa: E731
+        steps, statement = plan.steps, plan.statement()
+    tuned = train_prompt(
+        optimizer,
+        tuning_objective(student, task),
+        batches,
+        steps=steps,
+        learning_rate=config.learning_rate,
+        stage="tune",
+        report=report,
+        checkpoint=kept,
+        also=spent,
+    )
+    return TuneResult(SoftPrompt(tuned), statement)

@@ -1,0 +1,162 @@
+"""Laws of the transfer: the cached loop equals the paper's, labels don't matter, what doesn't fit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from post_server.ml.start import copy_student
+from post_server.ml.transfer import (
+    TransferConfig,
+    choose_alpha,
+    constants,
+    transfer,
+    transfer_objective,
+)
+from post_shared import losses
+from post_shared.batches import encode_rows
+from post_shared.data import Row
+from post_shared.errors import Cancelled, DataInvalid, InvalidInput, PromptMismatch
+from post_shared.language_model import LanguageModel
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from post_shared.training import Progress
+from tests.models import LABELS, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
+ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
+
+
+@pytest.fixture(params=["llama", "gpt2", "roberta"])
+def pair(request: pytest.FixtureRequest) -> tuple[LanguageModel, LanguageModel]:
+    target = tiny_model(request.param)
+    return target, copy_student(target, [0, 3])
+
+
+def published_loop(
+    target: LanguageModel, student: LanguageModel, prompt: Tensor, trained: Tensor, alpha: float
+) -> Tensor:
+    """The slow path, written from Eq. 3-5: four forward passes of the plain models, one row at a time, all positions."""
+    total = torch.zeros(())
+    for row in encode_rows(target, TASK, TEXTS).rows:
+
+        def logits(model: LanguageModel, before: Tensor | None, row: object = row) -> Tensor:
+            inputs = model.model.get_input_embeddings()(torch.tensor([row.token_ids]))  # type: ignore[attr-defined]
+            if before is not None:
+                inputs = torch.cat([before[None], inputs], 1)
+            shift = 0 if before is None else before.shape[0]
+            return model.model(inputs_embeds=inputs).logits[0, row.positions[0] + shift]  # type: ignore[attr-defined,no-any-return]
+
+        with torch.no_grad():
+            right, right_plain, plain = logits(student, prompt), logits(student, None), logits(target, None)
+        ours = logits(target, trained)
+
+        def divergence(true: Tensor, guess: Tensor) -> Tensor:
+            p, q = (true / 2).softmax(-1), (guess / 2).softmax(-1)
+            return (p * (p.log() - q.log())).sum()
+
+        total = total + (1 - alpha) * divergence(right, ours) + alpha * divergence(right - right_plain, ours - plain)
+    return total
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_cached_constants_give_loss_and_gradients_of_the_uncached_loop(
+    pair: tuple[LanguageModel, LanguageModel], alpha: float
+) -> None:
+    target, student = pair
+    prompt = SoftPrompt.random(target, 4, seed=1)
+    encoded = encode_rows(target, TASK, TEXTS)
+    loss = transfer_objective(target, constants(target, student, prompt, encoded, batch_size=3), alpha, 2.0)
+    ours, theirs = (SoftPrompt.random(target, 4, seed=9).embeddings.clone().requires_grad_() for _ in range(2))
+    total = loss(ours, encoded.batch([3, 1, 2, 0, 7, 6, 5, 4])).sum()
+    slow = published_loop(target, student, prompt.embeddings, theirs, alpha)
+    torch.testing.assert_close(total, slow, rtol=1e-3, atol=1e-4)
+    total.backward()
+    slow.backward()
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-3 * float(ours.grad.abs().max()))
+
+
+def test_alpha_zero_and_one_are_l1_and_l2(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    target, student = pair
+    prompt = SoftPrompt.random(target, 4, seed=1)
+    batch = encode_rows(target, TASK, TEXTS).batch(range(8))
+    known = constants(target, student, prompt, batch.encoded)
+    trained = SoftPrompt.random(target, 4, seed=9).embeddings
+    with torch.no_grad():
+        ours, right = target.answer_logits(batch, trained), student.answer_logits(batch, prompt.embeddings)
+        first = losses.imitation_loss(ours, right)
+        second = losses.shift_loss(ours, target.answer_logits(batch), right, student.answer_logits(batch))
+        for alpha, wanted in [(0.0, first), (1.0, second)]:
+            got = transfer_objective(target, known, alpha, 2.0)(trained, batch)
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_transfer_to_the_student_itself_has_nothing_to_do() -> None:
+    model = tiny_model()
+    prompt = SoftPrompt.random(model, 4, seed=1)
+    result = transfer(model, model, TASK, prompt, TEXTS, TransferConfig(steps=3, batch_size=4))
+    assert result.first_loss == pytest.approx(0.0, abs=1e-4)
+    torch.testing.assert_close(result.prompt.embeddings, prompt.embeddings, rtol=0, atol=0.1)
+
+
+def test_transfer_lowers_its_loss(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    target, student = pair
+    prompt = SoftPrompt.random(target, 4, seed=1)
+    config = TransferConfig(steps=60, batch_size=8, learning_rate=0.1, alpha=0.5)
+    result = transfer(target, student, TASK, prompt, TEXTS, config)
+    assert result.last_loss < 0.9 * result.first_loss
+    assert result.prompt.embeddings.shape == prompt.embeddings.shape
+
+
+def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    target = tiny_model()
+    student, prompt = copy_student(target, [0, 3]), SoftPrompt.random(target, 4, seed=1)
+    config = TransferConfig(steps=8, batch_size=4)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "transfer" and progress.step == 5:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        transfer(target, student, TASK, prompt, TEXTS, config, report=stop, checkpoint=tmp_path)
+    resumed = transfer(target, student, TASK, prompt, TEXTS, config, checkpoint=tmp_path)
+    undisturbed = transfer(target, student, TASK, prompt, TEXTS, config)
+    assert torch.equal(resumed.prompt.embeddings, undisturbed.prompt.embeddings)
+
+
+def test_a_generation_task_is_transferred_too() -> None:
+    target = tiny_model()
+    prompt = SoftPrompt.random(target, 4, seed=1)
+    task = Task("{text} The film is")
+    result = transfer(target, copy_student(target, [0, 3]), task, prompt, TEXTS, TransferConfig(steps=3, batch_size=4))
+    assert result.prompt.length == 4
+
+
+def test_alpha_is_chosen_from_public_labels_by_eq_6_or_refused() -> None:
+    target = tiny_model()
+    student, prompt = copy_student(target, [0, 3]), SoftPrompt.random(target, 4)
+    assert 0.0 <= choose_alpha(target, student, TASK, prompt, ROWS) <= 1.0
+    with pytest.raises(InvalidInput, match="give a number"):
+        choose_alpha(target, student, TASK, prompt, [Row("x", "sports")])
+    with pytest.raises(InvalidInput, match="give a number"):
+        choose_alpha(target, student, Task("{text} Answer:"), prompt, ROWS)
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    target = tiny_model()
+    student, prompt = copy_student(target, [0, 3]), SoftPrompt.random(target, 4)
+    with pytest.raises(PromptMismatch, match="width 16"):
+        transfer(target, student, TASK, SoftPrompt(torch.zeros(4, 16)), TEXTS, TransferConfig())
+    other = tiny_model("roberta")
+    with pytest.raises(PromptMismatch, match="isn't one of the target"):
+        other.model.resize_token_embeddings(50)
+        transfer(LanguageModel(other.model, other.tokenizer), student, TASK, prompt, TEXTS, TransferConfig())
+    with pytest.raises(DataInvalid, match="no texts"):
+        transfer(target, student, TASK, prompt, [], TransferConfig())
+    for change in ({"alpha": 1.5}, {"steps": 0}, {"temperature": 0.0}, {"learning_rate": -1.0}):
+        with pytest.raises(InvalidInput):
+            TransferConfig(**change)  # type: ignore[arg-type]
