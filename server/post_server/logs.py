@@ -16,6 +16,14 @@ from post_server.settings import Settings
 _NOISY = ("celery.worker.strategy", "celery.app.trace", "httpx", "amqp", "kombu")
 
 
+def quiet_models() -> None:
+    """No progress bars of the model libraries in the log of a process that loads models."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def configure_logging(settings: Settings) -> None:
     """Send the standard library's log records (ours and the libraries') to standard error."""
     steps: list[Any] = [

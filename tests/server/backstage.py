@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import redis
 from sqlalchemy import select
@@ -19,14 +21,29 @@ from sqlalchemy import select
 from post_server.database import Database
 from post_server.jobs import states
 from post_server.keys import create_key
-from post_server.records import ApiKeyRow, JobEventRow, JobRow, ModelRow
+from post_server.records import ApiKeyRow, DatasetRow, JobEventRow, JobRow, ModelRow, PromptRow
 from post_server.serve import embedded_redis
 from post_server.settings import Settings
 from post_server.storage import BlobStore
-from post_shared.schemas import JobKind, JobState, ModelRole, Role
-
+from post_shared.schemas import (
+    DatasetKind,
+    DistillationCreate,
+    JobKind,
+    JobState,
+    ModelRole,
+    PromptRole,
+    Role,
+    TaskForm,
+)
+from tests.models import LABELS, TEXTS, tiny_model
 
 T = TypeVar("T")
+
+TASK = TaskForm(
+    template="{text}, it was",
+    label_words={"positive": ["good", "great"], "negative": ["bad", "terrible"]},
+)
+PUBLIC = list(zip(TEXTS, LABELS, strict=True)) * 4
 
 
 def wait_for(look: Callable[[], T], seconds: float = 30.0, pause: float = 0.05) -> T:
@@ -101,13 +118,46 @@ class Backstage:
 
     def add_target(self, *, name: str = "target", layers: int = 4, family: str = "llama") -> ModelRow:
         from post_server.model_store import add_model, model_facts
-        from tests.models import tiny_model
 
         model = tiny_model(family, layers=layers)
         folder = self.settings.home / f"{name}-saved"
         model.save(folder)
         with self.database.write() as session:
             return add_model(session, self.store, folder, name=name, role=ModelRole.TARGET, **model_facts(model))
+
+    def add_rows(self, *, name: str = "public", rows: Sequence[tuple[str, str]] = PUBLIC) -> DatasetRow:
+        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+        labels = sorted({label for _, label in rows})
+        return self._add_dataset(name, DatasetKind.ROWS, "\n".join(lines), len(lines), labels)
+
+    def add_corpus(self, *, name: str = "corpus", copies: int = 60) -> DatasetRow:
+        text = "\n".join(f"{text}. {other}." for text in TEXTS for other in TEXTS for _ in range(copies // 8))
+        return self._add_dataset(name, DatasetKind.CORPUS, text, text.count("\n") + 1, None)
+
+    def add_source_prompt(self, student: ModelRow, *, length: int = 4, seed: int = 0) -> PromptRow:
+        from post_server.prompt_store import add_prompt
+        from post_shared.prompt_file import PromptFile, write_prompt
+
+        vectors = np.random.default_rng(seed).normal(size=(length, student.hidden_size)).astype(np.float32)
+        data = write_prompt(PromptFile(vectors, student.hash, TASK, 8.0, 1e-5))
+        with self.database.write() as session:
+            return add_prompt(session, self.store, data, role=PromptRole.SOURCE, owner_key_id=self.owner.id)[0]
+
+    def _add_dataset(self, name: str, kind: DatasetKind, text: str, rows: int, labels: list[str] | None) -> DatasetRow:
+        data = text.encode()
+        row = DatasetRow(
+            name=name, kind=kind, rows=rows, labels=labels, sha256=self.store.put(data), size_bytes=len(data)
+        )
+        with self.database.write() as session:
+            session.add(row)
+        return row
+
+    def add_distil(self, *, steps: int, name: str = "student", **more: Any) -> str:
+        """A distillation of the dataset ``corpus`` and the model ``target``; add those first."""
+        request = {"target": "target", "name": name, "corpus": ["corpus"], "keep_layers": 2, "start": "copy"}
+        small = {"steps": steps, "batch_tokens": 128, "sequence_length": 32}
+        document = DistillationCreate.model_validate({**request, **small, **more})
+        return self.add_job(JobKind.DISTIL, document.model_dump(mode="json"))
 
     def add_job(self, kind: JobKind, request: dict[str, Any], owner: ApiKeyRow | None = None) -> str:
         row = JobRow(kind=kind, request=request, owner_key_id=(owner or self.provider).id)

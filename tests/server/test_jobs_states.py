@@ -122,10 +122,15 @@ def test_rows_of_a_stale_worker_vanish_with_its_result(backstage: Backstage, job
     expire(backstage, job_id)
     held(backstage, job_id)
     row = DatasetRow(name="made", kind=DatasetKind.ROWS, rows=1, sha256="0" * 64, size_bytes=1)
-    with pytest.raises(LeaseLost), backstage.database.write() as session:
-        session.add(row)
-        session.flush()
-        states.finish(session, stale, {"dataset_id": row.id})
+
+    def save() -> None:
+        with backstage.database.write() as session:
+            session.add(row)
+            session.flush()
+            states.finish(session, stale, {"dataset_id": row.id})
+
+    with pytest.raises(LeaseLost):
+        save()
     with backstage.database.read() as session:
         assert session.get(DatasetRow, row.id) is None
 

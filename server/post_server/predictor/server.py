@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from post_server.database import Database
-from post_server.logs import configure_logging
+from post_server.logs import configure_logging, quiet_models
 from post_server.predictor import transport
 from post_server.predictor.models import Shelf
 from post_server.settings import Settings
@@ -179,6 +179,7 @@ def _as_post_error(error: Exception) -> PostError:
 def main(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; a second signal doesn't wait for the batch under way."""
     configure_logging(settings)
+    quiet_models()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     stopping = threading.Event()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
+import warnings
 from typing import Any
 
 from celery import signals
+from celery.platforms import SecurityWarning
 
 from post_server.database import Database
 from post_server.jobs.broker import RUN_JOB, celery_for
@@ -22,6 +23,7 @@ log = logging.getLogger("post.worker")
 def main(settings: Settings) -> int:
     """Work until SIGTERM or SIGINT: then running jobs keep a checkpoint and go back into the queue."""
     configure_logging(settings)
+    warnings.simplefilter("ignore", SecurityWarning)  # about pickle and root; messages here are JSON with one id
     database, stopping = Database.from_settings(settings), threading.Event()
     supervisor = JobSupervisor(settings, database, stopping)
     supervisor.sweep()
@@ -37,7 +39,6 @@ def main(settings: Settings) -> int:
     worker = app.Worker(
         pool="threads",  # a thread only waits for the job's process
         concurrency=settings.worker_jobs,
-        hostname=f"post-{os.getpid()}@%h",
         loglevel=settings.log_level,
         quiet=True,
         without_gossip=True,

@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 from post_server.database import Database
 from post_server.jobs import states
 from post_server.jobs.states import Lease, LeaseLost
-from post_server.logs import configure_logging
+from post_server.logs import configure_logging, quiet_models
 from post_server.records import JobRow
 from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
@@ -104,6 +104,7 @@ class JobProcess:
 
         from post_server.worker.runners import RUNNERS, Work
 
+        quiet_models()
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         scratch = self._folder / "scratch"

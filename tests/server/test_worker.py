@@ -1,0 +1,180 @@
+"""The worker with its real processes, killed, stopped, paused and cancelled in the middle of a real distillation."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+from sqlalchemy import select
+
+from post_server.jobs import doorbell, states
+from post_server.ml.distillation import DistilConfig, distil
+from post_server.model_store import materialise_model
+from post_server.records import JobRow, ModelRow
+from post_server.worker.supervisor import work_folder
+from post_shared.data import read_corpus
+from post_shared.language_model import LanguageModel
+from post_shared.model_files import manifest, model_hash
+from post_shared.schemas import DistillationCreate, JobState
+from tests.server.backstage import Backstage, wait_for
+
+STEPS = 200
+
+
+@pytest.fixture
+def ready(backstage: Backstage) -> Backstage:
+    backstage.add_target()
+    backstage.add_corpus()
+    backstage.start_redis()
+    return backstage
+
+
+def undisturbed(backstage: Backstage, job_id: str, folder: Path) -> str:
+    """The hash of the student that a plain call makes of the same request."""
+    request = DistillationCreate.model_validate(backstage.job(job_id).request)
+    with backstage.database.read() as session:
+        target = session.scalars(select(ModelRow).where(ModelRow.name == "target")).one()
+    model = LanguageModel.load(materialise_model(backstage.store, target, folder / "target"), device="cpu")
+    corpus = folder / "corpus.txt"
+    corpus.write_bytes(b"".join(backstage.store.open(backstage.add_corpus(name="again").sha256)))
+    distil(model, read_corpus(corpus), DistilConfig.from_request(request)).save(folder / "student")
+    return model_hash(manifest(folder / "student"))
+
+
+def job_processes(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.Process(worker.pid).children()
+        if "post_server.worker.process" in process.cmdline()
+    ]
+
+
+def succeeded(backstage: Backstage, job_id: str) -> JobRow:
+    row = backstage.ended(job_id)
+    assert row.state is JobState.SUCCEEDED, (row.error, backstage.log())
+    assert row.progress == 1.0
+    assert not work_folder(backstage.settings, job_id).exists() or wait_for(
+        lambda: not work_folder(backstage.settings, job_id).exists(), 5.0
+    )
+    return row
+
+
+def first_steps(backstage: Backstage, job_id: str) -> list[int]:
+    """The first step of the distillation that each attempt reported."""
+    steps: list[int] = []
+    fresh = False
+    for event in backstage.events(job_id):
+        fresh = fresh or event.data.get("state") == "running"
+        if fresh and event.kind == "progress" and event.data["stage"] == "distil":
+            steps.append(event.data["step"])
+            fresh = False
+    return steps
+
+
+def test_a_killed_worker_takes_its_job_along_and_another_goes_on(ready: Backstage, tmp_path: Path) -> None:
+    job_id = ready.add_distil(steps=STEPS)
+    assert doorbell.ring(job_id, ready.settings)
+    worker = ready.start_worker()
+    ready.reaches(job_id, stage="distil", progress=0.2)
+    (process,) = job_processes(worker)
+    worker.kill()
+    worker.wait()
+    wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10.0)
+    assert not ready.job(job_id).state.ended
+    ready.start_worker()
+    row = succeeded(ready, job_id)
+    assert row.attempt == 2
+    assert first_steps(ready, job_id)[1] > 1, "it started from its checkpoint"
+    assert row.result is not None
+    assert row.result["hash"] == undisturbed(ready, job_id, tmp_path)
+
+
+def test_a_killed_job_process_and_a_stopped_worker(ready: Backstage, tmp_path: Path) -> None:
+    """Out of memory looks like this; the worker lives on. A stop then uses up no attempt."""
+    job_id = ready.add_distil(steps=2 * STEPS)
+    doorbell.ring(job_id, ready.settings)
+    worker = ready.start_worker()
+    ready.reaches(job_id, stage="distil", progress=0.1)
+    (process,) = job_processes(worker)
+    process.kill()
+    wait_for(lambda: ready.job(job_id).attempt == 2)
+    ready.reaches(job_id, stage="distil", progress=0.2)
+    worker.terminate()
+    assert worker.wait(15) == 0
+    row = ready.job(job_id)
+    assert (row.state, row.attempt, row.token) == (JobState.QUEUED, 1, None)
+    assert (work_folder(ready.settings, job_id) / "checkpoint").is_dir()
+    ready.start_worker()
+    row = succeeded(ready, job_id)
+    starts = first_steps(ready, job_id)
+    assert row.attempt == 2
+    assert starts == sorted(starts)
+    assert len(set(starts)) == 3
+    assert row.result is not None
+    assert row.result["hash"] == undisturbed(ready, job_id, tmp_path)
+
+
+def test_a_paused_worker_that_wakes_up_does_no_harm(ready: Backstage, tmp_path: Path) -> None:
+    ready.settings = ready.settings.model_copy(update={"lease_seconds": 2.0})
+    job_id = ready.add_distil(steps=600)
+    doorbell.ring(job_id, ready.settings)
+    paused = ready.start_worker()
+    ready.reaches(job_id, stage="distil")
+    old = job_processes(paused)
+    paused.send_signal(signal.SIGSTOP)
+    other = ready.start_worker()
+    wait_for(lambda: ready.job(job_id).attempt == 2, 20.0)
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in old), 10.0)
+    paused.send_signal(signal.SIGCONT)
+    row = succeeded(ready, job_id)
+    assert row.attempt == 2
+    assert row.result is not None
+    assert row.result["hash"] == undisturbed(ready, job_id, tmp_path)
+    with ready.database.read() as session:
+        assert len(session.scalars(select(ModelRow)).all()) == 2, "the target and one student"
+    for worker in (paused, other):
+        worker.terminate()
+        assert worker.wait(15) == 0
+
+
+def test_cancel_and_duplicate_deliveries(ready: Backstage) -> None:
+    """One worker, an endless job cancelled in mid-step, then a short one that was announced five times."""
+    endless, short = ready.add_distil(steps=10_000_000), ready.add_distil(steps=3)
+    for job_id in (endless, short, short, short, short, short):
+        assert doorbell.ring(job_id, ready.settings)
+    ready.start_worker()
+    ready.reaches(endless, stage="distil")
+    with ready.database.write() as session:
+        assert states.request_cancel(session, endless).state is JobState.CANCELLING
+    row = ready.ended(endless, ready.settings.cancel_grace_seconds)
+    assert (row.state, row.error, row.result) == (JobState.CANCELLED, None, None)
+    row = succeeded(ready, short)
+    wait_for(lambda: doorbell.waiting(ready.settings) == 0)
+    assert not work_folder(ready.settings, endless).exists()
+    said = [event.data.get("state") for event in ready.events(short) if event.kind == "state"]
+    assert said == ["queued", "running", "succeeded"]
+    assert row.attempt == 1
+
+
+def test_the_reconciler_delivers_what_the_doorbell_could_not(backstage: Backstage) -> None:
+    """And a process that dies every time makes the job fail, with a code that says so."""
+    settings = backstage.settings.model_copy(update={"max_attempts": 2})
+    backstage.settings = settings
+    backstage.add_target()
+    backstage.add_corpus()
+    job_id = backstage.add_distil(steps=10_000_000)
+    assert not doorbell.ring(job_id, settings), "there is no Redis yet"
+    backstage.start_redis()
+    worker = backstage.start_worker()
+    for attempt in (1, 2):
+        wait_for(lambda attempt=attempt: backstage.job(job_id).attempt == attempt)  # type: ignore[misc]
+        (process,) = wait_for(lambda: job_processes(worker))
+        process.kill()
+    row = backstage.ended(job_id)
+    assert row.state is JobState.FAILED
+    assert row.error is not None
+    assert row.error["code"] == "job_killed"
+    assert "memory" in row.error["detail"]
