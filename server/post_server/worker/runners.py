@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sqlalchemy import or_, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from post_server.database import Database
+from post_server.dataset_store import find_dataset
 from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.transfer import TransferConfig, choose_alpha, transfer
 from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
@@ -80,7 +81,7 @@ def run_distil(work: Work) -> Outcome:
     request = DistillationCreate.model_validate(work.job.request)
     with work.database.read() as session:
         source = find_model(session, request.target, ModelRole.TARGET)
-        corpora = [_dataset(session, name) for name in request.corpus]
+        corpora = [find_dataset(session, name) for name in request.corpus]
         if session.scalar(select(ModelRow.id).where(ModelRow.name == request.name)):
             raise Conflict(f"There already is a model named {request.name!r}; choose another name.")
     paragraphs = [text for corpus in corpora for text in work.texts(corpus)]
@@ -111,7 +112,7 @@ def run_transfer(work: Work) -> Outcome:
     with work.database.read() as session:
         source = _prompt(session, request.prompt, PromptRole.SOURCE)
         target_row = find_model(session, request.target, ModelRole.TARGET)
-        dataset = _dataset(session, request.dataset)
+        dataset = find_dataset(session, request.dataset)
         student_row = _student_of(session, source, target_row)
     file, task = _read(work, source)
     prompt = SoftPrompt(torch.from_numpy(file.embeddings))
@@ -157,7 +158,7 @@ def run_evaluate(work: Work) -> Outcome:
     request = EvaluationCreate.model_validate(work.job.request)
     with work.database.read() as session:
         row = find_model(session, request.model)
-        dataset = _dataset(session, request.dataset)
+        dataset = find_dataset(session, request.dataset)
         asked = _prompt(session, request.prompt) if request.prompt else None
     prompt: torch.Tensor | None = None
     if asked is not None:
@@ -203,13 +204,6 @@ def _measure(
     if task.is_generation:
         return {"accuracy": exact_match(answers, labels), "rows": len(rows), "recall": {}}
     return asdict(score(task, guesses, labels))
-
-
-def _dataset(session: Session, reference: str) -> DatasetRow:
-    row = session.scalar(select(DatasetRow).where(or_(DatasetRow.id == reference, DatasetRow.name == reference)))
-    if row is None:
-        raise NotFound(f"There is no dataset {reference!r}.", dataset=reference)
-    return row
 
 
 def _prompt(session: Session, prompt_id: str, role: PromptRole | None = None) -> PromptRow:
