@@ -1,50 +1,45 @@
-"""One way to log for every process of the server: JSON lines, or plain lines for people.
-
-Never logged: texts, keys, prompts.
-"""
+"""Structured logs of a process: JSON lines for machines, colours for people, never a text or a tensor."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
 import structlog
 
 from post_server.settings import Settings
 
-_NOISY = ("celery.worker.strategy", "celery.app.trace", "httpx", "amqp", "kombu")
 
-
-def quiet_models() -> None:
-    """No progress bars of the model libraries in the log of a process that loads models."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
-def configure_logging(settings: Settings) -> None:
-    """Send the standard library's log records (ours and the libraries') to standard error."""
-    steps: list[Any] = [
+def configure_logs(settings: Settings) -> None:
+    """Send structlog's and the libraries' logs to standard error in one form."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
-        structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
     ]
     if settings.log_json:
-        last: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        last: list[structlog.typing.Processor] = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
     else:
-        last = [structlog.dev.ConsoleRenderer(colors=False)]
+        last = [structlog.dev.ConsoleRenderer()]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=steps,
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(settings.log_level.upper())
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logger = logging.getLogger("post")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(settings.log_level.upper())

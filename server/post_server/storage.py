@@ -35,9 +35,7 @@ class BlobStore:
         self._is_local = urlsplit(storage_url).scheme in ("", "file", "local")
         self._fs, root = fsspec.core.url_to_fs(storage_url)
         self._root = str(root).rstrip("/")
-        self._cache = (
-            Path(self._root) if self._is_local else cache or Path(tempfile.gettempdir()) / "post-blobs"
-        )
+        self._cache = Path(self._root) if self._is_local else cache or Path(tempfile.gettempdir()) / "post-blobs"
         (self._cache / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @classmethod
@@ -61,10 +59,8 @@ class BlobStore:
         os.close(handle)
         return Path(name)
 
-    def adopt(self, temporary: Path) -> str:
-        """Store a file made by :meth:`new_file` by renaming it; it no longer exists afterwards."""
-        with temporary.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    def adopt(self, temporary: Path, sha256: str) -> str:
+        """Store a file made by :meth:`new_file`, whose hash is known, by renaming it."""
         try:
             self._adopt(temporary, sha256)
         finally:

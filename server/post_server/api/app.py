@@ -1,0 +1,100 @@
+"""The FastAPI app. ``uvicorn post_server.api.app:create_app --factory`` serves it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from post_server.api import (
+    datasets,
+    health,
+    jobs,
+    models,
+    orders,
+    page,
+    predictions,
+    problems,
+    prompts,
+)
+from post_server.api.context import Context
+from post_server.api.metrics import Metrics
+from post_server.api.middleware import BodyLimitMiddleware, RequestMiddleware
+from post_server.database import Database
+from post_server.logs import configure_logs
+from post_server.predictor import transport
+from post_server.settings import Settings, get_settings
+from post_server.storage import BlobStore
+from post_shared.errors import PROBLEM_MEDIA_TYPE
+
+_ABOUT = (
+    "Adapt a large language model that you do not own to data that you may not share: "
+    "privacy-preserving soft prompt transfer."
+)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """A whole app over the settings' database and storage. The schema must be there: ``Database.migrate``."""
+    settings = settings or get_settings()
+    configure_logs(settings)
+    database = Database.from_settings(settings)
+    app = FastAPI(
+        title="POST",
+        version=version("post-transfer"),
+        description=_ABOUT,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        docs_url=None,  # its page takes scripts from elsewhere
+        redoc_url=None,
+        lifespan=_lifespan,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.context = Context(settings, database, BlobStore.from_settings(settings))
+    app.state.metrics = Metrics(database)
+    for module in (models, datasets, prompts, orders, jobs, predictions, health, page):
+        app.include_router(module.router)
+    page.mount_static(app)
+    problems.install(app)
+    limits = {"/v1/datasets": settings.dataset_bytes, "/v1/prompts": settings.prompt_bytes}
+    app.add_middleware(BodyLimitMiddleware, default=settings.document_bytes, paths=limits)
+    app.add_middleware(RequestMiddleware, metrics=app.state.metrics)
+    _name_problems(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    await transport.close()
+    app.state.context.database.dispose()
+
+
+def _operation_id(route: APIRoute) -> str:
+    """The function's name: what a generated client calls its method."""
+    return route.name
+
+
+def _name_problems(app: FastAPI) -> None:
+    """In the OpenAPI document, errors have the media type that they are sent with."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        operations = [
+            operation
+            for path in document["paths"].values()
+            for operation in path.values()
+            if isinstance(operation, dict)
+        ]
+        for answer in (answer for each in operations for answer in each.get("responses", {}).items()):
+            status, response = answer
+            content = response.get("content", {})
+            schema = content.get("application/json", {}).get("schema", {})
+            if status >= "400" and str(schema.get("$ref", "")).endswith("/Problem"):
+                content[PROBLEM_MEDIA_TYPE] = content.pop("application/json")
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

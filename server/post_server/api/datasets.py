@@ -1,0 +1,73 @@
+"""``/v1/datasets``: public data at the provider."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from post_server.api.context import App, Caller, Provider
+from post_server.api.idempotency import IdempotencyKey, Once
+from post_server.api.pagination import Paging, paginate
+from post_server.api.problems import problems
+from post_server.api.uploads import raw_body, received_file
+from post_server.dataset_store import add_dataset, dataset_document, find_dataset, summarise
+from post_server.records import DatasetRow
+from post_shared.schemas import Dataset, DatasetKind, Name, Page
+
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+Licence = Annotated[str | None, Query(max_length=128, pattern=r"^[\x20-\x7e]+$", description="SPDX id or a few words.")]
+
+
+@router.get("", responses=problems())
+def list_datasets(app: App, caller: Caller, paging: Paging) -> Page[Dataset]:
+    """All public datasets, newest first."""
+    with app.database.read() as session:
+        return paginate(session, select(DatasetRow), DatasetRow, paging, dataset_document)
+
+
+@router.get("/{dataset}", responses=problems(404))
+def get_dataset(
+    app: App, caller: Caller, dataset: Annotated[str, Path(min_length=1, max_length=64, description="Id or name.")]
+) -> Dataset:
+    """One dataset."""
+    with app.database.read() as session:
+        return dataset_document(find_dataset(session, dataset))
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Dataset,
+    responses=problems(403, 409, 413) | {200: {"model": Dataset, "description": "It was there already"}},
+    openapi_extra=raw_body("application/octet-stream", "JSON Lines for `rows`, plain text for `corpus`; UTF-8."),
+)
+async def create_dataset(
+    request: Request,
+    app: App,
+    caller: Provider,
+    name: Annotated[Name, Query()],
+    kind: DatasetKind,
+    licence: Licence = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Upload public data (provider). Every line is checked first; nothing is kept of a file with a mistake."""
+    once = Once(app, caller, idempotency_key)
+    with once.in_flight():
+        async with received_file(request, app.store) as path:
+            return await run_in_threadpool(_create, once, path, name, kind, licence)
+
+
+def _create(once: Once, path: FilePath, name: str, kind: DatasetKind, licence: str | None) -> Response:
+    summary = summarise(path, kind)
+
+    def create(session: Session) -> tuple[int, Dataset]:
+        row, is_new = add_dataset(session, once.app.store, path, summary, name=name, kind=kind, licence=licence)
+        return 201 if is_new else 200, dataset_document(row)
+
+    return once.run(f"dataset {name} {kind} {licence}", summary.sha256, create)

@@ -1,0 +1,59 @@
+"""Is it alive, is it ready, and in what numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request, Response
+from redis import Redis
+from sqlalchemy import text
+
+from post_server.api.context import App, Context
+from post_shared.schemas import Health
+
+router = APIRouter(tags=["health"])
+
+_SECONDS = 1.0
+
+
+@router.get("/healthz")
+async def get_health() -> Health:
+    """The process answers."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", responses={503: {"model": Health, "description": "A part can't be reached"}})
+def get_readiness(app: App, response: Response) -> Health:
+    """The records, the blobs and the broker can be reached."""
+    checks = {"records": _check(_records, app), "blobs": _check(_blobs, app), "broker": _check(_broker, app)}
+    ready = all(each == "ok" for each in checks.values())
+    response.status_code = 200 if ready else 503
+    return Health(status="ok" if ready else "unavailable", checks=checks)
+
+
+@router.get("/metrics", response_class=Response)
+def get_metrics(request: Request) -> Response:
+    """Counts in Prometheus's text form."""
+    return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _check(look: Callable[[Context], None], app: Context) -> str:
+    try:
+        look(app)
+    except Exception as error:  # whatever it is, the part isn't ready; the class is all that strangers learn
+        return type(error).__name__
+    return "ok"
+
+
+def _records(app: Context) -> None:
+    with app.database.read() as session:
+        session.execute(text("SELECT 1 FROM api_keys"))
+
+
+def _blobs(app: Context) -> None:
+    app.store.exists("0" * 64)
+
+
+def _broker(app: Context) -> None:
+    with Redis.from_url(app.settings.redis_url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS) as client:
+        client.ping()

@@ -1,0 +1,133 @@
+"""``/v1/jobs``: how the work goes, and its history as a list or as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Header, Path, Query
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+
+from post_server.api.context import App, Caller, Context
+from post_server.api.pagination import MAX_LIMIT, Paging, paginate
+from post_server.api.problems import problems
+from post_server.job_orders import job_document, visible_job
+from post_server.jobs.states import request_cancel
+from post_server.records import ApiKeyRow, JobEventRow, JobRow
+from post_shared.errors import InvalidInput
+from post_shared.schemas import Job, JobEvent, JobKind, JobState, Page, Role
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+JobId = Annotated[str, Path(min_length=1, max_length=64)]
+Sequence = Annotated[int, Query(ge=0, le=2**31 - 1, description="Events behind this sequence number.")]
+_LOOK_SECONDS = 0.3
+_PING_SECONDS = 15
+_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+@router.get("", responses=problems())
+def list_jobs(
+    app: App, caller: Caller, paging: Paging, kind: JobKind | None = None, state: JobState | None = None
+) -> Page[Job]:
+    """The caller's jobs (a provider's: all), newest first."""
+    statement = select(JobRow)
+    if caller.role is not Role.PROVIDER:
+        statement = statement.where(JobRow.owner_key_id == caller.id)
+    if kind is not None:
+        statement = statement.where(JobRow.kind == kind)
+    if state is not None:
+        statement = statement.where(JobRow.state == state)
+    with app.database.read() as session:
+        return paginate(session, statement, JobRow, paging, job_document)
+
+
+@router.get("/{job}", responses=problems(404))
+def get_job(app: App, caller: Caller, job: JobId) -> Job:
+    """One job."""
+    with app.database.read() as session:
+        return job_document(visible_job(session, caller, job))
+
+
+@router.post("/{job}/cancel", responses=problems(404))
+def cancel_job(app: App, caller: Caller, job: JobId) -> Job:
+    """Ask a job to stop. A queued one ends at once, a running one soon; an ended one stays as it is."""
+    with app.database.write() as session:
+        visible_job(session, caller, job)
+        return job_document(request_cancel(session, job))
+
+
+@router.get(
+    "/{job}/events",
+    response_model=Page[JobEvent],
+    responses=problems(404) | {200: {"description": "A page, or with `Accept: text/event-stream` a stream"} | _STREAM},
+)
+async def get_job_events(
+    app: App,
+    caller: Caller,
+    job: JobId,
+    after: Sequence = 0,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = MAX_LIMIT,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
+    accept: Annotated[str, Header()] = "application/json",
+    last_event_id: Annotated[str | None, Header(max_length=100)] = None,
+) -> Any:
+    """A job's history, oldest first. As a stream it goes on until the job ends; each event's id is its sequence."""
+    if "text/event-stream" not in accept:
+        return await run_in_threadpool(_page, app, caller, job, _number(cursor, after), limit)
+    await run_in_threadpool(_look, app, caller, job, 0, 1)  # a refusal is a problem, not a stream
+    events = _follow(app, caller, job, _number(last_event_id, after))
+    return EventSourceResponse(events, ping=_PING_SECONDS, headers={"Cache-Control": "no-store"})
+
+
+async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+    """Every event behind ``after``, as it comes; at the end of the job one event ``end`` with its document."""
+    while True:
+        job, events = await run_in_threadpool(_look, app, caller, job_id, after, MAX_LIMIT)
+        for event in events:
+            after = event.sequence
+            yield ServerSentEvent(data=event.model_dump_json(), event=event.kind, id=str(after), sep="\n")
+        if len(events) == MAX_LIMIT:
+            continue
+        if job.state.ended:
+            yield ServerSentEvent(data=job.model_dump_json(), event="end", sep="\n")
+            return
+        await anyio.sleep(_LOOK_SECONDS)
+
+
+def _look(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) -> tuple[Job, list[JobEvent]]:
+    """The job first and then its events: what was written before the job ended is never missed."""
+    with app.database.read() as session:
+        job = job_document(visible_job(session, caller, job_id))
+        return job, _events(session, job_id, after, limit)
+
+
+def _page(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) -> Page[JobEvent]:
+    _, events = _look(app, caller, job_id, after, limit + 1)
+    more = len(events) > limit
+    return Page(items=events[:limit], next_cursor=str(events[limit - 1].sequence) if more else None)
+
+
+def _events(session: Session, job_id: str, after: int, limit: int) -> list[JobEvent]:
+    statement = (
+        select(JobEventRow)
+        .where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
+        .order_by(JobEventRow.sequence)
+        .limit(limit)
+    )
+    return [
+        JobEvent.model_validate({name: getattr(row, name) for name in JobEvent.model_fields})
+        for row in session.scalars(statement)
+    ]
+
+
+def _number(text: str | None, otherwise: int) -> int:
+    if text is None or text == "":
+        return otherwise
+    if not (text.isascii() and text.isdigit()) or int(text) > 2**31 - 1:
+        raise InvalidInput("The place in the history is the sequence number of an event.")
+    return int(text)

@@ -1,0 +1,68 @@
+"""``/v1/distillations``, ``/v1/transfers``, ``/v1/evaluations``: each makes a job."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, BackgroundTasks, Response
+from sqlalchemy.orm import Session
+
+from post_server.api.context import App, Caller, Context, Provider
+from post_server.api.idempotency import IdempotencyKey, Once, document_hash
+from post_server.api.problems import problems
+from post_server.job_orders import Order, job_document, place_order
+from post_server.jobs.doorbell import ring
+from post_server.records import ApiKeyRow
+from post_shared.schemas import DistillationCreate, EvaluationCreate, Job, TransferCreate
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+_ERRORS = problems(403, 404, 409, 413, 429)
+
+
+@router.post("/distillations", status_code=202, response_model=Job, responses=_ERRORS)
+def create_distillation(
+    order: DistillationCreate,
+    app: App,
+    caller: Provider,
+    tasks: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Distil a target model into a student (provider)."""
+    return _place(app, caller, order, idempotency_key, tasks)
+
+
+@router.post("/transfers", status_code=202, response_model=Job, responses=_ERRORS)
+def create_transfer(
+    order: TransferCreate,
+    app: App,
+    caller: Caller,
+    tasks: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Move a source prompt to the target model."""
+    return _place(app, caller, order, idempotency_key, tasks)
+
+
+@router.post("/evaluations", status_code=202, response_model=Job, responses=_ERRORS)
+def create_evaluation(
+    order: EvaluationCreate,
+    app: App,
+    caller: Caller,
+    tasks: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Measure a model, with or without a prompt, on a labelled public dataset."""
+    return _place(app, caller, order, idempotency_key, tasks)
+
+
+def _place(
+    app: Context, caller: ApiKeyRow, order: Order, idempotency_key: str | None, tasks: BackgroundTasks
+) -> Response:
+    once = Once(app, caller, idempotency_key)
+
+    def create(session: Session) -> tuple[int, Job]:
+        row = place_order(session, caller, order, jobs_per_key=app.settings.jobs_per_key)
+        tasks.add_task(ring, row.id, app.settings)
+        return 202, job_document(row)
+
+    with once.in_flight():
+        return once.run(type(order).__name__, document_hash(order), create)

@@ -1,0 +1,38 @@
+"""``/v1/predictions``: questions to a target model, answered by a predictor process."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+
+from post_server.api.context import App, Caller, Context
+from post_server.api.problems import problems
+from post_server.job_orders import check_prompt_fits, check_task
+from post_server.model_store import find_model
+from post_server.predictor import transport
+from post_server.prompt_store import visible_prompt
+from post_server.records import ApiKeyRow
+from post_shared.schemas import ModelRole, PredictionCreate, Predictions
+
+router = APIRouter(prefix="/v1/predictions", tags=["predictions"])
+
+
+@router.post("", responses=problems(404, 413, 503, 504))
+async def create_predictions(question: PredictionCreate, app: App, caller: Caller) -> Predictions:
+    """Ask a target model about up to 256 texts, in their order. The provider sees the texts."""
+    resolved = await run_in_threadpool(_resolve, app, caller, question)
+    answer = await transport.request(
+        resolved.model_dump(mode="json"), app.settings.prediction_seconds, settings=app.settings
+    )
+    return Predictions.model_validate(answer)
+
+
+def _resolve(app: Context, caller: ApiKeyRow, question: PredictionCreate) -> PredictionCreate:
+    """The question with ids for names, checked against what the caller may use."""
+    with app.database.read() as session:
+        model = find_model(session, question.model, ModelRole.TARGET)
+        prompt = None if question.prompt is None else visible_prompt(session, caller, question.prompt)
+    check_task(prompt, question.task)
+    if prompt is not None:
+        check_prompt_fits(prompt, model)
+    return question.model_copy(update={"model": model.id})

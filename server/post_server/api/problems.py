@@ -1,0 +1,146 @@
+"""Every error leaves as RFC 9457 ``application/problem+json`` with a stable code and the request's id."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from post_shared.errors import (
+    PROBLEM_MEDIA_TYPE,
+    Conflict,
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    PayloadTooLarge,
+    PostError,
+    RangeInvalid,
+    TooManyRequests,
+    Unauthenticated,
+    Unavailable,
+)
+from post_shared.schemas import Problem
+
+log = structlog.get_logger("post.api")
+
+_BY_STATUS: dict[int, type[PostError]] = {
+    each.status: each
+    for each in (
+        Unauthenticated,
+        Forbidden,
+        NotFound,
+        Conflict,
+        PayloadTooLarge,
+        RangeInvalid,
+        InvalidInput,
+        TooManyRequests,
+        Unavailable,
+    )
+}
+_HEADERS: dict[int, dict[str, str]] = {
+    401: {"WWW-Authenticate": "Bearer"},
+    409: {"Retry-After": "1"},
+    429: {"Retry-After": "10"},
+    503: {"Retry-After": "2"},
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors that an endpoint may answer with, for its OpenAPI document; 401 and 422 may always come."""
+    return {
+        status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in sorted({401, 422, *statuses})
+    }
+
+
+def respond(error: PostError, request_id: str | None, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The problem document of an error."""
+    document = error.problem() | ({"request_id": request_id} if request_id else {})
+    return JSONResponse(
+        document,
+        status_code=error.status,
+        media_type=PROBLEM_MEDIA_TYPE,
+        headers=_HEADERS.get(error.status, {}) | (headers or {}),
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Make the app answer with problems only."""
+    app.add_exception_handler(PostError, _post_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OperationalError, _database_away)
+    app.add_exception_handler(PoolTimeout, _database_away)
+    app.add_exception_handler(DataError, _database_refuses)
+
+
+def unexpected(request_id: str | None) -> JSONResponse:
+    """What a user hears of a defect: where to find it in the log, and nothing of what it was."""
+    detail = f"The server made a mistake; its log has the details under request {request_id}."
+    return respond(PostError(detail), request_id)
+
+
+def _request_id(request: Request) -> str | None:
+    return getattr(request.state, "request_id", None)
+
+
+async def _post_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, PostError)
+    if error.status >= 500:
+        log.error("failed", code=error.code, detail=error.detail)
+    headers = {}
+    if isinstance(error, RangeInvalid) and "size" in error.fields:
+        headers["Content-Range"] = f"bytes */{error.fields['size']}"
+    return respond(error, _request_id(request), headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Say where and what is wrong, never what was sent."""
+    assert isinstance(error, RequestValidationError)
+    mistakes = [
+        {"where": ".".join(str(part) for part in each["loc"])[:200], "message": str(each["msg"])[:500]}
+        for each in error.errors()[:20]
+    ]
+    detail = "; ".join(f"{each['where']}: {each['message']}" for each in mistakes[:3])
+    return respond(InvalidInput(detail, mistakes=mistakes), _request_id(request))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """Errors of the framework: no such path, wrong method, a body that can't be parsed."""
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, PostError):
+        return await _post_error(request, error.__cause__)
+    phrase = HTTPStatus(error.status_code).phrase
+    if error.status_code in _BY_STATUS:
+        problem = _BY_STATUS[error.status_code](str(error.detail)).problem()
+    else:
+        problem = PostError(str(error.detail)).problem()
+        code = phrase.lower().replace(" ", "_")
+        problem |= {"title": phrase, "status": error.status_code, "code": code, "type": f"urn:post:error:{code}"}
+    if error.status_code == 404 and error.detail == phrase:
+        problem["detail"] = f"There is nothing at {request.url.path[:200]}."
+    if error.status_code == 405:
+        problem["detail"] = f"{request.method} is not possible here."
+    request_id = _request_id(request)
+    return JSONResponse(
+        problem | ({"request_id": request_id} if request_id else {}),
+        status_code=error.status_code,
+        media_type=PROBLEM_MEDIA_TYPE,
+        headers=dict(error.headers or {}),
+    )
+
+
+async def _database_away(request: Request, error: Exception) -> JSONResponse:
+    log.error("database", error=type(error).__name__, exc_info=error)
+    return respond(Unavailable("The records can't be reached now; try again."), _request_id(request))
+
+
+async def _database_refuses(request: Request, error: Exception) -> JSONResponse:
+    log.warning("database refuses a value", error=type(error).__name__)
+    return respond(InvalidInput("A value holds characters or digits that can't be stored."), _request_id(request))

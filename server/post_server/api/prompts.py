@@ -1,0 +1,97 @@
+"""``/v1/prompts``: source prompts that owners push, target prompts that transfers make."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from post_server.api.context import App, Caller
+from post_server.api.idempotency import IdempotencyKey, Once
+from post_server.api.pagination import Paging, paginate
+from post_server.api.problems import problems
+from post_server.api.uploads import raw_body
+from post_server.prompt_store import add_prompt, delete_prompt, prompt_document, visible_prompt
+from post_server.records import PromptRow
+from post_shared.errors import Forbidden
+from post_shared.schemas import Page, Prompt, PromptRole, Role
+
+router = APIRouter(prefix="/v1/prompts", tags=["prompts"])
+
+PromptId = Annotated[str, Path(min_length=1, max_length=64)]
+_BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+
+
+@router.get("", responses=problems())
+def list_prompts(app: App, caller: Caller, paging: Paging, role: PromptRole | None = None) -> Page[Prompt]:
+    """The caller's prompts (a provider's: all), newest first."""
+    statement = select(PromptRow)
+    if caller.role is not Role.PROVIDER:
+        statement = statement.where(PromptRow.owner_key_id == caller.id)
+    if role is not None:
+        statement = statement.where(PromptRow.role == role)
+    with app.database.read() as session:
+        return paginate(session, statement, PromptRow, paging, prompt_document)
+
+
+@router.get("/{prompt}", responses=problems(404))
+def get_prompt(app: App, caller: Caller, prompt: PromptId) -> Prompt:
+    """One prompt."""
+    with app.database.read() as session:
+        return prompt_document(visible_prompt(session, caller, prompt))
+
+
+@router.get(
+    "/{prompt}/file",
+    response_class=Response,
+    responses=problems(403, 404) | {200: {"description": "The prompt file"} | _BINARY},
+)
+def get_prompt_file(app: App, caller: Caller, prompt: PromptId) -> Response:
+    """The prompt file as it was pushed. Target prompts belong to the target model: only the provider gets those."""
+    with app.database.read() as session:
+        row = visible_prompt(session, caller, prompt)
+    if row.role is PromptRole.TARGET and caller.role is not Role.PROVIDER:
+        raise Forbidden("A target prompt belongs to the target model and stays with the provider; ask for predictions.")
+    headers = {"ETag": f'"{row.sha256}"', "Cache-Control": "private, no-cache"}
+    return Response(app.store.read(row.sha256), media_type="application/octet-stream", headers=headers)
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Prompt,
+    responses=problems(409, 413) | {200: {"model": Prompt, "description": "It was there already"}},
+    openapi_extra=raw_body("application/octet-stream", "A prompt file, and nothing else."),
+)
+async def create_prompt(request: Request, app: App, caller: Caller, idempotency_key: IdempotencyKey = None) -> Response:
+    """Push a source prompt. Its bytes are checked before anything is stored."""
+    once = Once(app, caller, idempotency_key)
+    with once.in_flight():
+        data = await request.body()
+        return await run_in_threadpool(_create, once, data)
+
+
+@router.delete("/{prompt}", status_code=204, responses=problems(404, 409))
+def remove_prompt(app: App, caller: Caller, prompt: PromptId) -> None:
+    """Delete a prompt and its bytes. Target prompts made from it stay until they are deleted too."""
+    with app.database.write() as session:
+        delete_prompt(session, app.store, visible_prompt(session, caller, prompt))
+
+
+def _create(once: Once, data: bytes) -> Response:
+    def create(session: Session) -> tuple[int, Prompt]:
+        row, is_new = add_prompt(
+            session,
+            once.app.store,
+            data,
+            role=PromptRole.SOURCE,
+            owner_key_id=once.caller.id,
+            max_bytes=once.app.settings.prompt_bytes,
+        )
+        return 201 if is_new else 200, prompt_document(row)
+
+    return once.run("prompt", hashlib.sha256(data).hexdigest(), create)
