@@ -50,8 +50,8 @@ def endpoints_table() -> str:
     rows = []
     for path, operations in create_app().openapi()["paths"].items():
         for method, operation in operations.items():
-            summary = operation.get("summary") or operation.get("description", "").split("\n")[0]
-            rows.append([f"`{method.upper()} {path}`", summary])
+            summary = operation.get("description") or operation.get("summary", "")
+            rows.append([f"`{method.upper()} {path}`", " ".join(summary.split("\n\n")[0].split())])
     return _table(["operation", "what it does"], rows)
 
 
