@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     )
     storage_url: str = Field(default="", description="fsspec URL for blobs; default: a folder in the home folder.")
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="0 takes a free port.")
 
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
@@ -31,9 +31,9 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         default=30.0, gt=0, description="A worker that is silent for so long has lost its job."
     )
-    heartbeat_seconds: float = Field(default=5.0, gt=0)
+    heartbeat_seconds: float = Field(default=5.0, gt=0, description="How often a worker renews its lease.")
     max_attempts: int = Field(default=3, ge=1, description="How often a lost job is started again before it fails.")
-    checkpoint_seconds: float = Field(default=60.0, gt=0)
+    checkpoint_seconds: float = Field(default=60.0, gt=0, description="How often a job keeps a checkpoint.")
     cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
 
     worker_jobs: int = Field(default=1, ge=1, description="Jobs that one worker runs at a time.")
@@ -51,8 +51,8 @@ class Settings(BaseSettings):
     document_bytes: int = Field(default=32 * 2**20, description="Largest JSON document.")
     jobs_per_key: int = Field(default=100, ge=1, description="Jobs of one API key that have not ended.")
     prediction_seconds: float = Field(default=120.0, gt=0, description="How long a request waits for a prediction.")
-    log_level: str = "INFO"
-    log_json: bool = True
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_json: bool = Field(default=True, description="JSON lines for machines; false: lines for people.")
 
     @model_validator(mode="before")
     @classmethod
