@@ -191,10 +191,12 @@ class Backstage:
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
-    """Every process whose POST_HOME is that folder."""
+    """Every process whose POST_HOME is that folder, and the Redis server whose socket lies in it."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("POST_HOME") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+            at_home = process.environ().get("POST_HOME") == str(folder)
+            serves = f"unixsocket:{folder}/" in " ".join(process.cmdline())  # it overwrites its environment
+            if (at_home or serves) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found

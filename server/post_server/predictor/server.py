@@ -15,11 +15,12 @@ import torch
 from pydantic import ValidationError
 
 from post_server.database import Database
-from post_server.logs import configure_logging, quiet_models
+from post_server.logs import configure_logs
 from post_server.predictor import transport
 from post_server.predictor.models import Shelf
 from post_server.settings import Settings
 from post_server.storage import BlobStore
+from post_server.worker.quiet import quiet_models
 from post_shared.errors import InvalidInput, PostError
 from post_shared.evaluation import classify, generate
 from post_shared.schemas import Prediction, PredictionCreate, Predictions
@@ -30,6 +31,8 @@ log = logging.getLogger("post.predictor")
 _WAIT_SECONDS = 1.0
 _MOST_JOINED = 32
 """Questions that are taken from the list at once."""
+_MOST_TEXTS = 256
+"""In one joined batch, so that nobody waits long for the texts of others."""
 _ANSWER_SECONDS = 60
 """How long an answer that nobody fetches is kept."""
 
@@ -74,11 +77,8 @@ class Predictor:
                 log.warning("redis away: %s", type(error).__name__)
                 stopping.wait(_WAIT_SECONDS)
                 continue
-            groups: dict[str, list[Question]] = {}
-            for question in questions:
-                groups.setdefault(question.group, []).append(question)
-            for group in groups.values():
-                self._answer(group)
+            for group in _joined(questions):
+                self._answer([question for question in group if question.deadline > time.time()])
 
     def close(self) -> None:
         """Let go of the database and Redis."""
@@ -109,7 +109,7 @@ class Predictor:
             return []
         more = self._redis.rpop(transport.QUESTIONS, _MOST_JOINED - 1) or []
         found = [self._read(data) for data in [first[1], *more]]
-        return [question for question in found if question is not None and question.deadline > time.time()]
+        return [question for question in found if question is not None]
 
     def _read(self, data: bytes | str) -> Question | None:
         try:
@@ -126,6 +126,8 @@ class Predictor:
 
     def _answer(self, group: Sequence[Question]) -> None:
         """Answer questions of one group together; when that fails, each alone, so that none spoils another's."""
+        if not group:
+            return
         began = time.monotonic()
         texts = [text for question in group for text in question.form.texts]
         form = group[0].form
@@ -159,6 +161,19 @@ class Predictor:
             log.warning("answer not sent: %s", type(error).__name__)
 
 
+def _joined(questions: Sequence[Question]) -> list[list[Question]]:
+    """Questions that can share a batch, in the order in which they came, each group of a bearable size."""
+    open_groups: dict[str, list[Question]] = {}
+    groups: list[list[Question]] = []
+    for question in questions:
+        group = open_groups.get(question.group)
+        if group is None or sum(len(q.form.texts) for q in group) + len(question.form.texts) > _MOST_TEXTS:
+            group = open_groups[question.group] = []
+            groups.append(group)
+        group.append(question)
+    return groups
+
+
 def _prediction(task: Task, row: Sequence[float]) -> Prediction:
     scores = dict(zip(task.labels, row, strict=True))
     return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores)
@@ -178,7 +193,7 @@ def _as_post_error(error: Exception) -> PostError:
 
 def main(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; a second signal doesn't wait for the batch under way."""
-    configure_logging(settings)
+    configure_logs(settings)
     quiet_models()
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -36,10 +36,13 @@ def main(settings: Settings, say: Say | None = None) -> int:
     """
     tell = say or _to_stderr
     try:
-        with _signals() as stopping:
+        with _signals() as stopping, _private_files():
             Supervisor(settings, stopping, tell).run()
     except PostError as error:
         tell(error.detail)
+        return 1
+    except OSError as error:  # a full disk, too many processes
+        tell(f"the system refused: {error}")
         return 1
     return 0
 
@@ -176,7 +179,7 @@ def _migrate(settings: Settings) -> None:
         shown = make_url(settings.database_url).render_as_string(hide_password=True)
     except ArgumentError as error:
         raise Unavailable(
-            "the database URL can't be read; it looks like postgresql+psycopg://user@host/name"
+            "POST_DATABASE_URL can't be read; it looks like postgresql+psycopg://user@host/name"
         ) from error
     try:
         database = Database.from_settings(settings)
@@ -193,7 +196,7 @@ def _migrate(settings: Settings) -> None:
 
 def _check_redis(url: str, child: Child | None, stopping: Stopping) -> None:
     """Wait for our own server's first answer; another one has to answer within a few seconds."""
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + (10.0 if child else 3.0)
     while not stopping:
         try:
             with redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=2.0) as client:
@@ -227,6 +230,16 @@ def _signals() -> Iterator[Stopping]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """What we and our parts write can be read by nobody else, whatever the home folder's own mode is."""
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
 
 
 def _to_stderr(line: str) -> None:

@@ -13,7 +13,7 @@ from celery.platforms import SecurityWarning
 from post_server.database import Database
 from post_server.jobs.broker import RUN_JOB, celery_for
 from post_server.jobs.reconciler import Reconciler
-from post_server.logs import configure_logging
+from post_server.logs import configure_logs
 from post_server.settings import Settings
 from post_server.worker.supervisor import JobSupervisor
 
@@ -22,7 +22,8 @@ log = logging.getLogger("post.worker")
 
 def main(settings: Settings) -> int:
     """Work until SIGTERM or SIGINT: then running jobs keep a checkpoint and go back into the queue."""
-    configure_logging(settings)
+    configure_logs(settings)
+    logging.getLogger("celery").handlers[:] = logging.getLogger("post").handlers
     warnings.simplefilter("ignore", SecurityWarning)  # about pickle and root; messages here are JSON with one id
     database, stopping = Database.from_settings(settings), threading.Event()
     supervisor = JobSupervisor(settings, database, stopping)

@@ -21,11 +21,12 @@ from sqlalchemy.exc import OperationalError
 from post_server.database import Database
 from post_server.jobs import states
 from post_server.jobs.states import Lease, LeaseLost
-from post_server.logs import configure_logging, quiet_models
+from post_server.logs import configure_logs
 from post_server.records import JobRow
 from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
 from post_server.worker import lifeline
+from post_server.worker.quiet import quiet_models
 from post_server.worker.reporter import JobReporter
 from post_server.worker.supervisor import work_folder
 from post_shared.errors import Cancelled, OutOfMemory, PostError
@@ -152,7 +153,7 @@ def main(job_id: str, token: str) -> int:
     # Shorter than what is left of the lease when the worker has just died.
     left = settings.lease_seconds - settings.heartbeat_seconds
     lifeline.die_with_parent(max(0.2, min(settings.stop_seconds, left / 2)))
-    configure_logging(settings)
+    configure_logs(settings)
     return JobProcess(settings, Lease(job_id, token), interrupted).run()
 
 
