@@ -1,0 +1,34 @@
+"""Differential privacy of the data owner's tuning: PromptDPSGD, its randomness, its accounting, its statement.
+
+plan = PrivacyConfig(epsilon=8).plan(len(rows), batch_size=32, steps=300)
+sampler, optimizer = plan.sampler(), plan.optimizer(prompt, learning_rate=0.05)
+for step in range(plan.steps):
+    optimizer.update(loss, encoded.batch(sampler.draw(step)))
+print(plan.statement().words())
+"""
+
+from __future__ import annotations
+
+from post_client.privacy.accounting import Spending, default_delta, epsilon_for, noise_for
+from post_client.privacy.config import PrivacyConfig
+from post_client.privacy.noise import gaussian
+from post_client.privacy.optimizer import PromptDPSGD
+from post_client.privacy.plan import PrivacyPlan
+from post_client.privacy.sampling import PoissonSampler, Randomness, SecureRandomness, SeededRandomness
+from post_client.privacy.statement import PrivacyStatement
+
+__all__ = [
+    "PoissonSampler",
+    "PrivacyConfig",
+    "PrivacyPlan",
+    "PrivacyStatement",
+    "PromptDPSGD",
+    "Randomness",
+    "SecureRandomness",
+    "SeededRandomness",
+    "Spending",
+    "default_delta",
+    "epsilon_for",
+    "gaussian",
+    "noise_for",
+]

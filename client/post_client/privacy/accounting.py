@@ -1,0 +1,184 @@
+"""ε for given noise and steps, noise for given ε, and the rules for δ.
+
+The mechanism is the Poisson-subsampled Gaussian one, composed over a fixed number of steps; neighbouring data
+sets differ by one row, added or removed. Opacus's PRV accountant (Gopi et al. 2021) bounds ε from above to
+within half a percent; where its numerics give up, Opacus's RDP accountant answers, with a larger ε.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from opacus.accountants import PRVAccountant
+from opacus.accountants.analysis import rdp as renyi
+
+from post_shared.errors import PrivacyInvalid
+
+ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [2.0**x for x in range(6, 13)]
+MAX_NOISE = 1e5
+PRV_LIMIT = 200.0
+"""Above that ε (by RDP) nothing is protected, and PRV would take gigabytes to say it more exactly."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """An upper bound on ε, and the accountant that proved it."""
+
+    epsilon: float
+    accountant: Literal["PRV", "RDP"]
+
+
+# --- delta --------------------------------------------------------------------------------------------
+
+
+def default_delta(examples: int) -> float:
+    """min(1e-5, 1 / (10 N)), with 10 N rounded up to a power of ten, so that δ hides N."""
+    _check_examples(examples)
+    power = len(str(10 * examples - 1))  # 10 N <= 10**power
+    return min(1e-5, float(f"1e-{power}"))
+
+
+def check_delta(delta: float, examples: int) -> float:
+    """``delta``, if it is a promise at all.
+
+    Raises:
+        PrivacyInvalid: not above 0, or 1/N and more: publishing one row at random would already satisfy it.
+    """
+    _check_examples(examples)
+    if not 0 < delta < 1:
+        raise PrivacyInvalid(f"delta is {delta}; it must lie above 0 and below 1 / (number of rows)")
+    if delta >= 1 / examples:
+        raise PrivacyInvalid(
+            f"delta = {delta} is not below 1/{examples}: with it, publishing whole rows would count as private; "
+            f"use {default_delta(examples)} or less"
+        )
+    return delta
+
+
+def check_epsilon(epsilon: float) -> float:
+    """``epsilon``, if it is a finite number above 0.
+
+    Raises:
+        PrivacyInvalid: it isn't.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise PrivacyInvalid(
+            f"epsilon is {epsilon}; it must be a finite number above 0 (8 is common, 1 is strong). "
+            "To tune without differential privacy, say so explicitly"
+        )
+    return epsilon
+
+
+def _check_examples(examples: int) -> None:
+    if examples < 1:
+        raise PrivacyInvalid(f"differential privacy needs at least one row, not {examples}")
+
+
+def _check_mechanism(delta: float, rate: float, steps: int) -> None:
+    if not 0 < delta < 1:
+        raise PrivacyInvalid(f"delta is {delta}; it must lie between 0 and 1")
+    if not 0 < rate <= 1:
+        raise PrivacyInvalid(f"the sampling rate is {rate}; it must lie above 0 and at most at 1")
+    if steps < 1:
+        raise PrivacyInvalid(f"there must be at least one step, not {steps}")
+
+
+# --- epsilon and noise --------------------------------------------------------------------------------
+
+
+def epsilon_for(noise_multiplier: float, delta: float, rate: float, steps: int) -> Spending:
+    """What ``steps`` steps with noise σ spend at ``delta``.
+
+    Raises:
+        PrivacyInvalid: the noise isn't above 0, or another number is out of range.
+    """
+    _check_mechanism(delta, rate, steps)
+    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
+        raise PrivacyInvalid(f"the noise multiplier is {noise_multiplier}; without noise above 0 there is no guarantee")
+    return _epsilon_for(float(noise_multiplier), float(delta), float(rate), int(steps))
+
+
+@lru_cache(maxsize=4096)
+def _epsilon_for(noise_multiplier: float, delta: float, rate: float, steps: int) -> Spending:
+    by_rdp = running_epsilon(noise_multiplier, delta, rate)(steps)
+    if by_rdp > PRV_LIMIT:
+        return Spending(by_rdp, "RDP")
+    try:
+        by_prv = _by_prv(noise_multiplier, delta, rate, steps)
+    except (ArithmeticError, ValueError, RuntimeError, AssertionError, IndexError, MemoryError):
+        return Spending(by_rdp, "RDP")
+    return Spending(by_prv, "PRV") if math.isfinite(by_prv) and by_prv > 0 else Spending(by_rdp, "RDP")
+
+
+def _by_prv(noise_multiplier: float, delta: float, rate: float, steps: int) -> float:
+    accountant = PRVAccountant()
+    accountant.history = [(noise_multiplier, rate, steps)]
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        epsilon, error = math.inf, 0.01
+        while True:
+            epsilon = min(epsilon, float(accountant.get_epsilon(delta, eps_error=error)))
+            wanted = max(epsilon / 200, 1e-4)
+            if error <= 2 * wanted:
+                return epsilon
+            error = wanted
+
+
+def running_epsilon(noise_multiplier: float, delta: float, rate: float) -> RunningEpsilon:
+    """For progress bars: ε after k steps, in microseconds, by RDP."""
+    return RunningEpsilon(noise_multiplier, delta, rate)
+
+
+class RunningEpsilon:
+    """An upper bound on ε after k steps by RDP, which adds up over steps: cheap enough to show at every step."""
+
+    accountant: Literal["RDP"] = "RDP"
+
+    def __init__(self, noise_multiplier: float, delta: float, rate: float) -> None:
+        self.delta = delta
+        self._per_step = np.asarray(
+            renyi.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+        )
+
+    def __call__(self, steps: int) -> float:
+        if steps < 1:
+            return 0.0
+        with warnings.catch_warnings():  # "the best order is the largest one": then ε is merely not the tightest
+            warnings.simplefilter("ignore")
+            epsilon, _ = renyi.get_privacy_spent(orders=ORDERS, rdp=self._per_step * steps, delta=self.delta)
+        return float(epsilon)
+
+
+def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """The least noise multiplier σ (to half a percent of ε) with which ``steps`` steps spend at most ``epsilon``.
+
+    Raises:
+        PrivacyInvalid: a number is out of range, or no bearable noise gives so small an ε.
+    """
+    check_epsilon(epsilon)
+    _check_mechanism(delta, rate, steps)
+    return _noise_for(float(epsilon), float(delta), float(rate), int(steps))
+
+
+@lru_cache(maxsize=256)
+def _noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    def spent(noise: float) -> float:
+        return _epsilon_for(noise, delta, rate, steps).epsilon
+
+    high = 0.5
+    while running_epsilon(high, delta, rate)(steps) > epsilon and spent(high) > epsilon:
+        high *= 1.5
+        if high > MAX_NOISE:
+            raise PrivacyInvalid(f"no noise gives epsilon = {epsilon} in {steps} steps; allow more, or train for less")
+    low = high / 1.5
+    while spent(low) <= epsilon:
+        low, high = low / 1.5, low
+    while epsilon - spent(high) > 0.005 * epsilon and high / low > 1 + 1e-6:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
+    return high

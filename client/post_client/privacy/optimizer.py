@@ -1,0 +1,157 @@
+"""PromptDPSGD (Duan et al. 2023): differentially private tuning of a soft prompt, one step at a time.
+
+Per-example gradients are exact and free here. The prompt is expanded over the batch as a leaf [B, l, d], so
+each row of the leaf's gradient is one example's gradient. (Opacus's hooks on PEFT's prompt tuning are
+silently wrong: PEFT embeds one prompt and repeats the output, so the hooks see one row for the whole batch.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from post_client.privacy.noise import gaussian
+from post_client.privacy.sampling import Randomness
+from post_shared.batches import Batch
+from post_shared.errors import InvalidInput
+from post_shared.training import Loss, load_optimizer_state, optimizer_state, set_learning_rate
+
+
+class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
+    """Opacus's optimizer with another source of noise; clipping, summing and scaling are Opacus's own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, randomness: Randomness, **settings: float) -> None:
+        super().__init__(optimizer, **settings)
+        self.randomness = randomness
+        self.steps_done = 0
+
+    def add_noise(self) -> None:
+        """``p.grad = summed gradients + N(0, (noise multiplier * clipping norm)²)``, in the parameter's float64."""
+        for p in self.params:
+            noise = gaussian(
+                self.randomness, tuple(p.shape), self.noise_multiplier * self.max_grad_norm, self.steps_done
+            )
+            p.grad = p.summed_grad + torch.from_numpy(noise).to(p.device, p.dtype)
+
+
+class PromptDPSGD:
+    """Adam on a prompt (l, d), with every step differentially private with respect to one row.
+
+    Args:
+        prompt: the float32 prompt that the loss sees; updated in place after every step.
+        noise_multiplier: σ. The noise has standard deviation σ times ``clip_norm``; the guarantee follows from
+            σ, the sampling rate and the number of steps, and holds only if batches are Poisson-sampled.
+        clip_norm: c. No row moves the sum of gradients by more than c.
+        expected_batch_size: sampling rate times number of rows. Sums are divided by it, never by a batch's
+            real size, which is a secret.
+        micro_batch_size: rows per forward and backward pass. Memory depends on it, the result doesn't.
+    """
+
+    def __init__(
+        self,
+        prompt: nn.Parameter,
+        learning_rate: float,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch_size: float,
+        micro_batch_size: int,
+        randomness: Randomness,
+    ) -> None:
+        self.prompt = prompt
+        self.micro_batch_size = micro_batch_size
+        self.master: Any = nn.Parameter(prompt.detach().double())  # sums, noise and Adam live in float64
+        self.optimizer = SecureDPOptimizer(
+            torch.optim.Adam([self.master], lr=learning_rate),
+            randomness=randomness,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clip_norm,
+            expected_batch_size=expected_batch_size,
+        )
+
+    # --- the algorithm --------------------------------------------------------------------------------
+
+    def update(self, loss: Loss, batch: Batch) -> float | None:
+        """One step on a Poisson batch, however many rows it has; the mean loss, or None for an empty batch.
+
+        An empty batch is a step like any other: the noise alone moves the prompt.
+        """
+        total = 0.0
+        self._begin()
+        for part in batch.split(self.micro_batch_size):
+            losses, gradients = self.per_row_gradients(loss, part)
+            self.clip_and_accumulate(gradients)
+            total += float(losses.sum())
+        self.add_noise()
+        self.divide_by_expected_batch_size()
+        self._move()
+        return total / len(batch) if len(batch) else None
+
+    def per_row_gradients(self, loss: Loss, part: Batch) -> tuple[Tensor, Tensor]:
+        """Losses (B,) of a micro-batch and their gradients (B, l, d), one row per example."""
+        count = len(part)
+        leaf = self.prompt.detach().expand(count, -1, -1).clone().requires_grad_()  # (l, d) -> (B, l, d)
+        losses = loss(leaf, part)
+        if losses.shape != (count,):
+            raise InvalidInput(
+                f"a private step needs one loss per row, shape ({count},), not {tuple(losses.shape)}: a mean over "
+                "the batch would mix rows before they are clipped"
+            )
+        (gradients,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), gradients
+
+    def clip_and_accumulate(self, gradients: Tensor) -> None:
+        """Scale each row's gradient to norm c at most and add it to the sum of this step.
+
+        A gradient that isn't finite counts as 0: otherwise one row could turn the whole sum into NaN.
+        """
+        rows = gradients.double()
+        finite = torch.isfinite(rows).flatten(1).all(dim=1)
+        self.master.grad_sample = torch.where(finite[:, None, None], rows, 0.0)
+        self.optimizer.clip_and_accumulate()
+        self.master.grad_sample = None
+
+    def add_noise(self) -> None:
+        """Once per step, to the sum over all micro-batches."""
+        self.optimizer.add_noise()
+
+    def divide_by_expected_batch_size(self) -> None:
+        self.master.grad_sample = self.master.new_zeros(0, *self.master.shape)
+        self.optimizer.scale_grad()
+
+    # --- around it ------------------------------------------------------------------------------------
+
+    @property
+    def summed_gradient(self) -> Tensor:
+        """The clipped sum (l, d) of the step that was made last, before noise. Private: for tests and audits."""
+        return self.master.summed_grad  # type: ignore[no-any-return]
+
+    def _begin(self) -> None:
+        self.optimizer.zero_grad()
+        self.master.summed_grad = torch.zeros_like(self.master, requires_grad=False)
+
+    def _move(self) -> None:
+        self.optimizer.original_optimizer.step()
+        self.optimizer.steps_done += 1
+        with torch.no_grad():
+            self.prompt.copy_(self.master)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        set_learning_rate(self.optimizer.original_optimizer, learning_rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, as named tensors: prompt (float64), steps done, Adam's moments."""
+        own = {"prompt": self.master.detach(), "steps_done": torch.tensor(self.optimizer.steps_done)}
+        return own | optimizer_state(self.optimizer.original_optimizer)
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of :meth:`state`."""
+        with torch.no_grad():
+            self.master.copy_(tensors["prompt"])
+            self.prompt.copy_(self.master)
+        self.optimizer.steps_done = int(tensors["steps_done"])
+        load_optimizer_state(self.optimizer.original_optimizer, tensors)

@@ -1,0 +1,87 @@
+"""Where randomness comes from, and Poisson sampling.
+
+The guarantee assumes randomness that nobody can predict. Opacus's ``UniformWithReplacementSampler`` draws
+the right distribution, but from a ``torch.Generator``: a Mersenne Twister, whose whole state follows from a
+few hundred of its outputs, and the package that replaced it with a secure one (torchcsprng) is no longer
+built. So the sampler here draws the same distribution from the operating system's generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from post_shared.errors import PrivacyInvalid
+
+RESOLUTION = 2**53
+"""Uniform numbers are multiples of 1/2**53: all that float64 can tell apart in [0.5, 1)."""
+
+
+class Randomness(Protocol):
+    """Uniform random integers for a ``purpose`` at a ``step``. Only a ``private`` source gives a guarantee."""
+
+    private: bool
+    name: str
+
+    def integers(self, count: int, purpose: str, step: int) -> NDArray[np.uint64]:
+        """``count`` independent integers, uniform in [0, 2**53)."""
+        ...
+
+
+class SecureRandomness:
+    """The operating system's cryptographically secure generator (``os.urandom``), fresh on every call."""
+
+    private: bool = True
+    name: str = "operating system (os.urandom)"
+
+    def integers(self, count: int, purpose: str, step: int) -> NDArray[np.uint64]:
+        return _to_integers(os.urandom(8 * count))
+
+
+class SeededRandomness:
+    """For tests only: a function of (seed, purpose, step), so runs repeat exactly. Nothing made with it is private.
+
+    Anyone who knows or guesses the seed can take the noise off again; every output says so.
+    """
+
+    private: bool = False
+    name: str = "seeded (for tests, not private)"
+    _separator: ClassVar[str] = "/"
+
+    def __init__(self, seed: int) -> None:
+        self.seed = int(seed)
+
+    def integers(self, count: int, purpose: str, step: int) -> NDArray[np.uint64]:
+        named = self._separator.join((str(self.seed), purpose, str(step)))
+        return _to_integers(hashlib.shake_256(named.encode()).digest(8 * count))
+
+
+def _to_integers(data: bytes) -> NDArray[np.uint64]:
+    return np.frombuffer(data, dtype="<u8") >> np.uint64(11)  # 64 bits -> the upper 53
+
+
+class PoissonSampler:
+    """Batches in which every one of ``examples`` rows is included independently with probability ``rate``.
+
+    The size of a batch is random and may be 0. The accountant's amplification by sampling holds for exactly
+    this: shuffled batches of fixed size are another mechanism, with a weaker guarantee.
+    """
+
+    def __init__(self, examples: int, rate: float, randomness: Randomness) -> None:
+        if examples < 1:
+            raise PrivacyInvalid(f"there must be at least one row to sample from, not {examples}")
+        if not 0 < rate <= 1:
+            raise PrivacyInvalid(f"a sampling rate lies above 0 and at most at 1; {rate} doesn't")
+        self.examples = examples
+        self.rate = rate
+        self.randomness = randomness
+        self._threshold = np.uint64(int(rate * RESOLUTION))  # rounded down: never more often than accounted for
+
+    def draw(self, step: int) -> NDArray[np.int64]:
+        """The indices of the rows in the batch of ``step``, ascending; often not ``examples * rate``, maybe none."""
+        drawn = self.randomness.integers(self.examples, "sampling", step)
+        return np.flatnonzero(drawn < self._threshold)

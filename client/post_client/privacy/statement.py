@@ -1,0 +1,85 @@
+"""The privacy statement: what is guaranteed, how, and what isn't. It stays with the data owner.
+
+Sampling rate and expected batch size give the number of rows away; only (ε, δ) go into the prompt file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+NOT_COVERED = (
+    "texts that you later send to the provider for predictions: it reads them",
+    "the task form (template, labels, label words), which leaves as it is: choose it without looking at single rows",
+    "other uses of the same rows: every further run on them adds its own epsilon, also runs whose prompt you discard "
+    "after comparing scores",
+    "the number of uploads and when they happen; uploading this same prompt again costs nothing more",
+    "the number of rows, which sets the sampling rate and delta and is taken as known",
+    "a person who wrote several rows: the unit is one row",
+)
+
+
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """The guarantee of one tuned prompt, for an auditor: :meth:`words` to read, :meth:`json` to keep."""
+
+    private: bool
+    """False when the randomness was seeded: then there is no guarantee, whatever the numbers say."""
+    epsilon: float
+    """The stated budget: the noise was chosen so that no more is spent."""
+    delta: float
+    epsilon_spent: float
+    """The accountant's bound for the whole run; at most ``epsilon``."""
+    accountant: str
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    clip_norm: float
+    expected_batch_size: float
+    randomness: str
+    versions: dict[str, str]
+    unit: str = "one row (text and label)"
+    neighbours: str = "data sets that differ by one row, added or removed"
+    sampling: str = "Poisson: every row is in every batch independently with the sampling rate; empty batches are steps"
+    mechanism: str = "PromptDPSGD: per-row gradients clipped, summed, Gaussian noise added once per step, last iterate"
+    not_covered: tuple[str, ...] = field(default=NOT_COVERED)
+
+    @property
+    def claim(self) -> tuple[float, float] | None:
+        """(ε, δ) for the prompt file; None if nothing may be claimed."""
+        return (self.epsilon, self.delta) if self.private else None
+
+    def json(self) -> str:
+        """All members, and the statement in words."""
+        document: dict[str, Any] = asdict(self) | {"words": self.words()}
+        return json.dumps(document, indent=2, ensure_ascii=False)
+
+    def words(self) -> str:
+        """A paragraph for people, then what it doesn't cover."""
+        if self.private:
+            first = (
+                f"This prompt is ({self.epsilon:g}, {self.delta:g})-differentially private for {self.unit}: whoever "
+                f"sees it learns almost the same with or without any one row. Accounted for: epsilon = "
+                f"{self.epsilon_spent:.3f} by {self.accountant}."
+            )
+        else:
+            first = (
+                "NOT PRIVATE: the randomness was seeded, which is for tests only. Whoever knows or guesses the seed "
+                f"can take the noise off. The numbers describe what a run with secure randomness would have spent: "
+                f"epsilon = {self.epsilon_spent:.3f} at delta = {self.delta:g} by {self.accountant}."
+            )
+        how = (
+            f"Neighbouring: {self.neighbours}. Mechanism: {self.mechanism}. Sampling: {self.sampling}. Sampling rate "
+            f"{self.sampling_rate:.6g}, {self.steps} steps, clipping norm {self.clip_norm:g}, noise multiplier "
+            f"{self.noise_multiplier:.4f}, randomness: {self.randomness}."
+        )
+        limits = "\n".join(f"- {limit}" for limit in self.not_covered)
+        libraries = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return f"{first}\n{how}\nNot covered:\n{limits}\nComputed with {libraries}."
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries that the guarantee rests on."""
+    return {name: version(name) for name in ("post-transfer", "opacus", "torch", "numpy")}
