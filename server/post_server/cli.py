@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,17 +26,17 @@ Named = Annotated[str, typer.Option("--name", help="A short name in lower case: 
 
 def register(app: typer.Typer) -> None:
     """Add the provider's verbs."""
-    app.add_typer(_models, name="model")
-    app.add_typer(_datasets, name="dataset")
-    app.add_typer(_keys, name="key")
+    app.add_typer(_models, name="model", rich_help_panel=_PANEL)
+    app.add_typer(_datasets, name="dataset", rich_help_panel=_PANEL)
+    app.add_typer(_keys, name="key", rich_help_panel=_PANEL)
     for name, verb in (("serve", serve), ("worker", worker), ("predictor", predictor)):
         app.command(name, rich_help_panel=_PANEL)(verb)
 
 
 _PANEL = "Provider"
-_models = typer.Typer(no_args_is_help=True, help="Target and student models in the store.", rich_help_panel=_PANEL)
-_datasets = typer.Typer(no_args_is_help=True, help="Public datasets in the store.", rich_help_panel=_PANEL)
-_keys = typer.Typer(no_args_is_help=True, help="API keys.", rich_help_panel=_PANEL)
+_models = typer.Typer(no_args_is_help=True, help="Target and student models in the store.")
+_datasets = typer.Typer(no_args_is_help=True, help="Public datasets in the store.")
+_keys = typer.Typer(no_args_is_help=True, help="API keys.")
 
 
 # --- processes ----------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def serve(
     from post_server.serve import main
     from post_server.settings import Settings
 
-    given = {"host": host, "port": port, "home": home}
+    given: dict[str, Any] = {"host": host, "port": port, "home": home}
     raise typer.Exit(main(Settings(**{name: value for name, value in given.items() if value is not None})))
 
 
