@@ -95,8 +95,7 @@ class BlobStore:
 
     def local_path(self, sha256: str) -> Path:
         """A local file of the bytes, to read or memory-map only; a remote blob is downloaded once."""
-        path = self._cache / sha256[:2] / sha256
-        self._key(sha256)
+        path = self._cached(sha256)
         if path.exists():
             return path
         if self._is_local:
@@ -117,7 +116,7 @@ class BlobStore:
 
     def delete(self, sha256: str) -> None:
         """Remove the blob and its cached copy; nothing happens if there is none."""
-        (self._cache / sha256[:2] / sha256).unlink(missing_ok=True)
+        self._cached(sha256).unlink(missing_ok=True)
         try:
             self._fs.rm_file(self._key(sha256))
         except FileNotFoundError:
@@ -130,9 +129,10 @@ class BlobStore:
         return sorted(name for name in names if _SHA256.fullmatch(name))
 
     def _key(self, sha256: str) -> str:
-        if not _SHA256.fullmatch(sha256):
-            raise NotFound(f"{sha256!r} is not a SHA-256 in lower-case hex.")
-        return f"{self._root}/{sha256[:2]}/{sha256}"
+        return f"{self._root}/{_place_of(sha256)}"
+
+    def _cached(self, sha256: str) -> Path:
+        return self._cache / _place_of(sha256)
 
     def _adopt(self, temporary: Path, sha256: str) -> None:
         if self._is_local:
@@ -140,6 +140,13 @@ class BlobStore:
         elif not self.exists(sha256):  # an object store shows an object when it is whole
             self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
             self._fs.put_file(str(temporary), self._key(sha256))
+
+
+def _place_of(sha256: str) -> str:
+    """The path of a blob below the root. Nothing but a hash ever becomes a path."""
+    if not _SHA256.fullmatch(sha256):
+        raise NotFound(f"{sha256[:80]!r} is not a SHA-256 in lower-case hex.")
+    return f"{sha256[:2]}/{sha256}"
 
 
 def _missing(sha256: str) -> NotFound:

@@ -10,6 +10,7 @@ import pytest
 
 from post_server.settings import Settings
 from tests.server.backstage import Backstage
+from tests.server.front import Front
 
 
 @pytest.fixture
@@ -37,3 +38,19 @@ def backstage(home: Path) -> Iterator[Backstage]:
     stage = Backstage(settings)
     yield stage
     stage.close()
+
+
+@pytest.fixture
+def front(home: Path) -> Iterator[Front]:
+    """A real API server, without workers."""
+    server = Front(home)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def small_front(home: Path) -> Iterator[Front]:
+    """The same with limits that a test can reach."""
+    server = Front(home, prompt_bytes=4096, dataset_bytes=4096, document_bytes=4096, jobs_per_key=2)
+    yield server
+    server.close()

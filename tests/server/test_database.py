@@ -1,0 +1,140 @@
+"""The schema, the migrations, and what SQLite is made to promise."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError, StatementError
+
+from post_server.database import Database, alembic_config
+from post_server.keys import authenticate, create_key, key_document, list_keys, revoke_key
+from post_server.records import ApiKeyRow, Base, JobRow
+from post_shared.errors import NotFound, Unauthenticated
+from post_shared.schemas import JobKind, Role
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    database = Database(f"sqlite:///{tmp_path}/new/post.db")
+    database.migrate()
+    return database
+
+
+def test_migrations_give_the_schema_of_the_records(database: Database) -> None:
+    with database.engine.begin() as connection:
+        command.check(alembic_config(connection))
+        assert set(inspect(connection).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_migrating_again_changes_nothing_and_down_leaves_nothing(database: Database) -> None:
+    database.migrate()
+    with database.engine.begin() as connection:
+        command.downgrade(alembic_config(connection), "base")
+        assert inspect(connection).get_table_names() == ["alembic_version"]
+    database.migrate()
+
+
+def test_several_processes_may_migrate_at_once(tmp_path: Path) -> None:
+    problems: list[Exception] = []
+
+    def migrate() -> None:
+        try:
+            Database(f"sqlite:///{tmp_path}/post.db").migrate()
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=migrate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+
+
+def test_the_database_is_durable_and_checks_references(database: Database) -> None:
+    with database.read() as session:
+        assert session.scalar(text("PRAGMA journal_mode")) == "wal"
+        assert session.scalar(text("PRAGMA foreign_keys")) == 1
+    with pytest.raises(IntegrityError), database.write() as session:
+        session.add(JobRow(kind=JobKind.DISTIL, request={}, owner_key_id="key_of_nobody"))
+
+
+def test_times_come_back_aware_and_in_utc(database: Database) -> None:
+    east = datetime(2026, 1, 2, 3, 4, 5, 678901, timezone(timedelta(hours=5)))
+    with database.write() as session:
+        row, _ = create_key(session, name="x", role=Role.OWNER)
+        row.created_at = east
+    with database.read() as session:
+        found = session.get_one(ApiKeyRow, row.id).created_at
+    assert found == east
+    assert found.tzinfo is UTC
+    with pytest.raises(StatementError), database.write() as session:
+        session.add(ApiKeyRow(name="y", role=Role.OWNER, key_hash="0", created_at=datetime(2026, 1, 1)))  # noqa: DTZ001
+
+
+def test_writers_wait_for_each_other(database: Database) -> None:
+    """Read, then write, from many threads: no update is lost and nobody finds the database locked."""
+    with database.write() as session:
+        row, _ = create_key(session, name="0", role=Role.OWNER)
+
+    def count() -> None:
+        for _ in range(5):
+            with database.write() as session:
+                same = session.get_one(ApiKeyRow, row.id)
+                same.name = str(int(same.name) + 1)
+
+    threads = [threading.Thread(target=count) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as session:
+        assert session.get_one(ApiKeyRow, row.id).name == "30"
+
+
+def test_a_failed_block_writes_nothing(database: Database) -> None:
+    with pytest.raises(ZeroDivisionError), database.write() as session:
+        create_key(session, name="x", role=Role.OWNER)
+        session.flush()
+        _ = 1 / 0
+    with database.read() as session:
+        assert list_keys(session) == []
+
+
+class TestKeys:
+    def test_only_the_hash_is_stored(self, database: Database, tmp_path: Path) -> None:
+        with database.write() as session:
+            row, key = create_key(session, name="alice", role=Role.OWNER)
+        database.dispose()
+        stored = b"".join(path.read_bytes() for path in (tmp_path / "new").iterdir())
+        assert key.startswith("post_")
+        assert len(key) >= 48
+        assert key.encode() not in stored
+        assert key not in key_document(row).model_dump_json()
+
+    def test_a_key_opens_until_it_is_revoked(self, database: Database) -> None:
+        with database.write() as session:
+            row, key = create_key(session, name="alice", role=Role.OWNER)
+            assert authenticate(session, key).id == row.id
+            for wrong in ("", "post_", key[:-1], key + "x", key.upper(), row.key_hash, "\ud800"):
+                with pytest.raises(Unauthenticated):
+                    authenticate(session, wrong)
+            revoke_key(session, "alice")
+            with pytest.raises(Unauthenticated):
+                authenticate(session, key)
+
+    def test_revoking_needs_one_meaning(self, database: Database) -> None:
+        with database.write() as session:
+            first, _ = create_key(session, name="twin", role=Role.OWNER)
+            create_key(session, name="twin", role=Role.OWNER)
+            with pytest.raises(NotFound):
+                revoke_key(session, "twin")
+            with pytest.raises(NotFound):
+                revoke_key(session, "nobody")
+            assert revoke_key(session, first.id).revoked_at is not None
+            assert [row.name for row in list_keys(session)] == ["twin", "twin"]

@@ -1,0 +1,117 @@
+"""One contract for every store of blobs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import secrets
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from post_server.storage import BlobStore, copy_to
+from post_shared.errors import IntegrityError, NotFound
+
+DATA = bytes(range(256)) * 40
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlobStore]:
+    urls = {"file": f"file://{tmp_path}/blobs", "memory": f"memory://{secrets.token_hex(8)}"}
+    yield BlobStore(urls[request.param], cache=tmp_path / "cache")
+
+
+class TestContract:
+    """What holds in a folder holds in an object store."""
+
+    def test_bytes_come_back(self, store: BlobStore) -> None:
+        assert store.put(DATA) == SHA256
+        assert store.read(SHA256) == DATA
+        assert store.exists(SHA256)
+        assert store.size(SHA256) == len(DATA)
+        assert store.local_path(SHA256).read_bytes() == DATA
+
+    def test_the_name_depends_on_the_bytes_alone(self, store: BlobStore, tmp_path: Path) -> None:
+        (tmp_path / "source").write_bytes(DATA)
+        assert store.put(tmp_path / "source") == store.put(io.BytesIO(DATA)) == store.put(DATA) == SHA256
+        assert store.list() == [SHA256]
+
+    def test_a_file_can_be_adopted(self, store: BlobStore) -> None:
+        temporary = store.new_file()
+        temporary.write_bytes(DATA)
+        store.adopt(temporary, SHA256)
+        assert not temporary.exists()
+        assert store.read(SHA256) == DATA
+
+    @pytest.mark.parametrize(("start", "stop"), [(0, 10), (5, None), (100, 101), (0, 0), (10_000, 99_999)])
+    def test_a_part_is_a_slice(self, store: BlobStore, start: int, stop: int | None) -> None:
+        store.put(DATA)
+        assert b"".join(store.open(SHA256, start, stop)) == DATA[start:stop]
+
+    def test_no_temporary_file_stays(self, store: BlobStore, tmp_path: Path) -> None:
+        store.put(DATA)
+        store.local_path(SHA256)
+        assert not [path for path in tmp_path.rglob("tmp/*")]
+
+    def test_what_is_absent_is_not_found(self, store: BlobStore) -> None:
+        assert not store.exists(SHA256)
+        for look in (store.open, store.size, store.local_path, store.read):
+            with pytest.raises(NotFound):
+                look(SHA256)
+        store.delete(SHA256)
+
+    @pytest.mark.parametrize("name", ["../../etc/passwd", "", "A" * 64, f"{SHA256}/x", f"{SHA256}\n"])
+    def test_only_a_hash_is_a_name(self, store: BlobStore, name: str) -> None:
+        for act in (store.open, store.local_path, store.delete, store.exists):
+            with pytest.raises(NotFound):
+                act(name)
+
+    def test_deleted_is_gone(self, store: BlobStore) -> None:
+        store.put(DATA)
+        store.local_path(SHA256)
+        store.delete(SHA256)
+        assert not store.exists(SHA256)
+        assert store.list() == []
+        with pytest.raises(NotFound):
+            store.local_path(SHA256)
+
+    def test_many_writers_of_one_blob(self, store: BlobStore) -> None:
+        writers = [threading.Thread(target=store.put, args=(DATA,)) for _ in range(8)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert store.read(SHA256) == DATA
+
+    def test_a_copy_leaves_the_blob_alone(self, store: BlobStore, tmp_path: Path) -> None:
+        store.put(DATA)
+        copy_to(store, SHA256, tmp_path / "model" / "weights")
+        assert (tmp_path / "model" / "weights").read_bytes() == DATA
+        (tmp_path / "model" / "weights").unlink()
+        assert store.read(SHA256) == DATA
+
+
+def test_changed_bytes_are_noticed(tmp_path: Path) -> None:
+    store = BlobStore(f"file://{tmp_path}")
+    path = store.local_path(store.put(DATA))
+    path.chmod(0o600)
+    path.write_bytes(DATA[:-1])
+    with pytest.raises(IntegrityError):
+        store.read(SHA256)
+
+
+def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell():
+                raise OSError("cable pulled")
+            return super().read(10)
+
+    store = BlobStore(f"file://{tmp_path}")
+    with pytest.raises(OSError, match="cable"):
+        store.put(Broken(DATA))
+    assert store.list() == []
+    assert not list((tmp_path / "tmp").iterdir())
