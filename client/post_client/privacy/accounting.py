@@ -21,7 +21,7 @@ from post_shared.errors import PrivacyInvalid
 
 ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [2.0**x for x in range(6, 13)]
 MAX_NOISE = 1e5
-PRV_LIMIT = 200.0
+PRV_LIMIT = 100.0
 """Above that ε (by RDP) nothing is protected, and PRV would take gigabytes to say it more exactly."""
 
 
@@ -178,7 +178,13 @@ def _noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     low = high / 1.5
     while spent(low) <= epsilon:
         low, high = low / 1.5, low
-    while epsilon - spent(high) > 0.005 * epsilon and high / low > 1 + 1e-6:
-        middle = math.sqrt(low * high)
+    while epsilon - spent(high) > 0.005 * epsilon and high / low > 1.0001:
+        middle = low * (high / low) ** _share(spent(low), spent(high), 0.9975 * epsilon)
         low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
     return high
+
+
+def _share(at_low: float, at_high: float, wanted: float) -> float:
+    """Where between two noises ε becomes ``wanted``, if log ε falls on a line over log σ; never at the very ends."""
+    share = math.log(at_low / wanted) / math.log(at_low / at_high)
+    return min(0.95, max(0.05, share))
