@@ -85,7 +85,11 @@ class RequestMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Counts a body while it arrives and stops reading when it is larger than its path allows."""
+    """Counts a body while it arrives and refuses it once it is larger than its path allows.
+
+    The connection stays open and the server throws the rest away: closing it could lose the answer, and the
+    caller would never learn why.
+    """
 
     def __init__(self, app: ASGIApp, default: int, paths: dict[str, int]) -> None:
         self.app = app
@@ -100,7 +104,7 @@ class BodyLimitMiddleware:
         error = PayloadTooLarge(f"The body is larger than {limit} bytes.", limit=limit)
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared) > limit:
-            await respond(error, scope["state"]["request_id"], {"Connection": "close"})(scope, receive, send)
+            await respond(error, scope["state"]["request_id"])(scope, receive, send)
             return
         seen = 0
 

@@ -1,0 +1,91 @@
+"""Datasets: every line is checked while nothing is kept of what has a mistake."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+
+import pytest
+
+from tests.server.front import ROWS, Front, code
+
+INVALID = {
+    "empty": (b"", "empty"),
+    "blank": (b"\n\n", "empty"),
+    "no JSON": (ROWS + b"{text: fine}\n", "line 3"),
+    "a list": (ROWS + b'["fine", "positive"]\n', "line 3"),
+    "no text": (b'{"label": "positive"}\n', "line 1"),
+    "an empty text": (ROWS + b'{"text": " ", "label": "positive"}\n', "line 3"),
+    "a number for a text": (b'{"text": 5}\n', "line 1"),
+    "not UTF-8": (ROWS + b'{"text": "\xff\xfe"}\n', "line 3"),
+    "half labelled": (ROWS + b'{"text": "fine"}\n', "1 of 3 rows"),
+    "compressed": (gzip.compress(ROWS), "compressed"),
+    "deeply nested": (b"[" * 100_000, "line 1"),
+}
+
+
+@pytest.mark.parametrize("kind", INVALID)
+def test_a_mistake_is_named_by_its_line_and_leaves_nothing(front: Front, kind: str) -> None:
+    content, named = INVALID[kind]
+    before = front.everything()
+    answer = front("provider", "POST", "/v1/datasets?name=public&kind=rows", content=content)
+    assert code(answer) == (422, "data_invalid")
+    assert named in answer.json()["detail"]
+    assert "tmp" not in answer.json()["detail"]
+    assert front.everything() == before
+
+
+def test_rows_are_counted_and_their_labels_found(front: Front) -> None:
+    params = {"name": "public", "kind": "rows", "licence": "CC-BY-4.0"}
+    answer = front("provider", "POST", "/v1/datasets", params=params, content=ROWS)
+    assert answer.status_code == 201
+    dataset = answer.json()
+    assert (dataset["rows"], dataset["labels"], dataset["licence"]) == (2, ["negative", "positive"], "CC-BY-4.0")
+    assert dataset["sha256"] == hashlib.sha256(ROWS).hexdigest()
+    assert front.store.read(dataset["sha256"]) == ROWS
+    for reference in ("public", dataset["id"]):
+        assert front("alice", "GET", f"/v1/datasets/{reference}").json() == dataset
+    assert front("alice", "GET", "/v1/datasets").json()["items"] == [dataset]
+
+
+def test_labels_of_free_answers_are_not_listed(front: Front) -> None:
+    content = b"".join(b'{"text": "who", "label": "answer %d"}\n' % n for n in range(1200))
+    front.add_dataset("answers", content)
+    assert front("alice", "GET", "/v1/datasets/answers").json()["labels"] == []
+
+
+def test_a_corpus_is_a_paragraph_a_line(front: Front) -> None:
+    front.add_dataset("prose", "One.\n\nTwo, with \u00e9.\nThree.".encode(), "corpus")
+    dataset = front("alice", "GET", "/v1/datasets/prose").json()
+    assert (dataset["rows"], dataset["labels"]) == (3, None)
+
+
+def test_a_name_is_taken_once(front: Front) -> None:
+    dataset = front.add_dataset("public")
+    same = front("provider", "POST", "/v1/datasets?name=public&kind=rows", content=ROWS)
+    assert (same.status_code, same.json()["id"]) == (200, dataset)
+    before = front.everything()
+    other = front("provider", "POST", "/v1/datasets?name=public&kind=rows", content=b'{"text": "other"}\n')
+    assert code(other) == (409, "conflict")
+    assert front.everything() == before
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_is_refused_at_the_limit_and_nothing_of_it_kept(small_front: Front, declared: bool) -> None:
+    front, before = small_front, small_front.everything()
+    content = ROWS * 2000 if declared else iter([ROWS] * 2000)
+    answer = front("provider", "POST", "/v1/datasets?name=public&kind=rows", content=content)
+    assert code(answer) == (413, "payload_too_large")
+    assert front.everything() == before
+
+
+def test_only_the_provider_uploads(front: Front) -> None:
+    assert code(front("alice", "POST", "/v1/datasets?name=x&kind=rows", content=ROWS)) == (403, "forbidden")
+    assert code(front(None, "POST", "/v1/datasets?name=x&kind=rows", content=ROWS)) == (401, "unauthenticated")
+
+
+@pytest.mark.parametrize(
+    "query", ["name=Public&kind=rows", "name=..&kind=rows", "kind=rows", "name=x&kind=zip", "name=x"]
+)
+def test_a_bad_query_is_refused(front: Front, query: str) -> None:
+    assert code(front("provider", "POST", f"/v1/datasets?{query}", content=ROWS)) == (422, "invalid_input")
