@@ -18,13 +18,13 @@ import torch
 from post_server.model_store import materialise_model
 from post_server.predictor import transport
 from post_server.predictor.models import LastUsed
-from post_server.predictor.server import Predictor
+from post_server.predictor.server import Predictor, Question, _joined
 from post_server.records import ModelRow, PromptRow
 from post_shared.errors import InvalidInput, NotFound, PromptMismatch, TaskInvalid, Timeout, Unavailable
 from post_shared.evaluation import classify, generate
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_file import read_prompt
-from post_shared.schemas import Predictions
+from post_shared.schemas import PredictionCreate, Predictions
 from post_shared.tasks import Task
 from tests.models import TEXTS
 from tests.server.backstage import TASK, Backstage, wait_for
@@ -195,6 +195,16 @@ def test_the_process_answers_logs_no_text_and_stops_when_told(backstage: Backsta
     predictor.terminate()
     assert predictor.wait(10) == 0
     assert "unmistakable" not in backstage.log()
+
+
+def test_groups_are_alike_and_bearable() -> None:
+    def question(model: str, texts: int) -> Question:
+        form = PredictionCreate(model=model, task=TASK, texts=["a"] * texts)
+        return Question("reply", time.time() + 1, form)
+
+    asked = [question("a", 200), question("b", 1), question("a", 56), question("a", 1), question("b", 2)]
+    groups = [[(each.form.model, len(each.form.texts)) for each in group] for group in _joined(asked)]
+    assert groups == [[("a", 200), ("a", 56)], [("b", 1), ("b", 2)], [("a", 1)]]
 
 
 def test_the_last_used_stay() -> None:

@@ -20,10 +20,18 @@ from post_server.worker.supervisor import JobSupervisor
 log = logging.getLogger("post.worker")
 
 
+def _log_celery_our_way(**_: Any) -> None:
+    """Connected, so Celery sets up no logging of its own."""
+    logger = logging.getLogger("celery")
+    logger.handlers[:] = logging.getLogger("post").handlers
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)  # what it says about each message, the supervisor says about each job
+
+
 def main(settings: Settings) -> int:
     """Work until SIGTERM or SIGINT: then running jobs keep a checkpoint and go back into the queue."""
     configure_logs(settings)
-    logging.getLogger("celery").handlers[:] = logging.getLogger("post").handlers
+    signals.setup_logging.connect(_log_celery_our_way, weak=False)
     warnings.simplefilter("ignore", SecurityWarning)  # about pickle and root; messages here are JSON with one id
     database, stopping = Database.from_settings(settings), threading.Event()
     supervisor = JobSupervisor(settings, database, stopping)

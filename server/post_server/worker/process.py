@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -158,4 +159,7 @@ def main(job_id: str, token: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    status = main(*sys.argv[1:3])
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)  # all is written; taking torch apart would cost the next job a second

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 from post_server.database import Database
 from post_server.dataset_store import find_dataset
 from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.transfer import TransferConfig, choose_alpha, transfer
+from post_server.ml.transfer import TransferConfig, TransferResult, choose_alpha, transfer
 from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
 from post_server.prompt_store import add_prompt
 from post_server.records import DatasetRow, JobRow, ModelRow, PromptRow
@@ -135,22 +136,24 @@ def run_transfer(work: Work) -> Outcome:
     data = write_prompt(
         PromptFile(moved.prompt.embeddings.numpy(), target_row.hash, file.task, file.epsilon, file.delta)
     )
-    losses = {"first_loss": moved.first_loss, "last_loss": moved.last_loss}
+    return partial(_save_target_prompt, work, source, data, moved)
 
-    def save(session: Session) -> dict[str, Any]:
-        row, _ = add_prompt(
-            session,
-            work.store,
-            data,
-            role=PromptRole.TARGET,
-            owner_key_id=source.owner_key_id,
-            source_id=source.id,
-            max_bytes=work.settings.prompt_bytes,
-        )
-        known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-        return {"prompt_id": row.id, "alpha": moved.alpha, "steps": moved.steps, **known}
 
-    return save
+def _save_target_prompt(
+    work: Work, source: PromptRow, data: bytes, moved: TransferResult, session: Session
+) -> dict[str, Any]:
+    row, _ = add_prompt(
+        session,
+        work.store,
+        data,
+        role=PromptRole.TARGET,
+        owner_key_id=source.owner_key_id,
+        source_id=source.id,
+        max_bytes=work.settings.prompt_bytes,
+    )
+    losses = {"first_loss": moved.first_loss, "last_loss": moved.last_loss}  # none when all steps were done before
+    known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    return {"prompt_id": row.id, "alpha": moved.alpha, "steps": moved.steps, **known}
 
 
 def run_evaluate(work: Work) -> Outcome:
