@@ -1,0 +1,51 @@
+"""Public data sets at the provider. Private data never becomes one."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote
+
+from post_client._http import Http, parse
+from post_shared.errors import DataInvalid
+from post_shared.schemas import Dataset, DatasetKind
+
+
+class Datasets:
+    """``client.datasets``"""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    def create(
+        self, *, name: str, kind: DatasetKind | str, content: Path | bytes, licence: str | None = None
+    ) -> Dataset:
+        """Upload public data (provider): JSON Lines for ``rows``, plain text for ``corpus``."""
+        if isinstance(content, Path) and not content.is_file():
+            raise DataInvalid(f"{content}: there is no such file")
+
+        def opened() -> IO[bytes]:
+            return content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
+
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(size),
+            "Idempotency-Key": str(uuid.uuid4()),
+        }
+        params = {"name": name, "kind": str(kind), "licence": licence}
+        answer = self._http.send(
+            "POST", "/v1/datasets", params=params, content=opened, headers=headers, repeat=True
+        )
+        return parse(answer, Dataset)
+
+    def get(self, dataset: str) -> Dataset:
+        """One data set, by id or name."""
+        return self._http.get(f"/v1/datasets/{quote(dataset, safe='')}", Dataset)
+
+    def list(self) -> Iterator[Dataset]:
+        """All data sets."""
+        return self._http.pages("/v1/datasets", Dataset)

@@ -1,0 +1,55 @@
+"""Questions to a target model. The provider sees the texts that are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from post_client._http import Http, parse
+from post_shared.schemas import Prediction, PredictionCreate, TaskForm
+from post_shared.schemas import Predictions as Answer
+
+MOST_TEXTS = 256
+
+
+def _ignore(done: int, count: int) -> None: ...
+
+
+class Predictions:
+    """``client.predictions``"""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    def create(
+        self,
+        *,
+        model: str,
+        texts: Sequence[str],
+        prompt: str | None = None,
+        task: TaskForm | None = None,
+        max_new_tokens: int = 16,
+        texts_per_request: int = MOST_TEXTS,
+        progress: Callable[[int, int], None] = _ignore,
+    ) -> list[Prediction]:
+        """One prediction per text, in their order; ``task`` alone asks without a prompt (zero-shot)."""
+        found: list[Prediction] = []
+        size = max(1, min(texts_per_request, MOST_TEXTS))
+        for at in range(0, len(texts), size):
+            body = PredictionCreate.model_construct(
+                model=model,
+                prompt=prompt,
+                task=task,
+                texts=list(texts[at : at + size]),
+                max_new_tokens=max_new_tokens,
+            )
+            found += self._ask(body).items
+            progress(len(found), len(texts))
+        return found
+
+    def _ask(self, body: PredictionCreate) -> Answer:
+        """Asking changes nothing at the provider, so it may be repeated."""
+        content = body.model_dump_json(exclude_none=True).encode()
+        headers = {"Content-Type": "application/json"}
+        return parse(
+            self._http.send("POST", "/v1/predictions", content=content, headers=headers, repeat=True), Answer
+        )
