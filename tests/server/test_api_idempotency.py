@@ -1,0 +1,133 @@
+"""A create that is sent twice under one Idempotency-Key happens once."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import httpx
+import pytest
+
+from post_server.api.idempotency import KEPT
+from post_server.records import IdempotencyRow, ModelRow, now
+from tests.server.front import ROWS, TASK, Front, code, prompt_bytes
+
+ORDER = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
+KEY = {"Idempotency-Key": "5f0c1d52-1c5e"}
+
+
+@pytest.fixture
+def student(front: Front) -> ModelRow:
+    front.add_dataset()
+    return front.add_pair()[1]
+
+
+def jobs(front: Front) -> int:
+    return len(front("provider", "GET", "/v1/jobs").json()["items"])
+
+
+def test_the_same_order_again_is_the_same_job(front: Front, student: ModelRow) -> None:
+    first = front("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY)
+    front("alice", "POST", f"/v1/jobs/{first.json()['id']}/cancel")
+    again = front("alice", "POST", "/v1/evaluations", json=dict(reversed(ORDER.items())), headers=KEY)
+    assert (again.status_code, again.content) == (202, first.content)  # the first answer, whatever came since
+    assert again.headers["idempotent-replayed"] == "true"
+    assert jobs(front) == 1
+
+
+def test_another_request_under_the_same_key_is_refused(front: Front, student: ModelRow) -> None:
+    front("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY)
+    other = {**ORDER, "max_rows": 5}
+    assert code(front("alice", "POST", "/v1/evaluations", json=other, headers=KEY)) == (422, "idempotency_mismatch")
+    pushed = front("alice", "POST", "/v1/prompts", content=prompt_bytes(student.hash), headers=KEY)
+    assert code(pushed) == (422, "idempotency_mismatch")
+    assert jobs(front) == 1
+    assert front("alice", "GET", "/v1/prompts").json()["items"] == []
+
+
+def test_keys_of_different_callers_have_nothing_to_do_with_each_other(front: Front, student: ModelRow) -> None:
+    ids = {front(who, "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"] for who in ("alice", "bob")}
+    assert len(ids) == 2
+
+
+def test_a_refused_request_may_be_corrected_under_its_key(front: Front, student: ModelRow) -> None:
+    wrong = front("alice", "POST", "/v1/evaluations", json={**ORDER, "dataset": "none"}, headers=KEY)
+    assert wrong.status_code == 404
+    assert front("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).status_code == 202
+
+
+def test_uploads_are_repeated_too(front: Front, student: ModelRow) -> None:
+    for who, path, content in (
+        ("alice", "/v1/prompts", prompt_bytes(student.hash)),
+        ("provider", "/v1/datasets?name=more&kind=rows", ROWS),
+    ):
+        first, again = (front(who, "POST", path, content=content, headers=KEY) for _ in range(2))
+        assert (first.status_code, again.status_code) == (201, 201)
+        assert first.content == again.content
+    changed = front("provider", "POST", "/v1/datasets?name=less&kind=rows", content=ROWS, headers=KEY)
+    assert code(changed) == (422, "idempotency_mismatch")
+
+
+def test_while_one_is_being_worked_on_the_other_waits(front: Front, student: ModelRow) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly():  # type: ignore[no-untyped-def]
+        yield ROWS
+        begun.set()
+        go_on.wait(10)
+        yield ROWS
+
+    answers: list[httpx.Response] = []
+
+    def upload() -> None:
+        with httpx.Client(base_url=front.url, trust_env=False, timeout=30) as client:
+            headers = {**KEY, "Authorization": f"Bearer {front.keys['provider']}"}
+            path = "/v1/datasets?name=slow&kind=rows"
+            answers.append(client.post(path, content=slowly(), headers=headers))
+
+    thread = threading.Thread(target=upload)
+    thread.start()
+    assert begun.wait(10)
+    while not front.app.state.context.in_flight:
+        pass
+    second = front("provider", "POST", "/v1/datasets?name=slow&kind=rows", content=ROWS * 2, headers=KEY)
+    assert code(second) == (409, "request_in_flight")
+    assert second.headers["retry-after"] == "1"
+    go_on.set()
+    thread.join()
+    assert answers[0].status_code == 201
+    third = front("provider", "POST", "/v1/datasets?name=slow&kind=rows", content=ROWS * 2, headers=KEY)
+    assert (third.status_code, third.content) == (201, answers[0].content)
+
+
+def test_many_at_once_make_one(front: Front, student: ModelRow) -> None:
+    answers: list[httpx.Response] = []
+
+    def order() -> None:
+        headers = {**KEY, "Authorization": f"Bearer {front.keys['alice']}"}
+        with httpx.Client(base_url=front.url, trust_env=False, timeout=30) as client:
+            answers.append(client.post("/v1/evaluations", json=ORDER, headers=headers))
+
+    threads = [threading.Thread(target=order) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} <= {202, 409}
+    assert len({answer.content for answer in answers if answer.status_code == 202}) == 1
+    assert jobs(front) == 1
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256, "\u00e9"])
+def test_a_key_is_a_plain_word(front: Front, student: ModelRow, key: str) -> None:
+    headers = {"Idempotency-Key": key.encode()}
+    answer = front("alice", "POST", "/v1/evaluations", json=ORDER, headers=headers)  # type: ignore[arg-type]
+    assert code(answer) == (422, "invalid_input")
+
+
+def test_answers_are_forgotten_after_a_day(front: Front, student: ModelRow) -> None:
+    first = front("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"]
+    with front.database.write() as session:
+        row = session.get_one(IdempotencyRow, (front.key_ids["alice"], KEY["Idempotency-Key"]))
+        row.created_at = now() - KEPT - timedelta(minutes=1)
+    assert front("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"] != first

@@ -1,0 +1,199 @@
+"""Whatever goes wrong, the answer is a problem document that helps, and says nothing it shouldn't."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from io import StringIO
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from post_server.keys import revoke_key
+from tests.server.front import TASK, Front, check_problem, code, prompt_bytes
+
+SECRET = "my private review of a film"
+
+
+@pytest.fixture
+def log(front: Front) -> StringIO:
+    """Everything that the server logs from now on, at its most talkative."""
+    stream = StringIO()
+    logger = logging.getLogger("post")
+    logger.setLevel("DEBUG")
+    (handler,) = logger.handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(stream)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/nothing", (404, "not_found")),
+        ("GET", "/v1", (404, "not_found")),
+        ("PUT", "/v1/models", (405, "method_not_allowed")),
+        ("TRACE", "/v1/models", (405, "method_not_allowed")),
+        ("GET", "/v1/models?limit=0", (422, "invalid_input")),
+        ("GET", "/v1/models?limit=x", (422, "invalid_input")),
+        ("GET", "/v1/models?limit=99999999999999999999", (422, "invalid_input")),
+        ("POST", "/v1/transfers", (422, "invalid_input")),
+        ("GET", "/static/../app.py", (404, "not_found")),
+        ("GET", "/static/%2e%2e/app.py", (404, "not_found")),
+    ],
+)
+def test_errors_of_the_framework_are_problems_too(
+    front: Front, method: str, path: str, expected: tuple[int, str]
+) -> None:
+    answer = front("provider", method, path)
+    assert code(answer) == expected
+    if expected[0] == 405:
+        assert "GET" in answer.headers["allow"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b"null", b'{"a": NaN}', b"\xff\xfe", b'{"a":' * 10_000])
+def test_a_body_that_is_no_document_is_a_problem(front: Front, body: bytes) -> None:
+    answer = front("provider", "POST", "/v1/transfers", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer post_wrong", "Basic YTpi", "Bearer \u00e9".encode(), "bearer  x y z"]
+)
+def test_without_a_valid_key_there_is_nothing(front: Front, header: str | bytes | None) -> None:
+    headers: Any = {} if header is None else {"Authorization": header}
+    for path in front.app.openapi()["paths"]:
+        if path.startswith("/v1/"):
+            for method in front.app.openapi()["paths"][path]:
+                concrete = re.sub(r"{\w+}", "x", path)
+                if front.app.openapi()["paths"][path][method].get("requestBody"):
+                    continue  # an invalid document may be refused first
+                answer = front(None, method.upper(), concrete, headers=headers)
+                assert code(answer) == (401, "unauthenticated"), (method, path)
+                assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_revoked_key_opens_nothing(front: Front) -> None:
+    assert front("alice", "GET", "/v1/models").status_code == 200
+    with front.database.write() as session:
+        revoke_key(session, "alice")
+    assert code(front("alice", "GET", "/v1/models")) == (401, "unauthenticated")
+
+
+def test_a_defect_tells_the_user_where_to_look_and_nothing_else(front: Front, log: StringIO) -> None:
+    def defect() -> None:
+        raise RuntimeError(SECRET)
+
+    front.app.router.routes.clear()
+    front.app.add_api_route("/defect", defect)
+    answer = front(None, "GET", "/defect", headers={"X-Request-Id": "find-me-in-the-log"})
+    assert code(answer) == (500, "internal_error")
+    assert SECRET not in answer.text
+    assert answer.json()["request_id"] == "find-me-in-the-log"
+    (line,) = [json.loads(line) for line in log.getvalue().splitlines() if "RuntimeError" in line]
+    assert line["request_id"] == "find-me-in-the-log"
+    assert "Traceback" in line["exception"]
+
+
+def test_a_database_that_is_away_is_worth_another_try(front: Front) -> None:
+    def away() -> None:
+        raise OperationalError("SELECT secret", {}, Exception("no route to host"))
+
+    front.app.router.routes.clear()
+    front.app.add_api_route("/away", away)
+    answer = front(None, "GET", "/away")
+    assert code(answer) == (503, "unavailable")
+    assert answer.headers["retry-after"]
+    assert "SELECT" not in answer.text
+
+
+def test_every_answer_has_a_request_id(front: Front) -> None:
+    given = front("alice", "GET", "/v1/models", headers={"X-Request-Id": "abc-123-def"})
+    assert given.headers["x-request-id"] == "abc-123-def"
+    for bad in ("short", "a b c d e f g h", "x" * 200, '"><script>'):
+        made = front("alice", "GET", "/v1/models", headers={"X-Request-Id": bad}).headers["x-request-id"]
+        assert re.fullmatch(r"[0-9a-f]{24}", made)
+
+
+def test_no_private_text_and_no_key_reaches_the_log_or_a_refusal(front: Front, log: StringIO) -> None:
+    """Texts come as predictions, in wrong places, in queries and headers, and as broken uploads."""
+    _, student = front.add_pair()
+    front.push("alice", prompt_bytes(student.hash))
+    task = TASK.model_dump()
+    answers = [
+        front("alice", "POST", "/v1/predictions", json={"model": "large", "task": task, "texts": [SECRET]}),
+        front("alice", "POST", "/v1/predictions", json={"model": "large", "task": task, "texts": SECRET}),
+        front("alice", "POST", "/v1/predictions", json={"model": "large", "task": task, "texts": [SECRET, 5]}),
+        front("alice", "POST", "/v1/predictions", json={"model": "large", "n": SECRET, "texts": [SECRET]}),
+        front("alice", "POST", "/v1/predictions", content=f'{{"texts": ["{SECRET}"'.encode()),
+        front("alice", "POST", "/v1/prompts", content=SECRET.encode()),
+        front("provider", "POST", "/v1/datasets?name=a&kind=rows", content=f'{{"text": "{SECRET}'.encode()),
+        front("alice", "GET", "/v1/models", params={"cursor": SECRET}),
+        front("alice", "GET", "/v1/models", headers={"X-Note": SECRET}),
+    ]
+    for answer in answers:
+        assert SECRET not in answer.text
+    written = log.getvalue()
+    assert written.count('"event": "request"') >= len(answers)
+    assert SECRET not in written
+    assert SECRET.replace(" ", "+") not in written
+    assert front.keys["alice"] not in written
+    assert front.key_ids["alice"] in written
+
+
+def test_a_document_has_a_limit(small_front: Front) -> None:
+    document = {"model": "large", "task": TASK.model_dump(), "texts": ["x" * 5000]}
+    answer = small_front("alice", "POST", "/v1/predictions", json=document)
+    assert code(answer) == (413, "payload_too_large")
+    pieces = iter([b"x" * 1000] * 10)
+    headers = {"Content-Type": "application/json"}
+    answer = small_front("alice", "POST", "/v1/predictions", content=pieces, headers=headers)
+    assert code(answer) == (413, "payload_too_large")
+
+
+def test_health_readiness_and_metrics_need_no_key(front: Front) -> None:
+    assert front(None, "GET", "/healthz").json() == {"status": "ok", "checks": {}}
+    ready = front(None, "GET", "/readyz")
+    assert ready.status_code == 503  # no broker is running here
+    assert ready.json()["checks"]["records"] == ready.json()["checks"]["blobs"] == "ok"
+    front("alice", "GET", "/v1/models/unknown")
+    text = front(None, "GET", "/metrics").text
+    assert 'post_http_requests_total{method="GET",route="/v1/models/{model}",status="404"} 1.0' in text
+    assert 'post_jobs{kind="distil",state="queued"} 0.0' in text
+
+
+def test_the_page_is_there_and_may_load_nothing_from_elsewhere(front: Front) -> None:
+    answer = front(None, "GET", "/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    for kind in ("href", "src"):
+        for link in re.findall(rf'{kind}="([^"]+)"', answer.text):
+            if link != "data:,":
+                assert link.startswith("/")
+                assert front(None, "GET", link).status_code == 200
+    assert "<style" not in answer.text
+    assert "onclick" not in answer.text
+    script = front(None, "GET", "/static/page.js").text
+    assert "innerHTML" not in script
+    assert "http" not in script
+
+
+def test_problems_have_the_shape_that_they_are_documented_with(front: Front) -> None:
+    document = front(None, "GET", "/openapi.json").json()
+    ids = []
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            ids.append(operation["operationId"])
+            for status, answer in operation["responses"].items():
+                if status >= "400" and path.startswith("/v1/"):
+                    assert list(answer["content"]) == ["application/problem+json"], (method, path, status)
+            if path.startswith("/v1/"):
+                assert {"401", "422"} <= operation["responses"].keys(), (method, path)
+                assert operation["security"], (method, path)
+    assert len(ids) == len(set(ids))
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    check_problem(front("alice", "GET", "/v1/jobs/none"))
