@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from post_shared.errors import (
     PROBLEM_MEDIA_TYPE,
@@ -116,7 +117,9 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, PostError):
         return await _post_error(request, error.__cause__)
-    phrase = HTTPStatus(error.status_code).phrase
+    if error.status_code == 400:
+        return respond(InvalidInput("The body can't be parsed; send a JSON document."), _request_id(request))
+    phrase, headers = HTTPStatus(error.status_code).phrase, dict(error.headers or {})
     if error.status_code in _BY_STATUS:
         problem = _BY_STATUS[error.status_code](str(error.detail)).problem()
     else:
@@ -126,14 +129,26 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 404 and error.detail == phrase:
         problem["detail"] = f"There is nothing at {request.url.path[:200]}."
     if error.status_code == 405:
-        problem["detail"] = f"{request.method} is not possible here."
+        headers["Allow"] = _allowed(request) or headers.get("Allow", "")
+        problem["detail"] = f"{request.method} is not possible here, only {headers['Allow']}."
     request_id = _request_id(request)
     return JSONResponse(
         problem | ({"request_id": request_id} if request_id else {}),
         status_code=error.status_code,
         media_type=PROBLEM_MEDIA_TYPE,
-        headers=dict(error.headers or {}),
+        headers=headers,
     )
+
+
+def _allowed(request: Request) -> str:
+    """Every method of the path; the framework names those of the first endpoint that has it."""
+    methods = {
+        method.upper()
+        for path, operations in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].fullmatch(request.url.path)
+        for method in operations
+    }
+    return ", ".join(sorted(methods))
 
 
 async def _database_away(request: Request, error: Exception) -> JSONResponse:
