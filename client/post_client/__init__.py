@@ -1,10 +1,10 @@
 """The data owner's side of POST: everything that reads private data lives here.
 
-    from post_client import Client
+from post_client import Client
 
-    client = Client(url="https://provider.example", api_key="post_...")
-    job = client.transfers.create(prompt=prompt.id, target="smollm2", dataset="amazon")
-    job.wait()
+client = Client(url="https://provider.example", api_key="post_...")
+job = client.transfers.create(prompt=prompt.id, target="smollm2", dataset="amazon")
+job.wait()
 """
 
 from __future__ import annotations

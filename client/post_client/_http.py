@@ -217,9 +217,7 @@ def error_of(answer: httpx.Response) -> PostError:
 
 
 def _refused(error: BaseException) -> bool:
-    return isinstance(error, Unavailable) and isinstance(
-        error.__cause__, httpx.ConnectError | httpx.ConnectTimeout
-    )
+    return isinstance(error, Unavailable) and isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
 
 
 def _seconds(text: str | None) -> float | None:

@@ -1,10 +1,10 @@
 """The client of a provider's server: one attribute per noun of the API.
 
-    client = Client()                                   # POST_URL and POST_API_KEY from the environment
-    folder = client.models.download("smollm2-student", Path("student"))
-    prompt = client.prompts.upload(build_upload(prompt_file))
-    job = client.transfers.create(prompt=prompt.id, target="smollm2", dataset="amazon")
-    job.wait(progress=print)
+client = Client()                                   # POST_URL and POST_API_KEY from the environment
+folder = client.models.download("smollm2-student", Path("student"))
+prompt = client.prompts.upload(build_upload(prompt_file))
+job = client.transfers.create(prompt=prompt.id, target="smollm2", dataset="amazon")
+job.wait(progress=print)
 """
 
 from __future__ import annotations

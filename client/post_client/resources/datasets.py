@@ -37,9 +37,7 @@ class Datasets:
             "Idempotency-Key": str(uuid.uuid4()),
         }
         params = {"name": name, "kind": str(kind), "licence": licence}
-        answer = self._http.send(
-            "POST", "/v1/datasets", params=params, content=opened, headers=headers, repeat=True
-        )
+        answer = self._http.send("POST", "/v1/datasets", params=params, content=opened, headers=headers, repeat=True)
         return parse(answer, Dataset)
 
     def get(self, dataset: str) -> Dataset:

@@ -50,6 +50,4 @@ class Predictions:
         """Asking changes nothing at the provider, so it may be repeated."""
         content = body.model_dump_json(exclude_none=True).encode()
         headers = {"Content-Type": "application/json"}
-        return parse(
-            self._http.send("POST", "/v1/predictions", content=content, headers=headers, repeat=True), Answer
-        )
+        return parse(self._http.send("POST", "/v1/predictions", content=content, headers=headers, repeat=True), Answer)

@@ -1,0 +1,37 @@
+"""The data owner's verbs of the ``post`` command, and those of the provider that go over HTTP.
+
+Everything heavy is imported when a verb runs, so that ``post --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import typer
+
+from post_client.cli.demo import demo
+from post_client.cli.jobs import jobs
+from post_client.cli.predict import predict
+from post_client.cli.provider import distil, evaluate
+from post_client.cli.pull import pull
+from post_client.cli.push import push
+from post_client.cli.transfer import transfer
+from post_client.cli.tune import tune
+
+OWNER, PROVIDER, BOTH = "Data owner", "Provider", "Both"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs.
+
+    Raises:
+        ImportError: the extra ``client`` isn't installed.
+    """
+    if find_spec("opacus") is None:
+        raise ImportError("No module named 'opacus'")
+    for name, verb in (("pull", pull), ("tune", tune), ("push", push), ("transfer", transfer), ("predict", predict)):
+        app.command(name, rich_help_panel=OWNER)(verb)
+    app.command("distil", rich_help_panel=PROVIDER)(distil)
+    app.command("evaluate", rich_help_panel=BOTH)(evaluate)
+    app.add_typer(jobs, name="jobs", rich_help_panel=BOTH)
+    app.command("demo", rich_help_panel=BOTH)(demo)

@@ -1,0 +1,158 @@
+"""What the verbs share: options, the two streams, progress bars. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from post_shared.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from post_client.client import Client
+    from post_client.resources.jobs import Job
+    from post_shared.schemas import Job as JobDocument
+
+Url = Annotated[
+    str | None, typer.Option("--url", help="Address of the server; by default POST_URL. The key is POST_API_KEY.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of text.")]
+
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False)
+
+
+def connect(url: str | None) -> Client:
+    """The client of the server that the option or the environment names."""
+    from post_client.client import Client
+
+    return Client(url=url)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document, one line, on standard output."""
+    typer.echo(json.dumps(document, ensure_ascii=False, default=str))
+
+
+def print_facts(facts: Mapping[str, Any], *, console: Console = out) -> None:
+    """Names and values, one a line."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(f"[bold]{escape(name)}[/]", escape(str(value)))
+    console.print(table)
+
+
+def usage_error(message: str) -> NoReturn:
+    """End with exit code 2: the options don't fit together."""
+    raise typer.BadParameter(message)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file at once and whole; only its owner may read it.
+
+    Raises:
+        InvalidInput: it can't be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise InvalidInput(f"{path}: can't write: {error.strerror or error}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that was named on the command line."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{path}: can't read: {error.strerror or error}") from error
+
+
+# --- progress -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bar(what: str, *columns: ProgressColumn) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar on stderr; the yielded ``show(done, total, note)`` moves it."""
+    layout = (TextColumn("[bold]{task.description}"), BarColumn(), *columns, TextColumn("{task.fields[note]}"))
+    with Progress(*layout, TimeElapsedColumn(), console=err) as progress:
+        task = progress.add_task(what, total=None, note="")
+
+        def show(done: float, total: float, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=escape(note))
+
+        yield show
+
+
+def byte_column() -> ProgressColumn:
+    return DownloadColumn()
+
+
+def metrics_note(metrics: Mapping[str, float]) -> str:
+    """``loss 0.412  ε 3.10``"""
+    names = {"epsilon": "ε"}
+    return "  ".join(f"{names.get(name, name)} {value:.3f}" for name, value in metrics.items())
+
+
+def follow(job: Job) -> Job:
+    """Wait for a job with a bar. Ctrl-C offers to leave it running."""
+    from post_shared.errors import Unavailable
+
+    try:
+        with bar(f"{job.document.kind} {job.id}") as show:
+
+            def heard(document: JobDocument) -> None:
+                note = "  ".join(filter(None, [document.stage or str(document.state), metrics_note(document.metrics)]))
+                show(document.progress, 1.0, note)
+
+            return job.wait(progress=heard)
+    except KeyboardInterrupt:
+        leave = not err.is_terminal or typer.confirm("\nLeave the job running at the provider?", default=True, err=True)
+        if not leave:
+            job.cancel()
+            err.print(f"Cancelling {job.id}.")
+        else:
+            err.print(f"{job.id} goes on. Watch it: post jobs watch {job.id}   Cancel it: post jobs cancel {job.id}")
+        raise typer.Exit(130) from None
+    except Unavailable:
+        err.print(f"Lost sight of {job.id}. Look again later: post jobs watch {job.id}")
+        raise
+
+
+@contextmanager
+def stop_gently() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C only makes the yielded ``asked()`` true; the second one interrupts."""
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,68 @@
+"""``post jobs list | show | watch | cancel``"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from post_client.cli.console import AsJson, Url, connect, follow, metrics_note, out, print_facts, print_json
+from post_shared.schemas import Job, JobKind, JobState
+
+jobs = typer.Typer(no_args_is_help=True, help="Work at the provider: distillations, transfers, evaluations.")
+JobId = Annotated[str, typer.Argument(help="Id of the job.")]
+
+
+@jobs.command("list")
+def list_(
+    kind: Annotated[JobKind | None, typer.Option(help="Only this kind.")] = None,
+    state: Annotated[JobState | None, typer.Option(help="Only this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Your jobs, newest first."""
+    with connect(url) as client:
+        found = [job.document for job in islice(client.jobs.list(kind=kind, state=state), limit)]
+    if json:
+        print_json([document.model_dump(mode="json") for document in found])
+        return
+    table = Table("id", "kind", "state", "progress", "metrics", "created", box=None, pad_edge=False)
+    for job in found:
+        metrics = escape(metrics_note(job.metrics))
+        table.add_row(job.id, job.kind, job.state, f"{job.progress:.0%}", metrics, f"{job.created_at:%Y-%m-%d %H:%M}")
+    out.print(table)
+
+
+@jobs.command()
+def show(job: JobId, url: Url = None, json: AsJson = False) -> None:
+    """One job, with its result or error."""
+    with connect(url) as client:
+        _print(client.jobs.get(job).document, json)
+
+
+@jobs.command()
+def watch(job: JobId, url: Url = None, json: AsJson = False) -> None:
+    """Wait for a job. Ctrl-C leaves it running, if you like."""
+    with connect(url) as client:
+        _print(follow(client.jobs.get(job)).document, json)
+
+
+@jobs.command()
+def cancel(job: JobId, url: Url = None, json: AsJson = False) -> None:
+    """Stop a job."""
+    with connect(url) as client:
+        _print(client.jobs.get(job).cancel().document, json)
+
+
+def _print(document: Job, json: bool) -> None:
+    if json:
+        print_json(document.model_dump(mode="json"))
+        return
+    facts = document.model_dump(mode="json", exclude={"error", "metrics", "request"})
+    facts["metrics"] = metrics_note(document.metrics) or None
+    facts["error"] = document.error.detail if document.error else None
+    print_facts(facts)

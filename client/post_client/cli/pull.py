@@ -1,0 +1,26 @@
+"""``post pull``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from post_client.cli.console import AsJson, Url, bar, byte_column, connect, print_facts, print_json
+
+
+def pull(
+    student: Annotated[str, typer.Argument(help="Name or id of the student model.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to be; new or empty.")],
+    pin: Annotated[
+        str | None, typer.Option("--hash", help="The hash that you know; a student with another is refused.")
+    ] = None,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Fetch a student model: resumed where it stopped, every byte checked."""
+    with connect(url) as client, bar(f"pull {student}", byte_column()) as show:
+        manifest = client.models.download(student, to, pin=pin, progress=lambda done, total: show(done, total, ""))
+    facts = {"name": manifest.name, "id": manifest.model_id, "hash": manifest.hash, "folder": str(to)}
+    print_json(facts) if json else print_facts(facts)

@@ -1,0 +1,67 @@
+"""``post push``"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from post_client.cli.console import AsJson, Url, connect, err, out, print_json, read_file, write_file
+
+
+def push(
+    file: Annotated[Path, typer.Argument(help="The prompt file.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option("--dry-run", help="Send nothing: write the request, to the byte, to this file (- for stdout)."),
+    ] = None,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Send a prompt to the provider. Shows exactly what will leave, and asks."""
+    from post_client.outbound import build_upload, describe
+    from post_shared.prompt_file import read_prompt
+
+    request = build_upload(read_prompt(read_file(file)))
+    facts = describe(request)
+    if dry_run is not None:
+        _write_request(dry_run, request.to_bytes())
+        err.print("Nothing was sent. Sending adds the address (Host) and your key (Authorization), nothing else.")
+        return
+    if not json:
+        _show(facts)
+    if not yes and not typer.confirm("Send this?", default=False, err=True):
+        err.print("Nothing was sent.")
+        raise typer.Exit(1)
+    with connect(url) as client:
+        prompt = client.prompts.upload(request)
+    if json:
+        print_json({"sent": facts, "prompt": prompt.model_dump(mode="json")})
+    else:
+        out.print(prompt.id)
+
+
+def _write_request(place: Path, data: bytes) -> None:
+    if str(place) == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        write_file(place, data)
+
+
+def _show(facts: dict[str, Any]) -> None:
+    table = Table(title="What will leave this machine", title_justify="left", show_header=False)
+    for name, value in facts.items():
+        if name not in ("epsilon", "delta"):
+            table.add_row(name, escape(str(value)))
+    if facts["epsilon"] is None:
+        table.add_row("privacy", "[bold yellow]no guarantee: tuned without differential privacy[/]")
+    else:
+        table.add_row("privacy", f"({facts['epsilon']:g}, {facts['delta']:g})-differential privacy")
+    err.print(table)
+    err.print("Nothing else: no row, no row count, no accuracy, no loss, no time, no file name.")

@@ -1,0 +1,54 @@
+"""``post transfer``"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from post_client.cli.console import AsJson, Url, connect, follow, out, print_json, usage_error
+
+
+def transfer(
+    prompt: Annotated[str, typer.Option("--prompt", help="Id of the source prompt (post push prints it).")],
+    target: Annotated[str, typer.Option("--target", help="Name or id of the target model.")],
+    dataset: Annotated[str, typer.Option("--dataset", help="Name or id of a public dataset.")],
+    alpha: Annotated[str | None, typer.Option(help="0 to 1, or auto (Eq. 6).")] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Public rows to use.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until it is done.")] = True,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Move a source prompt to the target model with public text. Prints the target prompt's id."""
+    options: dict[str, Any] = {
+        "alpha": None if alpha is None else _alpha(alpha),
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "temperature": temperature,
+        "max_rows": max_rows,
+        "seed": seed,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with connect(url) as client:
+        job = client.transfers.create(prompt=prompt, target=target, dataset=dataset, **given)
+        if wait:
+            follow(job)
+    if json:
+        print_json(job.document.model_dump(mode="json"))
+    else:
+        out.print(job.result["prompt_id"] if wait else job.id)
+
+
+def _alpha(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        usage_error(f"--alpha is a number from 0 to 1, or auto; not {text!r}.")
