@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -125,7 +126,7 @@ def _label(where: str, columns: Mapping[str, Any], column: str | None, labels: C
         if column is not None and column in columns:
             raise DataInvalid(f"{where}, column {column!r}: the label is missing")
         raise DataInvalid(f"{where}: there is no label column {column!r}; the columns are: {_names(columns)}")
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, bool) or not isinstance(value, str | Integral):
         raise DataInvalid(f"{where}, column {column!r}: a label is a word or an integer, not {_kind(value)}")
     label = str(value).strip()
     if not label:
@@ -180,8 +181,9 @@ def _mappings(source: Iterable[Mapping[str, Any]], label_column: str | None) -> 
         if not isinstance(columns, Mapping):
             raise DataInvalid(f"{where}: expected named columns, found {_kind(columns)}")
         value = None if names is None else columns.get(str(label_column))
-        if names is not None and isinstance(value, int):
-            columns = {**columns, str(label_column): names[value] if 0 <= value < len(names) else None}
+        if names is not None and isinstance(value, Integral):
+            at = int(value)
+            columns = {**columns, str(label_column): names[at] if 0 <= at < len(names) else None}
         yield where, columns
 
 

@@ -19,7 +19,11 @@ from opacus.accountants.analysis import rdp as renyi
 
 from post_shared.errors import PrivacyInvalid
 
-ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [2.0**x for x in range(6, 13)]
+ORDERS = (
+    [1.1, 1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5]
+    + [float(x) for x in range(2, 64)]
+    + [2.0**x for x in range(6, 13)]
+)
 MAX_NOISE = 1e5
 PRV_LIMIT = 100.0
 """Above that ε (by RDP) nothing is protected, and PRV would take gigabytes to say it more exactly."""
