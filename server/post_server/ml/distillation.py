@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,11 @@ class DistilConfig:
             raise InvalidInput("say how long to distil: steps, minutes or both")
         if self.sequence_length > self.batch_tokens:
             raise InvalidInput("batch_tokens holds at least one sequence")
+
+    @property
+    def rows(self) -> int:
+        """Sequences in a batch."""
+        return self.batch_tokens // self.sequence_length
 
     @classmethod
     def from_request(cls, request: DistillationCreate) -> DistilConfig:
@@ -125,15 +130,18 @@ class Plateau:
         return sum(now) > (1.0 - self.share) * sum(before)
 
 
-def start_student(target: LanguageModel, corpus: Corpus, config: DistilConfig, start: str) -> LanguageModel:
+def start_student(
+    target: LanguageModel, corpus: Corpus, config: DistilConfig, start: str, report: Reporter = ignore
+) -> LanguageModel:
     """The student before distillation: layers chosen, copied, and prepared by the start of that name."""
     keep = config.keep_layers if isinstance(config.keep_layers, int) else list(config.keep_layers)
     kept = chosen_layers(keep, target.layers)
     student = copy_student(target, kept)
-    rows = max(1, config.batch_tokens // config.sequence_length)
-    count = max(1, config.start_tokens // (rows * config.sequence_length))
-    blocks = [corpus.batch(step, rows, config.seed) for step in range(min(count, -(-len(corpus.blocks) // rows)))]
-    STARTS[start](target, student, kept, blocks)
+    every = -(-len(corpus.blocks) // config.rows)
+    count = min(every, max(1, config.start_tokens // (config.rows * config.sequence_length)))
+    STARTS[start](
+        target, student, kept, [corpus.batch(step, config.rows, config.seed) for step in range(count)], report
+    )
     return student
 
 
@@ -151,32 +159,16 @@ def distil(
     Raises:
         InvalidInput: layers, start or length that don't fit the model.
         DataInvalid: too little text.
+        Cancelled: raised by ``report``; the state is kept first.
     """
     report(Progress(0, 1, "corpus"))
     corpus = prepare_corpus(target, paragraphs, config.sequence_length, checkpoint)
-    report(Progress(0, 1, "start"))
-    kept = _checkpoint(checkpoint, config, corpus, checkpoint_seconds)
+    kept = Checkpoint(checkpoint, fingerprint(config, corpus.digest), checkpoint_seconds) if checkpoint else None
     begun = kept is not None and kept.begun()  # its weights replace whatever the student would start from
-    model = start_student(target, corpus, config, "copy" if begun else config.start)
-    student = Student(model, config)
-    plateau = Plateau()
-    rows = max(1, config.batch_tokens // config.sequence_length)
-    began, tokens = time.monotonic(), 0
-
-    def update(clock: Clock) -> dict[str, float]:
-        nonlocal tokens
-        prediction = _prediction(target, corpus, clock.step, rows, config.seed)
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.device.type == "cuda"):
-            losses = distillation_losses(target, model, prediction, config.temperature)
-        loss = distillation_loss(losses["ce"], losses["lm"], losses["cos"])
-        student.step(loss, config.learning_rate * warm_then_linear(max(clock.done, 1e-3), WARM_UP))
-        tokens += prediction.inputs.numel()
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        plateau.add(float(loss.detach()))
-        return {"loss": float(loss.detach()), **values, "tokens_per_second": tokens / (time.monotonic() - began)}
-
+    model = start_student(target, corpus, config, "copy" if begun else config.start, report)
+    student, plateau = Student(model, config), Plateau()
     run_steps(
-        update,
+        _update(target, student, corpus, config, plateau),
         student,
         steps=config.steps,
         seconds=config.minutes * 60 if config.minutes else None,
@@ -187,6 +179,28 @@ def distil(
     )
     model.model.requires_grad_(False)
     return model
+
+
+def _update(
+    target: LanguageModel, student: Student, corpus: Corpus, config: DistilConfig, plateau: Plateau
+) -> Callable[[Clock], dict[str, float]]:
+    """One step of distillation, as the training loop calls it; the loss also goes to ``plateau``."""
+    began, tokens = time.monotonic(), 0
+    place = target.device.type
+
+    def update(clock: Clock) -> dict[str, float]:
+        nonlocal tokens
+        prediction = _prediction(target, corpus, clock.step, config.rows, config.seed)
+        with torch.autocast(place, torch.bfloat16, enabled=place == "cuda"):
+            losses = distillation_losses(target, student.model, prediction, config.temperature)
+        loss = distillation_loss(losses["ce"], losses["lm"], losses["cos"])
+        student.step(loss, config.learning_rate * warm_then_linear(max(clock.done, 1e-3), WARM_UP))
+        tokens += prediction.inputs.numel()
+        values = {name: float(value.detach()) for name, value in {"loss": loss, **losses}.items()}
+        plateau.add(values["loss"])
+        return {**values, "tokens_per_second": tokens / (time.monotonic() - began)}
+
+    return update
 
 
 def distillation_losses(
@@ -213,9 +227,3 @@ def _prediction(target: LanguageModel, corpus: Corpus, step: int, rows: int, see
         mask = int(target.tokenizer.mask_token_id)
         return masked_tokens(block, mask, target.vocabulary, corpus.counts, generator)
     return next_token(block, HEAD_SHARE, generator)
-
-
-def _checkpoint(folder: Path | None, config: DistilConfig, corpus: Corpus, seconds: float) -> Checkpoint | None:
-    if folder is None:
-        return None
-    return Checkpoint(folder, fingerprint(config, corpus.digest), seconds)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
+from post_shared.training import Progress, Reporter, ignore
 
 RIDGE = 1e-3
 SINKS = 2
@@ -85,7 +86,13 @@ def _wrapped(model: Any, target: LanguageModel) -> LanguageModel:
 # --- the fold -----------------------------------------------------------------------------------------
 
 
-def fold(target: LanguageModel, student: LanguageModel, kept: Sequence[int], blocks: Sequence[Tensor]) -> None:
+def fold(
+    target: LanguageModel,
+    student: LanguageModel,
+    kept: Sequence[int],
+    blocks: Sequence[Tensor],
+    report: Reporter = ignore,
+) -> None:
     """Fold every gap between kept layers into the MLP output matrix of the layer before it, in place.
 
     ``blocks`` are packed token ids (B, T) without padding. With m the MLP output (n, d), r the residual it is
@@ -95,15 +102,24 @@ def fold(target: LanguageModel, student: LanguageModel, kept: Sequence[int], blo
     Raises:
         InvalidInput: the layers aren't of the kind "residual + MLP output", so there is nothing to fold into.
     """
-    for place, (layer, following) in enumerate(pairwise(kept)):
-        if following != layer + 1:
-            _fold_gap(target, student, place, following, blocks)
     if kept[-1] != target.layers - 1:
         raise InvalidInput("keep the last layer: the head reads its output")
+    gaps = [(place, after) for place, (layer, after) in enumerate(pairwise(kept)) if after != layer + 1]
+    for done, (place, entering) in enumerate(gaps):
+
+        def tell(block: int, done: int = done) -> None:
+            report(Progress(done * len(blocks) + block, len(gaps) * len(blocks), "start"))
+
+        _fold_gap(target, student, place, entering, blocks, tell)
 
 
 def _fold_gap(
-    target: LanguageModel, student: LanguageModel, place: int, entering: int, blocks: Sequence[Tensor]
+    target: LanguageModel,
+    student: LanguageModel,
+    place: int,
+    entering: int,
+    blocks: Sequence[Tensor],
+    tell: Callable[[int], None],
 ) -> None:
     """Fit on the student as it is now (earlier gaps folded), so that later gaps see what they will get."""
     matrix = mlp_output(getattr(*layers_of(student))[place], student.hidden_size)
@@ -111,7 +127,7 @@ def _fold_gap(
     width = student.hidden_size
     gram = torch.zeros(width, width, dtype=torch.float64)
     cross = torch.zeros(width, width, dtype=torch.float64)
-    for block in blocks:
+    for at, block in enumerate(blocks, 1):
         wanted = _input_of(target, entering, block)
         got, made = _output_of(student, place, matrix, block)
         m = made[:, SINKS:].reshape(-1, width).double().cpu()
@@ -119,6 +135,7 @@ def _fold_gap(
         h = wanted[:, SINKS:].reshape(-1, width).double().cpu()
         gram += m.T @ m
         cross += m.T @ (h - residual)
+        tell(at)
     scale = float(gram.diagonal().mean())
     fitted = torch.linalg.solve(gram + RIDGE * scale * torch.eye(width, dtype=torch.float64), cross)  # (d, d)
     _multiply_output(matrix, fitted)
@@ -230,8 +247,8 @@ def _output_of(model: LanguageModel, layer: int, matrix: nn.Module, block: Tenso
     return caught[0].float(), made[-1].float()
 
 
-STARTS: dict[str, Callable[[LanguageModel, LanguageModel, Sequence[int], Sequence[Tensor]], None]] = {
-    "copy": lambda target, student, kept, blocks: None,
+STARTS: dict[str, Callable[[LanguageModel, LanguageModel, Sequence[int], Sequence[Tensor], Reporter], None]] = {
+    "copy": lambda target, student, kept, blocks, report: None,
     "fold": fold,
 }
 """How a copied student is prepared, by name. A better start is a new entry here."""

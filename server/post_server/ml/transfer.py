@@ -164,28 +164,22 @@ def transfer(
         raise DataInvalid("the public dataset has no texts")
     encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
     known = constants(target, student, prompt, encoded, report=report)
-    loss = transfer_objective(target, known, config.alpha, config.temperature)
-    trained = nn.Parameter(prompt.embeddings.clone().to(target.device))
+    work = fingerprint(config, prompt.embeddings, chosen)
     losses: list[float] = []
 
     def watch(progress: Progress) -> None:
         losses.append(progress.metrics["loss"])
         report(progress)
 
-    work = (
-        Checkpoint(checkpoint, fingerprint(config, prompt.embeddings, chosen), checkpoint_seconds)
-        if checkpoint
-        else None
-    )
     moved = train_prompt(
-        PromptAdam(trained, config.learning_rate),
-        loss,
+        PromptAdam(nn.Parameter(prompt.embeddings.clone().to(target.device)), config.learning_rate),
+        transfer_objective(target, known, config.alpha, config.temperature),
         ShuffledBatches(encoded, config.batch_size, config.seed),
         steps=config.steps,
         learning_rate=config.learning_rate,
         stage="transfer",
         report=watch,
-        checkpoint=work,
+        checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None,
     )
     first, last = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
     return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last)
