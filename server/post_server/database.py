@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from post_server.settings import Settings
 
 _BUSY_MILLISECONDS = 30_000
-_BLOB_LOCK = (
-    0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock that guards blobs against deletion
-)
+_BLOB_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock that guards blobs against deletion
 
 
 class Database:
@@ -84,13 +84,29 @@ def alembic_config(connection: Connection | None = None) -> Any:
     return config
 
 
+def to_json(value: Any) -> str:
+    """JSON for a column; NaN and infinities, which JSON doesn't have, become null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True)
+        return create_engine(parsed, pool_pre_ping=True, json_serializer=to_json)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000})
+    engine = create_engine(parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000}, json_serializer=to_json)
     event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", _begin)
     return engine

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -73,7 +71,7 @@ def visible_job(session: Session, caller: ApiKeyRow, job_id: str) -> JobRow:
 def job_document(row: JobRow) -> Job:
     """The row as the API shows it."""
     members = {name: getattr(row, name) for name in Job.model_fields}
-    members["metrics"] = {name: value for name, value in row.metrics.items() if math.isfinite(value)}
+    members["metrics"] = {name: value for name, value in row.metrics.items() if value is not None}
     return Job.model_validate(members)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 
 import structlog
 
@@ -43,3 +44,13 @@ def configure_logs(settings: Settings) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(settings.log_level.upper())
+
+
+def where(error: BaseException) -> str:
+    """The traceback of an error and its causes by place and class. Messages are left out: they may quote a text."""
+    parts: list[str] = []
+    at: BaseException | None = error
+    while at is not None and len(parts) < 10:
+        parts.append("".join(traceback.format_tb(at.__traceback__)) + type(at).__name__)
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return "\nfollowed by\n".join(reversed(parts))

@@ -115,6 +115,7 @@ def _text(where: str, columns: Mapping[str, Any], column: str) -> str:
         raise DataInvalid(f"{where}, column {column!r}: expected a text, found {_kind(text)}")
     if not text.strip():
         raise DataInvalid(f"{where}, column {column!r}: the text is empty")
+    _check_unicode(where, column, text)
     return text
 
 
@@ -131,12 +132,21 @@ def _label(where: str, columns: Mapping[str, Any], column: str | None, labels: C
     label = str(value).strip()
     if not label:
         raise DataInvalid(f"{where}, column {column!r}: the label is empty")
+    _check_unicode(where, column, label)
     if labels is not None and label not in labels:
         known = ", ".join(map(str, labels))
         raise DataInvalid(
             f"{where}, column {column!r}: label {label[:40]!r} is unknown; the task's labels are: {known}"
         )
     return label
+
+
+def _check_unicode(where: str, column: str | None, text: str) -> None:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataInvalid(f"{where}, column {column!r}: half a character at place {error.start + 1}") from error
 
 
 def _names(columns: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from post_server.api.metrics import Metrics
 from post_server.api.problems import respond, unexpected
+from post_server.logs import where
 from post_shared.errors import PayloadTooLarge
 
 log = structlog.get_logger("post.api")
@@ -64,9 +65,9 @@ class RequestMiddleware:
         try:
             await self.app(scope, receive, send_marked)
         except Exception as error:
-            log.exception("defect", error=type(error).__name__)
+            log.error("defect", error=type(error).__name__, where=where(error))
             if status:  # too late for another answer: cut the connection, so that nobody takes half for all
-                raise
+                raise ConnectionAbortedError(f"answer {request_id} was cut off") from None
             await unexpected(request_id)(scope, receive, send_marked)
         finally:
             self._note(scope, status, time.perf_counter() - started)

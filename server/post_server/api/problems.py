@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
+from post_server.logs import where
 from post_shared.errors import (
     PROBLEM_MEDIA_TYPE,
     Conflict,
@@ -60,15 +62,16 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def respond(error: PostError, request_id: str | None, headers: dict[str, str] | None = None) -> JSONResponse:
+def respond(error: PostError, request_id: str | None, headers: dict[str, str] | None = None) -> Response:
     """The problem document of an error."""
-    document = error.problem() | ({"request_id": request_id} if request_id else {})
-    return JSONResponse(
-        document,
-        status_code=error.status,
-        media_type=PROBLEM_MEDIA_TYPE,
-        headers=_HEADERS.get(error.status, {}) | (headers or {}),
-    )
+    return _render(error.problem(), request_id, _HEADERS.get(error.status, {}) | (headers or {}))
+
+
+def _render(problem: dict[str, Any], request_id: str | None, headers: dict[str, str]) -> Response:
+    """ASCII, so that whatever a detail quotes can be sent."""
+    document = problem | ({"request_id": request_id} if request_id else {})
+    content = json.dumps(document, default=str)
+    return Response(content, status_code=problem["status"], media_type=PROBLEM_MEDIA_TYPE, headers=headers)
 
 
 def install(app: FastAPI) -> None:
@@ -81,7 +84,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(DataError, _database_refuses)
 
 
-def unexpected(request_id: str | None) -> JSONResponse:
+def unexpected(request_id: str | None) -> Response:
     """What a user hears of a defect: where to find it in the log, and nothing of what it was."""
     detail = f"The server made a mistake; its log has the details under request {request_id}."
     return respond(PostError(detail), request_id)
@@ -91,7 +94,7 @@ def _request_id(request: Request) -> str | None:
     return getattr(request.state, "request_id", None)
 
 
-async def _post_error(request: Request, error: Exception) -> JSONResponse:
+async def _post_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PostError)
     if error.status >= 500:
         log.error("failed", code=error.code, detail=error.detail)
@@ -101,7 +104,7 @@ async def _post_error(request: Request, error: Exception) -> JSONResponse:
     return respond(error, _request_id(request), headers)
 
 
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+async def _validation_error(request: Request, error: Exception) -> Response:
     """Say where and what is wrong, never what was sent."""
     assert isinstance(error, RequestValidationError)
     mistakes = [
@@ -112,7 +115,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     return respond(InvalidInput(detail, mistakes=mistakes), _request_id(request))
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> Response:
     """Errors of the framework: no such path, wrong method, a body that can't be parsed."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, PostError):
@@ -131,13 +134,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 405:
         headers["Allow"] = _allowed(request) or headers.get("Allow", "")
         problem["detail"] = f"{request.method} is not possible here, only {headers['Allow']}."
-    request_id = _request_id(request)
-    return JSONResponse(
-        problem | ({"request_id": request_id} if request_id else {}),
-        status_code=error.status_code,
-        media_type=PROBLEM_MEDIA_TYPE,
-        headers=headers,
-    )
+    return _render(problem, _request_id(request), headers)
 
 
 def _allowed(request: Request) -> str:
@@ -151,11 +148,11 @@ def _allowed(request: Request) -> str:
     return ", ".join(sorted(methods))
 
 
-async def _database_away(request: Request, error: Exception) -> JSONResponse:
-    log.error("database", error=type(error).__name__, exc_info=error)
+async def _database_away(request: Request, error: Exception) -> Response:
+    log.error("database", error=type(error).__name__, where=where(error))
     return respond(Unavailable("The records can't be reached now; try again."), _request_id(request))
 
 
-async def _database_refuses(request: Request, error: Exception) -> JSONResponse:
+async def _database_refuses(request: Request, error: Exception) -> Response:
     log.warning("database refuses a value", error=type(error).__name__)
     return respond(InvalidInput("A value holds characters or digits that can't be stored."), _request_id(request))
