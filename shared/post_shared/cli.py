@@ -41,13 +41,12 @@ def build_app(sides: Iterable[EntryPoint] | None = None) -> typer.Typer:
             side.load()(app)
         except ImportError as error:
             missing.append(
-                f"The {side.name} verbs are absent ({error}). Install them: "
-                f"pip install '{DISTRIBUTION}\\[{side.name}]'"
+                f"The {side.name} verbs are absent ({error}). Install them: pip install '{DISTRIBUTION}\\[{side.name}]'"
             )
 
     @app.callback(help="\n\n".join([_ABOUT, *missing]))
     def start(
-        version: bool = typer.Option(  # noqa: ARG001  the callback of the option does the work
+        version: bool = typer.Option(
             False, "--version", help="Print the version and leave.", callback=_print_version, is_eager=True
         ),
     ) -> None: ...
@@ -90,3 +89,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
 def main() -> None:
     """The console script."""
     sys.exit(run(build_app()))
+
+
+if __name__ == "__main__":
+    main()

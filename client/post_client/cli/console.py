@@ -156,3 +156,11 @@ def stop_gently() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def quiet_libraries() -> None:
+    """No bars and notes of the libraries between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -15,6 +15,7 @@ from post_client.cli.console import (
     metrics_note,
     out,
     print_json,
+    quiet_libraries,
     stop_gently,
     usage_error,
     write_file,
@@ -23,7 +24,7 @@ from post_client.cli.task_options import LabelWords, TaskName, Template, task_fr
 
 if TYPE_CHECKING:
     from post_client.privacy import PrivacyConfig
-    from post_client.tuning import TuneConfig, TuneResult
+    from post_client.tuning import TuneResult
     from post_shared.tasks import Task
 
 DEFAULT_EPSILON = 8.0
@@ -102,6 +103,7 @@ def _tune(
     from post_shared.language_model import LanguageModel
     from post_shared.training import Progress
 
+    quiet_libraries()
     config = TuneConfig(**{name: value for name, value in settings.items() if value is not None})
     budget = None if privacy is None else _privacy(*privacy)
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)

@@ -1,0 +1,99 @@
+"""What you see while the demo runs: one line per stage, with its time. Plain lines when it is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+QUIET_SECONDS = 30.0
+"""Without a terminal, a line of progress at most so often."""
+
+
+@dataclass
+class Stage:
+    """One line. ``seconds`` is None while it runs."""
+
+    name: str
+    side: str
+    what: str
+    started: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+    failed: bool = False
+    note: str = ""
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started if self.seconds is None else self.seconds
+
+
+class Display:
+    """``with display: with display.stage(...) as note: ... note("3/10")``"""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stages: list[Stage] = []
+        self._spinner = Spinner("dots")
+        self._live: AbstractContextManager[object] = (
+            Live(get_renderable=self._render, console=console, refresh_per_second=8)
+            if console.is_terminal
+            else nullcontext()
+        )
+
+    def __enter__(self) -> Display:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Stage -> its time."""
+        return {stage.name: round(stage.elapsed, 2) for stage in self.stages}
+
+    @contextmanager
+    def stage(self, name: str, side: str, what: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage; the yielded function notes how it stands."""
+        stage = Stage(name, side, what)
+        self.stages.append(stage)
+        self._say(f"{side:8}  {what} …")
+        said = time.monotonic()
+
+        def note(text: str) -> None:
+            nonlocal said
+            stage.note = text
+            if time.monotonic() - said >= QUIET_SECONDS:
+                said = time.monotonic()
+                self._say(f"{'':8}  {stage.name} {stage.elapsed:.0f} s  {text}")
+
+        try:
+            yield note
+        except BaseException:
+            stage.failed = True
+            raise
+        finally:
+            stage.seconds = stage.elapsed
+            how = "failed" if stage.failed else "done"
+            self._say(f"{'':8}  {stage.name} {how} in {stage.seconds:.1f} s  {stage.note}")
+
+    def _say(self, line: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for stage in self.stages:
+            mark: RenderableType = self._spinner
+            if stage.seconds is not None:
+                mark = Text("✗", "red") if stage.failed else Text("✓", "green")
+            table.add_row(mark, f"[dim]{stage.side}[/]", stage.what, f"{stage.elapsed:6.1f} s", escape(stage.note))
+        return Group(table)

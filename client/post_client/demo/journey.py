@@ -1,0 +1,239 @@
+"""The order of the demo: provider, owner, provider, owner; each step over HTTP."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from post_client.cli.console import quiet_libraries
+from post_client.client import Client
+from post_client.demo import texts, tiny
+from post_client.demo.display import Display
+from post_client.demo.owner import Owner, upper_bound
+from post_client.demo.provider import DemoProvider
+from post_client.demo.report import Report, draw_report, print_report, versions
+from post_client.demo.settings import DemoSettings
+from post_client.demo.texts import DemoTexts
+from post_shared.errors import InvalidInput
+from post_shared.schemas import Job as JobDocument
+from post_shared.schemas import Role
+
+if TYPE_CHECKING:
+    from post_client.demo.owner import Note
+    from post_client.resources.jobs import Job
+    from post_client.tuning import TuneResult
+
+TARGET, STUDENT, PUBLIC, CORPUS = "smollm2", "smollm2-student", "reviews", "prose"
+TINY_TARGET = "tiny"
+DEFAULT_REPORT = Path("demo-report") / "report.json"
+
+
+def run_demo(
+    settings: DemoSettings,
+    *,
+    report_file: Path | None = None,
+    picture_file: Path | None = None,
+    home: Path | None = None,
+    keep: bool = False,
+) -> Report:
+    """Run the whole journey and save what came out. On a failure the folder of the run stays, to look into."""
+    quiet_libraries()
+    console = Console(stderr=True)
+    report_file = (report_file or DEFAULT_REPORT).absolute()
+    picture_file = (picture_file or report_file.with_suffix(".png")).absolute()
+    folder = _home(home)
+    provider = DemoProvider(folder / "provider")
+    provider.home.mkdir(parents=True, exist_ok=True)
+    console.print(f"Everything of this run is in {folder}", highlight=False, markup=False, soft_wrap=True)
+    try:
+        with _signals_as_interrupt(), Display(console) as display:
+            report = Journey(settings, folder, provider, display).run()
+    except KeyboardInterrupt:
+        _tidy(folder, keep or home is not None, console)
+        raise
+    except BaseException:
+        console.print(f"[bold]The end of the server's log[/] ({provider.log}):\n{escape(provider.last_lines())}")
+        console.print(f"The folder of this run is kept: {escape(str(folder))}")
+        raise
+    report.save(report_file)
+    draw_report(report, picture_file)
+    print_report(report, Console())
+    console.print(f"Saved {report_file} and {picture_file}", highlight=False, markup=False, soft_wrap=True)
+    _tidy(folder, keep or home is not None, console)
+    return report
+
+
+@dataclass
+class Journey:
+    """One run. The provider's files are under ``provider.home``, the owner's under ``folder/owner``."""
+
+    settings: DemoSettings
+    folder: Path
+    provider: DemoProvider
+    display: Display
+
+    @property
+    def target(self) -> str:
+        return TINY_TARGET if self.settings.fast else TARGET
+
+    def run(self) -> Report:
+        """All stages."""
+        model, data = self._prepare()
+        with self.display.stage("model", "provider", "add the large model, make API keys"):
+            self.provider.add_model(model, self.target)
+            keys = {role: self.provider.create_key(role) for role in Role}
+        with self.provider.serving() as url:
+            with Client(url=url, api_key=keys[Role.PROVIDER]) as client:
+                self._publish(client, data)
+            with Client(url=url, api_key=keys[Role.OWNER]) as client:
+                figures = self._own(client, data)
+        best = None
+        if self.settings.upper_bound:
+            with self.display.stage("upper_bound", "nobody", "tune on the large model: forbidden in reality") as note:
+                best = upper_bound(model, data.train, data.test, self.settings, note)
+        return Report(
+            **figures.__dict__,
+            upper_bound=best,
+            n_private_test=len(data.test),
+            seconds=self.display.seconds,
+            versions=versions(),
+            seed=self.settings.seed,
+        )
+
+    # --- provider -------------------------------------------------------------------------------------
+
+    def _prepare(self) -> tuple[Path, DemoTexts]:
+        """The large model's file or folder, and all texts."""
+        if self.settings.fast:
+            with self.display.stage("fetch", "demo", "make up a tiny model and reviews"):
+                data = tiny.tiny_texts(self.settings)
+                words = [row.text for row in data.train + data.public]
+                return tiny.tiny_model(self.folder / "tiny", words, self.settings.seed), data
+        from post_client.demo import fetch
+
+        with self.display.stage("fetch", "demo", "fetch the model and the texts") as note:
+            files = fetch.fetch(note)
+            data = texts.make_texts(fetch.snippets(files), fetch.news(files), self.settings)
+            return fetch.model_file(files), data
+
+    def _publish(self, client: Client, data: DemoTexts) -> None:
+        """Upload the public data and distil."""
+        with self.display.stage("datasets", "provider", "upload the public data") as note:
+            rows = texts.write_rows(self.folder / "public.jsonl", data.public)
+            prose = texts.write_corpus(self.folder / "corpus.txt", data.corpus)
+            client.datasets.create(name=PUBLIC, kind="rows", content=rows)
+            client.datasets.create(name=CORPUS, kind="corpus", content=prose)
+            note(f"{len(data.public):,} reviews, {len(data.corpus):,} paragraphs")
+        with self.display.stage("distil", "provider", "distil the large model into a student") as note:
+            job = client.distillations.create(
+                target=self.target, name=STUDENT, corpus=[CORPUS, PUBLIC], **self.settings.distillation()
+            )
+            _wait(job, note)
+
+    # --- data owner -----------------------------------------------------------------------------------
+
+    def _own(self, client: Client, data: DemoTexts) -> Figures:
+        """Pull, tune, push, transfer, predict, score."""
+        stage, s = self.display.stage, self.settings
+        with stage("pull", "owner", "pull the student") as note:
+            folder = self.folder / "owner" / "student"
+            folder.parent.mkdir(exist_ok=True)
+            client.models.download(STUDENT, folder, progress=lambda done, total: note(f"{done:,} of {total:,} bytes"))
+            owner = Owner.with_student(folder, data.train, data.test, s)
+        with stage("tune", "owner", "tune a prompt, no privacy guarantee") as note:
+            plain = owner.tune(note)
+        with stage("tune_dp", "owner", f"tune a prompt with differential privacy, ε = {s.epsilon:g}") as note:
+            private = owner.tune_privately(note)
+        with stage("push", "owner", "push both prompts, and nothing else") as note:
+            requests = [owner.upload(result) for result in (plain, private)]
+            prompts = [client.prompts.upload(request).id for request in requests]
+            uploaded = sum(len(request.to_bytes()) for request in requests)
+            note(f"{uploaded:,} bytes")
+        moved = [self._transfer(client, prompt, name) for prompt, name in zip(prompts, ("", "_dp"), strict=True)]
+        with stage("predict", "owner", "ask the large model, score the answers here") as note:
+            asked = (None, prompts[0], moved[0], moved[1])
+            zero, direct, post, post_dp = [owner.score_target(client, self.target, each, note) for each in asked]
+            compressed, compressed_dp = [owner.score_student(result) for result in (plain, private)]
+        epsilon, delta = _claim(private)
+        return Figures(zero, compressed, direct, post, compressed_dp, post_dp, epsilon, delta, uploaded)
+
+    def _transfer(self, client: Client, prompt: str, name: str) -> str:
+        what = "transfer the private prompt" if name else "transfer the prompt"
+        with self.display.stage(f"transfer{name}", "provider", f"{what} with public reviews") as note:
+            job = client.transfers.create(prompt=prompt, target=self.target, dataset=PUBLIC, **self.settings.transfer())
+            return str(_wait(job, note).result["prompt_id"])
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the owner found out."""
+
+    zero_shot: float
+    compressed: float
+    direct: float
+    post: float
+    compressed_dp: float
+    post_dp: float
+    epsilon: float
+    delta: float
+    bytes_uploaded: int
+
+
+def _claim(private: TuneResult) -> tuple[float, float]:
+    claim = private.statement.claim if private.statement else None
+    if claim is None:
+        raise InvalidInput("the private prompt came without a guarantee; nothing was reported")
+    return claim
+
+
+def _wait(job: Job, note: Note) -> Job:
+    def heard(document: JobDocument) -> None:
+        metrics = "  ".join(f"{name} {value:.3f}" for name, value in document.metrics.items())
+        note(f"{document.progress:4.0%}  {document.stage or document.state}  {metrics}")
+
+    return job.wait(progress=heard)
+
+
+# --- the folder of the run ----------------------------------------------------------------------------
+
+
+def _home(home: Path | None) -> Path:
+    if home is None:
+        return Path(tempfile.mkdtemp(prefix="post-demo-"))
+    home = home.expanduser().absolute()
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        raise InvalidInput(f"{home} isn't empty; give --home a new folder")
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return home
+
+
+def _tidy(folder: Path, keep: bool, console: Console) -> None:
+    if keep:
+        console.print(f"The folder of this run is kept: {escape(str(folder))}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _signals_as_interrupt() -> Iterator[None]:
+    """A closed terminal or a ``kill`` stops the server child as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,123 @@
+"""The data owner's work in the demo. Private rows go into these functions and only prompts come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from post_client.client import Client
+from post_client.demo.settings import DemoSettings
+from post_client.outbound import OutboundRequest, build_upload
+from post_client.prompt_making import prompt_file
+from post_client.student_store import student_hash
+from post_shared.data import Row
+from post_shared.schemas import TaskForm
+
+if TYPE_CHECKING:
+    from post_client.tuning import TuneConfig, TuneResult
+    from post_shared.language_model import LanguageModel
+    from post_shared.tasks import Task
+    from post_shared.training import Progress
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Holds the private rows and the student."""
+
+    task: Task
+    train: Sequence[Row]
+    test: Sequence[Row]
+    student: LanguageModel
+    student_hash: str
+    settings: DemoSettings
+
+    @classmethod
+    def with_student(cls, folder: Path, train: Sequence[Row], test: Sequence[Row], settings: DemoSettings) -> Owner:
+        """Load the student that was pulled into ``folder``."""
+        from post_shared.language_model import LanguageModel
+        from post_shared.tasks import Task
+
+        student = LanguageModel.load(folder, device=settings.device)
+        return cls(Task.preset(settings.task), train, test, student, student_hash(folder), settings)
+
+    def tune(self, note: Note) -> TuneResult:
+        """A prompt without differential privacy."""
+        from post_client.tuning import TuneConfig, tune
+
+        s = self.settings
+        config = TuneConfig(
+            s.prompt_length, s.tune_steps, s.tune_batch_size, s.tune_learning_rate, s.max_length, s.seed
+        )
+        return tune(self.student, self.task, self.train, config, privacy=None, report=reporter(note))
+
+    def tune_privately(self, note: Note) -> TuneResult:
+        """A prompt with differential privacy."""
+        from post_client.privacy import PrivacyConfig
+        from post_client.tuning import TuneConfig, tune
+
+        s = self.settings
+        config = TuneConfig(s.prompt_length, s.dp_steps, s.dp_batch_size, s.dp_learning_rate, s.max_length, s.seed)
+        privacy = PrivacyConfig(epsilon=s.epsilon, clip_norm=s.dp_clip_norm)
+        return tune(self.student, self.task, self.train, config, privacy=privacy, report=reporter(note))
+
+    def upload(self, result: TuneResult) -> OutboundRequest:
+        """The request that carries a prompt, whole."""
+        return build_upload(prompt_file(result, self.student_hash, self.task))
+
+    def score_student(self, result: TuneResult) -> float:
+        """Accuracy of the prompted student, on this machine."""
+        return score_here(self.student, self.task, self.test, result, self.settings)
+
+    def score_target(self, client: Client, model: str, prompt: str | None, note: Note) -> float:
+        """Accuracy of the target model: the provider answers, the labels stay here."""
+        form: TaskForm | None = None if prompt else self.task.form()
+        found = client.predictions.create(
+            model=model,
+            prompt=prompt,
+            task=form,
+            texts=[row.text for row in self.test],
+            texts_per_request=self.settings.texts_per_request,
+            progress=lambda done, count: note(f"{done}/{count}"),
+        )
+        right = [guess.label == row.label for guess, row in zip(found, self.test, strict=True)]
+        return sum(right) / len(right)
+
+
+def score_here(
+    model: LanguageModel, task: Task, rows: Sequence[Row], result: TuneResult, settings: DemoSettings
+) -> float:
+    """Accuracy of a model on this machine, with a prompt."""
+    from post_shared.evaluation import evaluate
+
+    prompt = result.prompt.embeddings.to(model.device)
+    return evaluate(model, task, rows, prompt, max_length=settings.max_length).accuracy
+
+
+def upper_bound(source: Path, train: Sequence[Row], test: Sequence[Row], settings: DemoSettings, note: Note) -> float:
+    """Accuracy of a prompt tuned on the target model itself. Nobody has both that model and these rows in reality."""
+    from post_client.tuning import TuneConfig, tune
+    from post_shared.language_model import LanguageModel
+    from post_shared.tasks import Task
+
+    s = settings
+    target, task = LanguageModel.load(source, device=s.device), Task.preset(s.task)
+    config: TuneConfig = TuneConfig(
+        s.prompt_length, s.upper_steps, s.tune_batch_size, s.upper_learning_rate, s.max_length, s.seed
+    )
+    result = tune(target, task, train, config, privacy=None, report=reporter(note))
+    return score_here(target, task, test, result, s)
+
+
+def reporter(note: Note) -> Callable[[Progress], None]:
+    """A reporter that says step, loss and ε spent."""
+
+    def report(progress: Progress) -> None:
+        parts = [f"{progress.step}/{progress.steps}"]
+        parts += [f"{'ε' if name == 'epsilon' else name} {value:.3f}" for name, value in progress.metrics.items()]
+        note("  ".join(parts))
+
+    return report

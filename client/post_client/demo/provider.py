@@ -1,0 +1,104 @@
+"""The provider's side of the demo, as child processes of its own: nothing is shared but HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from post_shared.errors import Unavailable
+from post_shared.schemas import Role
+
+START_SECONDS, STOP_SECONDS = 120.0, 30.0
+KEPT_VARIABLES = ("POST_CACHE", "POST_DEVICE", "POST_THREADS")
+"""Of the settings in the environment, only these reach the demo's provider: never a real database or broker."""
+
+
+class DemoProvider:
+    """A provider in a folder. ``serving`` runs it; the other verbs act on its store."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.log = home / "serve.log"
+        self._environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("POST_") or name in KEPT_VARIABLES
+        } | {"POST_HOME": str(home), "POST_PORT": "0", "POST_HOST": "127.0.0.1", "POST_LOG_JSON": "false"}
+
+    def create_key(self, role: Role) -> str:
+        """The text of a new API key."""
+        return self._post("key", "create", "--role", str(role), "--name", f"demo-{role}").strip().splitlines()[-1]
+
+    def add_model(self, source: Path, name: str) -> None:
+        """``post model add``"""
+        self._post("model", "add", str(source), "--name", name)
+
+    @contextmanager
+    def serving(self) -> Iterator[str]:
+        """``post serve`` on a free loopback port, stopped at the end; yields its address."""
+        with self.log.open("ab") as log:
+            server = subprocess.Popen(
+                [*_command(), "serve"],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is ours to pass on
+            )
+        try:
+            yield self._address(server)
+        finally:
+            _stop(server)
+
+    def last_lines(self, count: int = 30) -> str:
+        """The end of the server's log."""
+        try:
+            return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-count:])
+        except OSError:
+            return ""
+
+    def _address(self, server: subprocess.Popen[bytes]) -> str:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            if server.poll() is not None:
+                raise Unavailable(f"post serve ended with exit code {server.returncode}; its log: {self.log}")
+            try:
+                return str(json.loads((self.home / "serve.json").read_text("utf-8"))["url"])
+            except (OSError, ValueError, KeyError):
+                time.sleep(0.1)
+        raise Unavailable(f"post serve wasn't ready after {START_SECONDS:.0f} s; its log: {self.log}")
+
+    def _post(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [*_command(), *arguments],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(done.stderr)
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise Unavailable(f"post {' '.join(arguments[:2])} failed: {last[0]}")
+        return done.stdout
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "post_shared.cli"]
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is not None:
+        return
+    server.send_signal(signal.SIGTERM)
+    try:
+        server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
