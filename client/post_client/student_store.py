@@ -53,9 +53,7 @@ def download_student(
         _check_space(partial, total)
         done = 0
         for file in wanted.files:
-            _fetch(
-                http, wanted.model_id, file, partial / file.path, lambda got, so_far=done: progress(so_far + got, total)
-            )  # type: ignore[misc]
+            _fetch(http, wanted.model_id, file, partial / file.path, _after(done, total, progress))
             done += file.size
         _remove_strangers(partial, wanted.files)
         verify(partial, wanted.files)
@@ -122,6 +120,10 @@ def _remove_strangers(folder: Path, files: Sequence[ModelFile]) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and path.relative_to(folder).as_posix() not in names:
             path.unlink()
+
+
+def _after(before: int, total: int, progress: DownloadProgress) -> Callable[[int], None]:
+    return lambda so_far: progress(before + so_far, total)
 
 
 # --- one file -----------------------------------------------------------------------------------------

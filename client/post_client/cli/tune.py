@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,8 +131,8 @@ def _tune(
 def _privacy(epsilon: float | None, delta: float | None, clip: float | None) -> PrivacyConfig:
     from post_client.privacy import PrivacyConfig
 
-    more = {} if clip is None else {"clip_norm": clip}
-    return PrivacyConfig(epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, delta=delta, **more)
+    budget = PrivacyConfig(epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, delta=delta)
+    return budget if clip is None else replace(budget, clip_norm=clip)
 
 
 def _write(result: TuneResult, digest: str, task: Task, to: Path) -> int:

@@ -136,7 +136,7 @@ class Journey:
             note(f"{len(data.public):,} reviews, {len(data.corpus):,} paragraphs")
         with self.display.stage("distil", "provider", "distil the large model into a student") as note:
             job = client.distillations.create(
-                target=self.target, name=STUDENT, corpus=[CORPUS, PUBLIC], **self.settings.distillation()
+                target=self.target, name=STUDENT, corpus=[CORPUS], **self.settings.distillation()
             )
             _wait(job, note)
 

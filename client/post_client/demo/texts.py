@@ -52,8 +52,9 @@ def split(films: list[Row], products: list[Row], prose: list[str], settings: Dem
     generator = random.Random(settings.seed)  # noqa: S311  a split, no secret
     corpus = [text for text in prose if _plain(text) not in private]
     products = [row for row in products if _plain(row.text) not in private]
-    for some in (films, products, corpus):
-        generator.shuffle(some)  # type: ignore[arg-type]
+    for rows in (films, products):
+        generator.shuffle(rows)
+    generator.shuffle(corpus)
     test, train = films[: settings.test_rows], films[settings.test_rows :][: settings.train_rows]
     if len(test) < settings.test_rows or len(train) < 2:
         raise DataInvalid(f"there are only {len(films)} distinct private rows; {settings.test_rows} are for the test")
