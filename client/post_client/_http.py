@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ValidationError
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from post_shared.errors import (
     PROBLEM_MEDIA_TYPE,
@@ -63,15 +63,15 @@ class Http:
     def __init__(
         self, url: str, api_key: str, *, timeout: float, attempts: int, transport: httpx.BaseTransport | None = None
     ) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            raise InvalidInput(f"{url!r} is no server address; it looks like https://provider.example")
-        self.base = parts.geturl().rstrip("/")
+        parts = _address(url)
+        self.base = str(parts).rstrip("/")
+        if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+            raise InvalidInput("the API key holds characters that no key has; copy it again")
         self._key = api_key
         self._attempts = attempts
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
-            trust_env=parts.hostname not in _LOOPBACK,  # a proxy can't reach this machine's own server
+            trust_env=parts.host not in _LOOPBACK,  # a proxy can't reach this machine's own server
             transport=transport,
         )
 
@@ -182,6 +182,22 @@ class Http:
         return Unavailable(f"the connection to {self.base} broke: {error}; try again")
 
 
+def _address(url: str) -> httpx.URL:
+    """The address, if it is one of a server.
+
+    Raises:
+        InvalidInput: it isn't.
+    """
+    try:
+        parts = httpx.URL(url if "://" in url else f"http://{url}")
+        surplus = parts.query or parts.fragment or parts.userinfo
+        if parts.scheme in ("http", "https") and re.fullmatch(rb"[\w.:-]+", parts.raw_host) and not surplus:
+            return parts
+    except httpx.InvalidURL:
+        pass
+    raise InvalidInput(f"{url!r} is no server address; it looks like https://provider.example")
+
+
 def parse(answer: httpx.Response, document: type[T]) -> T:
     """The document in an answer. Members that this version doesn't know yet are left out.
 
@@ -227,7 +243,7 @@ def _seconds(text: str | None) -> float | None:
         return None
 
 
-_backoff = wait_exponential_jitter(initial=0.25, max=5.0, jitter=0.25)
+_backoff = wait_exponential(multiplier=0.25, max=5.0) + wait_random(0, 0.25)
 
 
 def _wait(state: RetryCallState) -> float:

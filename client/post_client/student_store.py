@@ -159,7 +159,7 @@ def _append(http: Http, url: str, file: ModelFile, path: Path, progress: Callabl
             if answer.status_code != 206:
                 start = 0
             with path.open("ab" if start else "wb") as target:
-                for chunk in answer.iter_bytes(1 << 18):
+                for chunk in answer.iter_raw():
                     start += len(chunk)
                     if start > file.size:
                         raise IntegrityError(f"{file.path} is longer than its manifest says")

@@ -1,0 +1,33 @@
+"""A real API server without workers, and clients that speak to it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from post_client import Client
+from tests.server.front import Front
+
+
+@pytest.fixture
+def front() -> Iterator[Front]:
+    """A real API server on a loopback port."""
+    with tempfile.TemporaryDirectory(prefix="post-") as folder:
+        server = Front(Path(folder))
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def owner(front: Front) -> Iterator[Client]:
+    with Client(url=front.url, api_key=front.keys["alice"]) as client:
+        yield client
+
+
+@pytest.fixture
+def provider(front: Front) -> Iterator[Client]:
+    with Client(url=front.url, api_key=front.keys["provider"]) as client:
+        yield client
