@@ -63,9 +63,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 def _words(kind: type[StrEnum]) -> Enum:
     """A column of the enum's values as text, so that adding a member needs no migration."""
-    return Enum(
-        kind, native_enum=False, length=16, values_callable=lambda each: [member.value for member in each]
-    )
+    return Enum(kind, native_enum=False, length=16, values_callable=lambda each: [member.value for member in each])
 
 
 class Base(DeclarativeBase):

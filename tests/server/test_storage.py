@@ -21,7 +21,7 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 @pytest.fixture(params=["file", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlobStore]:
     urls = {"file": f"file://{tmp_path}/blobs", "memory": f"memory://{secrets.token_hex(8)}"}
-    yield BlobStore(urls[request.param], cache=tmp_path / "cache")
+    return BlobStore(urls[request.param], cache=tmp_path / "cache")
 
 
 class TestContract:
@@ -54,7 +54,7 @@ class TestContract:
     def test_no_temporary_file_stays(self, store: BlobStore, tmp_path: Path) -> None:
         store.put(DATA)
         store.local_path(SHA256)
-        assert not [path for path in tmp_path.rglob("tmp/*")]
+        assert not list(tmp_path.rglob("tmp/*"))
 
     def test_what_is_absent_is_not_found(self, store: BlobStore) -> None:
         assert not store.exists(SHA256)

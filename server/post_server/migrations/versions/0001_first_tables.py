@@ -123,9 +123,7 @@ def _prompts() -> None:
         _time("created_at"),
         sa.ForeignKeyConstraint(["owner_key_id"], ["api_keys.id"], name="fk_prompts_owner_key_id"),
         sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_prompts_model_id"),
-        sa.ForeignKeyConstraint(
-            ["source_id"], ["prompts.id"], name="fk_prompts_source_id", ondelete="SET NULL"
-        ),
+        sa.ForeignKeyConstraint(["source_id"], ["prompts.id"], name="fk_prompts_source_id", ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id", name="pk_prompts"),
     )
     op.create_index("ix_prompts_created_at", "prompts", ["created_at"])
@@ -192,9 +190,7 @@ def _idempotency() -> None:
         sa.Column("status", sa.Integer(), nullable=False),
         _json("response"),
         _time("created_at"),
-        sa.ForeignKeyConstraint(
-            ["key_id"], ["api_keys.id"], name="fk_idempotency_key_id", ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["key_id"], ["api_keys.id"], name="fk_idempotency_key_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("key_id", "key", name="pk_idempotency"),
     )
     op.create_index("ix_idempotency_created_at", "idempotency", ["created_at"])
