@@ -28,9 +28,9 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from post_shared.errors import InvalidInput, PromptMismatch
+from post_shared.head import Head
 
 if TYPE_CHECKING:
     from post_shared.batches import Batch
@@ -46,25 +46,6 @@ class Prefix:
     length: int
 
 
-class _Body(nn.Module):
-    """Stands where a model's body was and hands out hidden states that were computed elsewhere.
-
-    With it, a model's own ``forward`` becomes "apply the head", whatever the head is: a plain matrix,
-    a masked model's transform, capped or scaled logits.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: Tensor | None = None
-
-    @property
-    def decoder(self) -> _Body:
-        return self
-
-    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
-
-
 class LanguageModel:
     """A frozen language model in evaluation mode, with its tokenizer.
 
@@ -76,7 +57,7 @@ class LanguageModel:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.kind: Kind = kind_of(self.model.config)
-        self._heads = self._without_body()
+        self._head = Head(self.model)
 
     # --- loading and saving ---------------------------------------------------------------------------
 
@@ -201,13 +182,7 @@ class LanguageModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., d) -> logits over the vocabulary (..., V), float32."""
-        body = getattr(self._heads, self._heads.base_model_prefix)
-        body.hidden = hidden.reshape(1, -1, hidden.shape[-1])
-        try:
-            logits = self._heads(inputs_embeds=body.hidden).logits
-        finally:
-            body.hidden = None
-        return logits.float().reshape(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
+        return self._head(hidden)
 
     def answer_hidden(self, batch: Batch, prompt: Tensor | None = None) -> Tensor:
         """Hidden states at the answer positions only: (P, d)."""
@@ -299,13 +274,6 @@ class LanguageModel:
             raise PromptMismatch(
                 f"the prompt's vectors have width {prompt.shape[-1]}, the model's hidden size is {self.hidden_size}"
             )
-
-    def _without_body(self) -> Any:
-        """The same model object with a :class:`_Body` for a body; the head's weights are shared."""
-        heads = copy.copy(self.model)
-        heads._modules = dict(self.model._modules)
-        heads._modules[self.model.base_model_prefix] = _Body()
-        return heads
 
 
 def kind_of(config: Any) -> Kind:

@@ -13,6 +13,9 @@ from torch.nn import functional
 DISTILLATION_WEIGHTS = (5.0, 2.0, 1.0)
 """(α_ce, α_lm, α_cos), Table 8."""
 
+OPEN = -100
+"""In the place of a token: none is expected there."""
+
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of logits softened by τ: (P, V) -> (P, V)."""
@@ -30,8 +33,11 @@ def softened_cross_entropy(teacher: Tensor, student: Tensor, temperature: float 
 
 
 def language_model_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """L_lm of Eq. 1: the model's own objective at the predicted positions. (P, V), (P,) -> (P,)."""
-    return functional.cross_entropy(logits, tokens, reduction="none")
+    """L_lm of Eq. 1: the model's own objective at the predicted positions; 0 where it is :data:`OPEN`.
+
+    (P, V), (P,) -> (P,).
+    """
+    return functional.cross_entropy(logits, tokens, reduction="none", ignore_index=OPEN)
 
 
 def cosine_loss(teacher: Tensor, student: Tensor) -> Tensor:

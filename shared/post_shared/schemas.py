@@ -202,23 +202,26 @@ class DistillationCreate(Document):
 
     target: Reference = Field(description="Id or name of the target model.")
     name: Name = Field(description="Name of the student to be.")
-    corpus: list[Reference] = Field(
-        min_length=1, max_length=100, description="Ids or names of datasets; rows give their texts."
-    )
+    corpus: list[Reference] = Field(min_length=1, max_length=100, description="Datasets; rows give their texts.")
     keep_layers: list[int] | int = Field(
         default=8, description="Indices of the layers to keep, or how many (half from each end)."
     )
     start: Literal["fold", "copy"] = Field(
         default="fold", description="fold: closed-form least-squares start; copy: the layers as they are (paper)."
     )
+    answer_forms: list[Annotated[str, Field(max_length=200)]] = Field(
+        default_factory=list,
+        max_length=20,
+        description="Like '{text}, it was': short paragraphs are put into one of them, so that the student learns answers.",
+    )
     freeze_head: bool = True
     freeze_embeddings: bool = True
     steps: int | None = Field(default=None, ge=1, le=100_000_000)
     minutes: float | None = Field(default=None, gt=0)
     plateau: bool = Field(default=False, description="Stop when the smoothed loss no longer falls.")
-    learning_rate: float = Field(default=2.5e-4, gt=0)
-    batch_tokens: int = Field(default=1024, ge=32, le=2**24)
-    sequence_length: int = Field(default=128, ge=8, le=2**16)
+    learning_rate: float = Field(default=1e-3, gt=0, description="The paper: 2.5e-4, for 500,000 steps.")
+    batch_tokens: int = Field(default=512, ge=32, le=2**24)
+    sequence_length: int = Field(default=64, ge=8, le=2**16)
     seed: Seed = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from post_server.ml.corpus import masked_tokens, next_token, prepare_corpus
+from post_server.ml.corpus import in_answer_forms, masked_tokens, next_token, prepare_corpus
 from post_server.ml.distillation import DistilConfig, Plateau, distil, distillation_losses
 from post_server.ml.start import chosen_layers, copy_student, fold
-from post_shared.errors import Cancelled, DataInvalid, InvalidInput
+from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
 from post_shared.language_model import LanguageModel
+from post_shared.losses import OPEN, language_model_loss
 from post_shared.training import Progress
 from tests.models import CAUSAL, MASKED, TEXTS, tiny_model
 
@@ -101,7 +103,9 @@ def test_losses_vanish_for_the_target_itself_and_fall_in_training(family: str) -
     assert float(same["ce"]) < 1e-4
     assert float(same["cos"]) < 1e-5
     seen: list[Progress] = []
-    config = DistilConfig(keep_layers=2, start="copy", steps=60, batch_tokens=256, sequence_length=32, learning_rate=3e-3)
+    config = DistilConfig(
+        keep_layers=2, start="copy", steps=60, batch_tokens=256, sequence_length=32, learning_rate=3e-3
+    )
     distil(target, PARAGRAPHS, config, report=seen.append)
     losses = [p.metrics["cos"] for p in seen if p.stage == "distil"]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -142,7 +146,11 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
         distil(target, PARAGRAPHS, config, report=stop, checkpoint=tmp_path)
     steps: list[int] = []
     resumed = distil(
-        target, PARAGRAPHS, config, report=lambda p: steps.append(p.step) if p.stage == "distil" else None, checkpoint=tmp_path
+        target,
+        PARAGRAPHS,
+        config,
+        report=lambda p: steps.append(p.step) if p.stage == "distil" else None,
+        checkpoint=tmp_path,
     )
     assert steps[0] == 4
     undisturbed = distil(target, PARAGRAPHS, config)
@@ -175,6 +183,32 @@ def test_the_corpus_is_packed_without_padding_kept_and_read_back(tmp_path: Path)
     assert corpus.counts.sum() == corpus.blocks.size
     with pytest.raises(DataInvalid, match="fewer than one block"):
         prepare_corpus(target, ["nice"], 64, None)
+
+
+def test_answer_forms_take_short_paragraphs_and_their_answers_are_always_predicted_and_open() -> None:
+    target = tiny_model()
+    long = "a film " * 100
+    assert in_answer_forms(["nice", long], ["{text}, it was"], 0) == ["nice, it was", long]
+    assert len(set(in_answer_forms(["nice"] * 20, ["{text} A", "{text} B"], 0))) == 2
+    corpus = prepare_corpus(target, TEXTS * 20, 32, None, answer_forms=["{text}, it was"])
+    block, end = corpus.batch(0, 8, 0), target.tokenizer.eos_token_id
+    made = next_token(block, 0.1, torch.Generator().manual_seed(0), answer_end=end)
+    predicted = set(zip(made.rows.tolist(), made.positions.tolist(), strict=True))
+    ends = {(row, at - 1) for row, at in (block == end).nonzero().tolist() if at}
+    assert ends <= predicted
+    assert len(predicted) > len(ends)
+    before = target.tokenizer(" was").input_ids[-1]
+    assert {int(block[row, at]) for row, at in ends} == {before}
+    is_open = made.tokens == OPEN
+    assert int(is_open.sum()) == len(ends)
+    losses = language_model_loss(torch.randn(len(made.tokens), 400), made.tokens)
+    assert torch.equal(losses == 0, is_open)
+    config = DistilConfig(keep_layers=2, steps=2, batch_tokens=64, sequence_length=32, answer_forms=("{text}, it was",))
+    assert distil(target, TEXTS * 20, config).layers == 2
+    with pytest.raises(InvalidInput, match="causal models"):
+        distil(tiny_model("roberta"), TEXTS * 20, replace(config, start="copy"))
+    with pytest.raises(TaskInvalid, match="exactly one"):
+        distil(target, TEXTS * 20, replace(config, answer_forms=("it was",)))
 
 
 def test_masking_takes_15_percent_in_shares_of_80_10_10_and_prefers_rare_tokens() -> None:

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from post_shared.errors import DataInvalid
+from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.language_model import LanguageModel
+from post_shared.losses import OPEN
+from post_shared.tasks import TEXT, Task
 from post_shared.training import fingerprint
 
 MASKED_SHARE = 0.15
@@ -23,12 +25,20 @@ RARITY = 0.7
 """Positions are drawn with weight count(token)^-0.7, so that rare tokens are learnt."""
 
 
+FORM_LETTERS = 400
+"""Longest paragraph that is put into an answer form: about what a task's text has."""
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """``blocks`` (N, T) of token ids, paragraphs joined by the end token; ``counts`` (V,) over all of them."""
+    """``blocks`` (N, T) of token ids, paragraphs joined by the token ``end``; ``counts`` (V,) over all of them."""
 
     blocks: NDArray[np.int32]
     counts: NDArray[np.int64]
+    end: int | None = None
+    """The token after a paragraph (causal models)."""
+    answers: bool = False
+    """Whether paragraphs end in answer forms, so that what follows them is open."""
 
     @property
     def digest(self) -> str:
@@ -43,12 +53,43 @@ class Corpus:
         return torch.from_numpy(self.blocks[order[place * rows : (place + 1) * rows]].astype(np.int64))
 
 
-def prepare_corpus(model: LanguageModel, paragraphs: Sequence[str], length: int, keep: Path | None) -> Corpus:
+def in_answer_forms(paragraphs: Sequence[str], forms: Sequence[str], seed: int) -> list[str]:
+    """Put each short paragraph into one of ``forms``, drawn by the seed.
+
+    >>> in_answer_forms(["A fine film."], ["{text}, it was"], seed=0)
+    ['A fine film., it was']
+
+    Raises:
+        TaskInvalid: a form without exactly one text slot.
+    """
+    generator = random.Random(seed)  # noqa: S311  public data
+    tasks = [Task(form) for form in forms]
+    put = []
+    for text in paragraphs:
+        task = generator.choice(tasks)
+        put.append(task.template_for("causal").replace(TEXT, text) if len(text) <= FORM_LETTERS else text)
+    return put
+
+
+def prepare_corpus(
+    model: LanguageModel,
+    paragraphs: Sequence[str],
+    length: int,
+    keep: Path | None,
+    *,
+    answer_forms: Sequence[str] = (),
+    seed: int = 0,
+) -> Corpus:
     """Tokenise and pack ``paragraphs``; with ``keep``, the work is done once and read back by a resumed run.
 
     Raises:
         DataInvalid: the corpus doesn't fill a single block.
+        InvalidInput: answer forms for a masked model, which answers within a text.
     """
+    if answer_forms:
+        if model.kind == "masked":
+            raise InvalidInput("answer forms are for causal models; a masked model answers within a text")
+        paragraphs = in_answer_forms(paragraphs, answer_forms, seed)
     work = fingerprint(length, model.architecture, model.vocabulary, list(paragraphs))
     path = keep / f"corpus-{work[:16]}.npy" if keep else None
     if path and path.exists():
@@ -61,14 +102,15 @@ def prepare_corpus(model: LanguageModel, paragraphs: Sequence[str], length: int,
             with aside.open("wb") as file:
                 np.save(file, blocks, allow_pickle=False)
             aside.replace(path)
-    return Corpus(blocks, np.bincount(blocks.ravel(), minlength=model.vocabulary).astype(np.int64))
+    counts = np.bincount(blocks.ravel(), minlength=model.vocabulary).astype(np.int64)
+    return Corpus(blocks, counts, _end_token(model), answers=bool(answer_forms))
 
 
 def _pack(model: LanguageModel, paragraphs: Sequence[str], length: int) -> NDArray[np.int32]:
     tokenizer = model.tokenizer
     begin = [tokenizer.cls_token_id] if model.kind == "masked" and tokenizer.cls_token_id is not None else []
     end = [tokenizer.sep_token_id] if model.kind == "masked" and tokenizer.sep_token_id is not None else []
-    between = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not end else []
+    between = [] if (token := _end_token(model)) is None else [token]
     stream: list[int] = []
     for at in range(0, len(paragraphs), 1000):
         for ids in tokenizer(list(paragraphs[at : at + 1000]), add_special_tokens=False).input_ids:
@@ -82,6 +124,11 @@ def _pack(model: LanguageModel, paragraphs: Sequence[str], length: int) -> NDArr
     return np.concatenate([*edges[: len(begin)], packed, *edges[len(begin) :]], axis=1)
 
 
+def _end_token(model: LanguageModel) -> int | None:
+    """What stands after a paragraph; a masked model's blocks have their own ends."""
+    return model.tokenizer.eos_token_id if model.kind == "causal" else None
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a model is asked on one batch. n predicted positions."""
@@ -93,16 +140,27 @@ class Prediction:
     positions: Tensor
     """(n,): where the answer is read."""
     tokens: Tensor
-    """(n,): the token expected there."""
+    """(n,): the token expected there; :data:`OPEN` where only the target model's own answer counts."""
 
 
-def next_token(block: Tensor, share: float, generator: torch.Generator) -> Prediction:
-    """A causal model's objective at a random ``share`` of the positions."""
+def next_token(block: Tensor, share: float, generator: torch.Generator, *, answer_end: int | None = None) -> Prediction:
+    """A causal model's objective at a random ``share`` of the positions.
+
+    With ``answer_end``, every position before that token is predicted too: there an answer form has its answer.
+    The text doesn't hold it, so it is open.
+    """
     rows, length = block.shape
-    count = max(1, round(rows * (length - 1) * share))
-    chosen = torch.randperm(rows * (length - 1), generator=generator)[:count].sort().values
-    row, position = chosen // (length - 1), chosen % (length - 1)
-    return Prediction(block, row, position, block[row, position + 1])
+    following = block[:, 1:]  # (B, T - 1)
+    count = max(1, round(following.numel() * share))
+    wanted = torch.zeros(following.numel(), dtype=torch.bool)
+    wanted[torch.randperm(following.numel(), generator=generator)[:count]] = True
+    tokens = following.clone()
+    if answer_end is not None:
+        ends = following == answer_end
+        wanted |= ends.flatten()
+        tokens[ends] = OPEN
+    row, position = wanted.view(rows, length - 1).nonzero(as_tuple=True)
+    return Prediction(block, row, position, tokens[row, position])
 
 
 def masked_tokens(

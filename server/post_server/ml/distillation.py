@@ -42,15 +42,16 @@ class DistilConfig:
 
     keep_layers: tuple[int, ...] | int = 8
     start: str = "fold"
+    answer_forms: tuple[str, ...] = ()
     freeze_head: bool = True
     freeze_embeddings: bool = True
     steps: int | None = None
     minutes: float | None = None
     plateau: bool = False
-    learning_rate: float = 2.5e-4
-    batch_tokens: int = 1024
-    sequence_length: int = 128
-    start_tokens: int = 30_000
+    learning_rate: float = 1e-3
+    batch_tokens: int = 512
+    sequence_length: int = 64
+    start_tokens: int = 15_000
     temperature: float = 2.0
     seed: int = 0
 
@@ -74,6 +75,7 @@ class DistilConfig:
         more = ("batch_tokens", "sequence_length", "seed")
         return cls(
             keep_layers=keep if isinstance(keep, int) else tuple(keep),
+            answer_forms=tuple(request.answer_forms),
             **{name: getattr(request, name) for name in (*names, *more)},
         )
 
@@ -162,7 +164,9 @@ def distil(
         Cancelled: raised by ``report``; the state is kept first.
     """
     report(Progress(0, 1, "corpus"))
-    corpus = prepare_corpus(target, paragraphs, config.sequence_length, checkpoint)
+    corpus = prepare_corpus(
+        target, paragraphs, config.sequence_length, checkpoint, answer_forms=config.answer_forms, seed=config.seed
+    )
     kept = Checkpoint(checkpoint, fingerprint(config, corpus.digest), checkpoint_seconds) if checkpoint else None
     begun = kept is not None and kept.begun()  # its weights replace whatever the student would start from
     model = start_student(target, corpus, config, "copy" if begun else config.start, report)
@@ -226,4 +230,4 @@ def _prediction(target: LanguageModel, corpus: Corpus, step: int, rows: int, see
     if target.kind == "masked":
         mask = int(target.tokenizer.mask_token_id)
         return masked_tokens(block, mask, target.vocabulary, corpus.counts, generator)
-    return next_token(block, HEAD_SHARE, generator)
+    return next_token(block, HEAD_SHARE, generator, answer_end=corpus.end if corpus.answers else None)
