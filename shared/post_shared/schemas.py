@@ -212,7 +212,7 @@ class DistillationCreate(Document):
     answer_forms: list[Annotated[str, Field(max_length=200)]] = Field(
         default_factory=list,
         max_length=20,
-        description="Like '{text}, it was': short paragraphs are put into one of them, so that the student learns answers.",
+        description="Like '{text}, it was': short paragraphs are put into one, so that the student learns to answer.",
     )
     freeze_head: bool = True
     freeze_embeddings: bool = True
