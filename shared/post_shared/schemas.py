@@ -197,6 +197,9 @@ class JobEvent(Document):
     data: dict[str, Any]
 
 
+Form = Annotated[str, Field(max_length=200, description="Such as '{text}, it was'. Causal models only.")]
+
+
 class DistillationCreate(Document):
     """Distil a target model into a student (method §1)."""
 
@@ -209,11 +212,7 @@ class DistillationCreate(Document):
     start: Literal["fold", "copy"] = Field(
         default="fold", description="fold: closed-form least-squares start; copy: the layers as they are (paper)."
     )
-    answer_forms: list[Annotated[str, Field(max_length=200)]] = Field(
-        default_factory=list,
-        max_length=20,
-        description="Like '{text}, it was': short paragraphs are put into one, so that the student learns to answer.",
-    )
+    answer_forms: list[Form] = Field([], max_length=20, description="Short paragraphs are put into one of them.")
     freeze_head: bool = True
     freeze_embeddings: bool = True
     steps: int | None = Field(default=None, ge=1, le=100_000_000)
@@ -235,6 +234,7 @@ class TransferCreate(Document):
         default=0.7,
         description="Weight of Eq. 5 in Eq. 3. 'auto': Eq. 6 on the dataset's labels, if it has the task's.",
     )
+    method: Literal["classes", "paper"] = Field("classes", description="paper: Eq. 3; classes: also over classes.")
     steps: int = Field(default=250, ge=1, le=100_000)
     batch_size: int = Field(default=16, ge=1, le=1024)
     learning_rate: float = Field(default=0.03, gt=0)

@@ -17,7 +17,7 @@ from post_server.ml.transfer import (
     transfer_objective,
 )
 from post_shared import losses
-from post_shared.batches import encode_rows
+from post_shared.batches import encode_rows, label_words
 from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, PromptMismatch
 from post_shared.language_model import LanguageModel
@@ -93,6 +93,21 @@ def test_alpha_zero_and_one_are_l1_and_l2(pair: tuple[LanguageModel, LanguageMod
         for alpha, wanted in [(0.0, first), (1.0, second)]:
             got = transfer_objective(target, known, alpha, 2.0)(trained, batch)
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_classes_method_adds_eq_3_over_the_class_scores(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    target, student = pair
+    prompt = SoftPrompt.random(target, 4, seed=1)
+    batch = encode_rows(target, TASK, TEXTS).batch(range(8))
+    known, words = constants(target, student, prompt, batch.encoded), label_words(target, TASK)
+    trained = SoftPrompt.random(target, 4, seed=9).embeddings
+    with torch.no_grad():
+        both = transfer_objective(target, known, 0.3, 2.0, words)(trained, batch)
+        paper = transfer_objective(target, known, 0.3, 2.0)(trained, batch)
+        ours, right = target.answer_logits(batch, trained), student.answer_logits(batch, prompt.embeddings)
+        four = [words.scores(x) for x in (ours, target.answer_logits(batch), right, student.answer_logits(batch))]
+        classes = losses.transfer_loss(losses.imitation_loss(four[0], four[2]), losses.shift_loss(*four), 0.3)
+    torch.testing.assert_close(both, paper + classes, rtol=1e-3, atol=1e-4)
 
 
 def test_transfer_to_the_student_itself_has_nothing_to_do() -> None:

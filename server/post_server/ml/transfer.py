@@ -7,14 +7,15 @@ with the head at the answer positions only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
+from post_shared.batches import Batch, EncodedRows, LabelWords, ShuffledBatches, encode_rows, label_words
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, PromptMismatch
 from post_shared.evaluation import check_labels, evaluate
@@ -31,6 +32,7 @@ class TransferConfig:
     """How to transfer. Defaults are those of the API document; see :class:`post_shared.schemas.TransferCreate`."""
 
     alpha: float = 0.7
+    method: Literal["classes", "paper"] = "classes"
     steps: int = 250
     batch_size: int = 16
     learning_rate: float = 0.03
@@ -49,7 +51,7 @@ class TransferConfig:
 
     @classmethod
     def from_request(cls, request: TransferCreate, alpha: float) -> TransferConfig:
-        names = ("steps", "batch_size", "learning_rate", "temperature", "max_rows", "max_length", "seed")
+        names = ("method", "steps", "batch_size", "learning_rate", "temperature", "max_rows", "max_length", "seed")
         return cls(alpha=alpha, **{name: getattr(request, name) for name in names})
 
 
@@ -122,18 +124,33 @@ def constants(
     return kept
 
 
-def transfer_objective(target: LanguageModel, known: Constants, alpha: float, temperature: float) -> Loss:
-    """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``, with all that is constant already softened."""
-    imitated = soften(known.student, temperature)  # (N, V): what Eq. 4 imitates
-    shift = soften(known.student - known.student_plain, temperature)  # (N, V): the change that Eq. 5 reproduces
+def transfer_objective(
+    target: LanguageModel, known: Constants, alpha: float, temperature: float, words: LabelWords | None = None
+) -> Loss:
+    """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``, with all that is constant already softened.
+
+    With ``words`` (method "classes"), Eq. 3 over the class scores is added to Eq. 3 over the vocabulary. Of the
+    vocabulary's probability, label words often hold less than a thousandth; then the paper's loss hardly sees them.
+    """
+    views: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]  # (P, V) -> (P, V)
+    if words is not None:
+        views.append(words.scores)  # (P, V) -> (P, C); linear, so a view of a difference is a difference of views
+    change = known.student - known.student_plain
+    imitated = [soften(view(known.student), temperature) for view in views]  # what Eq. 4 imitates
+    shifts = [soften(view(change), temperature) for view in views]  # the change that Eq. 5 reproduces
 
     def loss(prompt: Tensor, batch: Batch) -> Tensor:
         at = known.of(batch)
         logits = target.answer_logits(batch, prompt)  # (P, V)
         place = logits.device
-        imitation = divergence(imitated[at].to(place), soften(logits, temperature))
-        change = soften(logits - known.target_plain[at].to(place), temperature)
-        return transfer_loss(imitation, divergence(shift[at].to(place), change), alpha)
+        moved = logits - known.target_plain[at].to(place)
+        total = torch.zeros(len(at), device=place)
+        for view, right, shift in zip(views, imitated, shifts, strict=True):
+            imitation = divergence(right[at].to(place), soften(view(logits), temperature))
+            total = total + transfer_loss(
+                imitation, divergence(shift[at].to(place), soften(view(moved), temperature)), alpha
+            )
+        return total
 
     return loss
 
@@ -164,6 +181,7 @@ def transfer(
         raise DataInvalid("the public dataset has no texts")
     encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
     known = constants(target, student, prompt, encoded, report=report)
+    words = label_words(target, task) if config.method == "classes" and not task.is_generation else None
     work = fingerprint(config, prompt.embeddings, chosen)
     losses: list[float] = []
 
@@ -173,7 +191,7 @@ def transfer(
 
     moved = train_prompt(
         PromptAdam(nn.Parameter(prompt.embeddings.clone().to(target.device)), config.learning_rate),
-        transfer_objective(target, known, config.alpha, config.temperature),
+        transfer_objective(target, known, config.alpha, config.temperature, words),
         ShuffledBatches(encoded, config.batch_size, config.seed),
         steps=config.steps,
         learning_rate=config.learning_rate,
