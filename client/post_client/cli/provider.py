@@ -16,6 +16,12 @@ def distil(
     name: Annotated[str, typer.Option("--name", help="Name of the student to be.")],
     keep_layers: Annotated[str | None, typer.Option(help="How many layers to keep, or which: 0,1,28,29.")] = None,
     start: Annotated[str | None, typer.Option(help="fold (closed form) or copy.")] = None,
+    answer_form: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--answer-form", help="Put short paragraphs into this form, as '{text}, it was'; repeat for more."
+        ),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     plateau: Annotated[bool, typer.Option(help="Stop when the loss no longer falls.")] = False,
@@ -35,6 +41,7 @@ def distil(
     options: dict[str, Any] = {
         "keep_layers": None if keep_layers is None else _layers(keep_layers),
         "start": start,
+        "answer_forms": answer_form or None,
         "minutes": minutes,
         "steps": steps,
         "plateau": plateau or None,

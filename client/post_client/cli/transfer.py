@@ -14,6 +14,7 @@ def transfer(
     target: Annotated[str, typer.Option("--target", help="Name or id of the target model.")],
     dataset: Annotated[str, typer.Option("--dataset", help="Name or id of a public dataset.")],
     alpha: Annotated[str | None, typer.Option(help="0 to 1, or auto (Eq. 6).")] = None,
+    method: Annotated[str | None, typer.Option(help="classes (Eq. 3 over the class scores too) or paper.")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
@@ -27,6 +28,7 @@ def transfer(
     """Move a source prompt to the target model with public text. Prints the target prompt's id."""
     options: dict[str, Any] = {
         "alpha": None if alpha is None else _alpha(alpha),
+        "method": method,
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
