@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -22,7 +22,7 @@ from transformers import (
 
 from post_shared.language_model import LanguageModel
 
-WORDS = "the a film story plot was is it bad good great terrible boring fine awful superb dull nice".split()
+WORDS = "the a film story plot was is it bad good great terrible boring fine awful superb dull nice"
 TEXTS = [
     "a superb film",
     "the plot was dull and the story is boring",
@@ -37,18 +37,16 @@ LABELS = ["positive", "negative", "positive", "negative", "positive", "negative"
 
 
 def tokenizer(*, masked: bool, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the spot; ``masked`` adds <s> … </s> around a text, ``bos`` a <s> before."""
+    """A byte-level BPE tokenizer trained on the spot; ``masked`` puts <s> … </s> around a text, ``bos`` <s> before it."""
     special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    core.train_from_iterator([" " + " ".join(WORDS)] * 50 + TEXTS * 20, trainer)
+    core.train_from_iterator([" " + WORDS] * 50 + TEXTS * 20, trainer)
     if masked:
         core.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]

@@ -68,7 +68,7 @@ def liar(real: dict[str, bytes], /, **changes: Any) -> Client:
         if request.url.path.endswith("/manifest"):
             return httpx.Response(200, json=said)
         path = request.url.path.split("/files/", 1)[1]
-        return httpx.Response(200, content=sent.get(path, b""))
+        return httpx.Response(200, stream=httpx.ByteStream(sent.get(path, b"")))
 
     return Client(url="http://liar", api_key="post_x", transport=httpx.MockTransport(answer), attempts=1)
 

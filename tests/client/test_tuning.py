@@ -107,8 +107,8 @@ def test_bad_input_is_refused_before_anything_is_trained() -> None:
     ]:
         with pytest.raises(DataInvalid, match=says):
             tune(model, TASK, rows, CONFIG, privacy=None)
+    task = Task("{text}, it was", {"negative": ("cinematographic",), "positive": ("good",)})
     with pytest.raises(TaskInvalid, match="tokens"):
-        task = Task("{text}, it was", {"negative": ("cinematographic",), "positive": ("good",)})
         tune(model, task, ROWS, CONFIG, privacy=None)
     with pytest.raises(InvalidInput, match="don't fit"):
         tune(model, TASK, ROWS, TuneConfig(length=200), privacy=None)

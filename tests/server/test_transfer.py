@@ -39,7 +39,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[LanguageModel, LanguageModel]:
 def published_loop(
     target: LanguageModel, student: LanguageModel, prompt: Tensor, trained: Tensor, alpha: float
 ) -> Tensor:
-    """The slow path, written from Eq. 3-5: four forward passes of the plain models, one row at a time, all positions."""
+    """The slow path, from Eq. 3-5: four forward passes of the plain models, one row at a time, all positions."""
     total = torch.zeros(())
     for row in encode_rows(target, TASK, TEXTS).rows:
 
@@ -167,9 +167,10 @@ def test_what_does_not_belong_together_is_refused() -> None:
     with pytest.raises(PromptMismatch, match="width 16"):
         transfer(target, student, TASK, SoftPrompt(torch.zeros(4, 16)), TEXTS, TransferConfig())
     other = tiny_model("roberta")
+    other.model.resize_token_embeddings(50)
+    smaller = LanguageModel(other.model, other.tokenizer)
     with pytest.raises(PromptMismatch, match="isn't one of the target"):
-        other.model.resize_token_embeddings(50)
-        transfer(LanguageModel(other.model, other.tokenizer), student, TASK, prompt, TEXTS, TransferConfig())
+        transfer(smaller, student, TASK, prompt, TEXTS, TransferConfig())
     with pytest.raises(DataInvalid, match="no texts"):
         transfer(target, student, TASK, prompt, [], TransferConfig())
     for change in ({"alpha": 1.5}, {"steps": 0}, {"temperature": 0.0}, {"learning_rate": -1.0}):

@@ -47,7 +47,12 @@ def test_a_task_file_is_read_and_its_errors_name_the_file(tmp_path: Path) -> Non
     path = tmp_path / "task.json"
     path.write_text(json.dumps({"template": TASK.template, "label_words": {k: list(v) for k, v in WORDS.items()}}))
     assert Task.load(path) == TASK
-    for text, says in [("{", "can't read"), ("[]", "JSON object"), ('{"template": "x"}', "exactly one"), ('{"temp": 1}', "template")]:
+    for text, says in [
+        ("{", "can't read"),
+        ("[]", "JSON object"),
+        ('{"template": "x"}', "exactly one"),
+        ('{"temp": 1}', "template"),
+    ]:
         path.write_text(text)
         with pytest.raises(TaskInvalid, match=f"task.json.*{says}"):
             Task.load(path)
@@ -69,7 +74,11 @@ def test_label_words_are_the_tokens_after_the_template_and_scores_their_mean(fam
     model = tiny_model(family)
     words = label_words(model, TASK)
     logits = torch.randn(3, model.vocabulary)
-    ids = {word: model.tokenizer(" " + word, add_special_tokens=False).input_ids[0] for some in WORDS.values() for word in some}
+    ids = {
+        word: model.tokenizer(" " + word, add_special_tokens=False).input_ids[0]
+        for some in WORDS.values()
+        for word in some
+    }
     wanted = torch.stack([logits[:, [ids[w] for w in some]].mean(1) for some in WORDS.values()], 1)
     torch.testing.assert_close(words.scores(logits), wanted)
 
@@ -137,7 +146,10 @@ def test_shuffled_batches_are_a_function_of_seed_and_step_and_cover_each_epoch()
     assert [one(step).index for step in range(8)][7] == ahead.index
     epoch = [at for step in range(2) for at in one(step).index]
     assert len(set(epoch)) == 6
-    assert ShuffledBatches(encoded, 3, seed=6)(0).index != one(0).index or ShuffledBatches(encoded, 3, 6)(1).index != one(1).index
+    assert (
+        ShuffledBatches(encoded, 3, seed=6)(0).index != one(0).index
+        or ShuffledBatches(encoded, 3, 6)(1).index != one(1).index
+    )
 
 
 def test_splitting_a_batch_keeps_its_rows() -> None:

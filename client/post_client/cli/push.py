@@ -55,7 +55,8 @@ def _write_request(place: Path, data: bytes) -> None:
 
 
 def _show(facts: dict[str, Any]) -> None:
-    table = Table(title="What will leave this machine", title_justify="left", show_header=False)
+    err.print("[bold]What will leave this machine:[/]")
+    table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         if name not in ("epsilon", "delta"):
             table.add_row(name, escape(str(value)))

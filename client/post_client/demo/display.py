@@ -95,5 +95,7 @@ class Display:
             mark: RenderableType = self._spinner
             if stage.seconds is not None:
                 mark = Text("✗", "red") if stage.failed else Text("✓", "green")
-            table.add_row(mark, f"[dim]{stage.side}[/]", stage.what, f"{stage.elapsed:6.1f} s", escape(stage.note))
+            table.add_row(
+                mark, f"[dim]{stage.side}[/]", escape(stage.what), f"{stage.elapsed:6.1f} s", escape(stage.note)
+            )
         return Group(table)

@@ -20,7 +20,7 @@ class DemoSettings:
     device: str = "auto"
 
     # data
-    train_rows: int = 4000
+    train_rows: int = 8000
     """Private rows to tune on."""
     test_rows: int = 400
     """Private rows that measure; only the owner has their labels."""
@@ -47,17 +47,17 @@ class DemoSettings:
 
     # tune with differential privacy
     epsilon: float = 8.0
-    dp_steps: int = 150
-    dp_batch_size: int = 48
+    dp_steps: int = 80
+    dp_batch_size: int = 64
     dp_learning_rate: float = 0.05
     dp_clip_norm: float = 0.1
 
     # transfer
-    transfer_steps: int = 120
+    transfer_steps: int = 100
     transfer_batch_size: int = 16
     transfer_learning_rate: float = 0.03
     transfer_rows: int = 512
-    alpha: float = 0.7
+    alpha: float = 0.5
 
     # the forbidden upper bound: a prompt tuned on the target model itself
     upper_steps: int = 150

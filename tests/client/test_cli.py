@@ -1,0 +1,301 @@
+"""The command line: exit codes, one clear line for every mistake, results on stdout and all else on stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, version
+from pathlib import Path
+
+import pytest
+
+from post_shared.cli import GROUP, build_app, run
+from post_shared.model_files import manifest, model_hash
+from post_shared.prompt_file import read_prompt
+from tests.models import LABELS, TEXTS, tiny_model
+from tests.server.front import Front, prompt_bytes
+
+Captured = pytest.CaptureFixture[str]
+
+
+def post(*arguments: object) -> int:
+    return run(build_app(), [str(each) for each in arguments])
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "student"
+    tiny_model("llama", layers=2).save(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "private.jsonl"
+    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)] * 4
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.safetensors"
+    path.write_bytes(prompt_bytes("ab" * 32, dp=True))
+    return path
+
+
+# --- the frame ----------------------------------------------------------------------------------------
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = """
+import sys
+from post_shared.cli import build_app, run
+assert run(build_app(), ["--help"]) == 0
+assert run(build_app(), ["tune", "--help"]) == 0
+assert run(build_app(), ["--version"]) == 0
+assert run(build_app(), []) == 2
+heavy = {"torch", "transformers", "opacus", "matplotlib", "fastapi", "celery"} & sys.modules.keys()
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"post {version('post-transfer')}" in done.stdout
+
+
+def test_every_verb_has_help(capsys: Captured) -> None:
+    verbs = ["pull", "tune", "push", "transfer", "predict", "distil", "evaluate", "jobs", "demo"]
+    verbs += ["serve", "model", "dataset", "key"]
+    for verb in verbs:
+        assert post(verb, "--help") == 0
+    assert all(verb in capsys.readouterr().out or post("--help") == 0 for verb in verbs)
+
+
+def test_a_side_that_is_not_installed_is_absent_and_says_how_to_install_it(capsys: Captured) -> None:
+    sides = [
+        EntryPoint("client", "post_client.cli:register", GROUP),
+        EntryPoint("server", "no_such_module_anywhere:register", GROUP),
+    ]
+    assert run(build_app(sides), ["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pip install 'post-transfer[server]'" in shown
+    assert "post-transfer[client]" not in shown
+    assert run(build_app(sides), ["serve"]) == 2
+    assert run(build_app(sides), ["tune", "--help"]) == 0
+
+
+def test_an_unforeseen_error_is_one_line_too(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POST_DEBUG", raising=False)
+    app = build_app([])
+
+    @app.command()
+    def broken() -> None:
+        raise ZeroDivisionError("oh")
+
+    @app.command()
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run(app, ["broken"]) == 1
+    assert capsys.readouterr().err.startswith("error: ZeroDivisionError: oh")
+    assert run(app, ["interrupted"]) == 130
+    monkeypatch.setenv("POST_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(app, ["broken"])
+
+
+# --- mistakes -----------------------------------------------------------------------------------------
+
+USAGE = [
+    ("nonsense",),
+    ("tune",),
+    ("tune", "--student", "s", "--data", "d", "--out", "o"),
+    ("tune", "--student", "s", "--data", "d", "--out", "o", "--task", "sst2", "--template", "{text}"),
+    ("tune", "--student", "s", "--data", "d", "--out", "o", "--task", "sst2", "--no-dp", "--epsilon", "8"),
+    ("tune", "--student", "s", "--data", "d", "--out", "o", "--task", "sst2", "--steps", "0"),
+    ("tune", "--student", "s", "--data", "d", "--out", "o", "--task", "sst2", "--epsilon", "much"),
+    ("tune", "--student", "s", "--data", "d", "--out", "o", "--template", "{text}", "--label-word", "good"),
+    ("tune", "--student", "s", "--data", "d", "--out", "o", "--task", "sst2", "--label-word", "a=b"),
+    ("tune", "--student", "s", "--data", "d", "--out", "o", "--template", "{text}", *["--label-word", "a=b"] * 2),
+    ("push",),
+    ("transfer", "--prompt", "p", "--target", "t", "--dataset", "d", "--alpha", "most"),
+    ("predict", "--model", "m", "--prompt", "p"),
+    ("predict", "--model", "m", "--prompt", "p", "--text", "x", "--data", "d"),
+    ("predict", "--model", "m", "--text", "x"),
+    ("predict", "--model", "m", "--prompt", "p", "--task", "sst2", "--text", "x"),
+    ("distil", "--target", "t", "--corpus", "c", "--name", "n"),
+    ("distil", "--target", "t", "--corpus", "c", "--name", "n", "--steps", "1", "--keep-layers", "a,b"),
+    ("evaluate", "--model", "m", "--dataset", "d"),
+    ("jobs", "list", "--state", "sleeping"),
+    ("jobs",),
+]
+
+
+@pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
+def test_a_command_line_that_makes_no_sense_ends_with_2(arguments: tuple[str, ...], capsys: Captured) -> None:
+    assert post(*arguments) == 2
+    assert capsys.readouterr().out == "" or arguments == ("jobs",)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"--task": "no-such"}, "no preset task 'no-such'"),
+        ({"--task": "no-such.json"}, "no-such.json"),
+        ({"--student": "nowhere"}, "nowhere"),
+        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"--text-column": "review"}, "review"),
+        ({"--label-column": "stars"}, "stars"),
+        ({"--epsilon": "-1"}, "epsilon"),
+        ({"--epsilon": "nan"}, "epsilon"),
+        ({"--delta": "0.5"}, "delta"),
+        ({"--clip": "0"}, "clipping"),
+        ({"--device": "cuda:77"}, "cuda"),
+        ({"--device": "toaster"}, "toaster"),
+        ({"--out": "/proc/prompt"}, "/proc/prompt"),
+        ({"--max-length": "1000"}, "positions"),
+    ],
+)
+def test_a_mistake_in_tuning_is_one_line(
+    change: dict[str, str], says: str, student: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    options = {"--student": student, "--data": data, "--out": tmp_path / "p", "--task": "sst2", "--steps": 2}
+    assert post("tune", *[part for pair in (options | change).items() for part in pair]) == 1
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert shown.out == ""
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x80\x04pickle", b"\xff" * 8 + b"{}"])
+def test_a_file_that_is_no_prompt_is_not_pushed(content: bytes, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "p").write_bytes(content)
+    assert post("push", tmp_path / "p", "--yes", "--url", "http://127.0.0.1:1") == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert post("push", tmp_path / "absent") == 1
+    assert "absent" in capsys.readouterr().err
+
+
+def test_no_server_is_one_line(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POST_URL", raising=False)
+    monkeypatch.setenv("POST_API_KEY", "post_x")
+    assert post("jobs", "list") == 1
+    assert "POST_URL" in capsys.readouterr().err
+
+
+# --- tune and push ------------------------------------------------------------------------------------
+
+
+def tune(student: Path, data: Path, to: Path, *more: object) -> int:
+    small = ("--steps", 3, "--batch-size", 4, "--length", 2)
+    return post("tune", "--student", student, "--data", data, "--out", to, "--task", "sst2", *small, *more)
+
+
+def test_without_a_guarantee_it_says_so_aloud(student: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert tune(student, data, tmp_path / "p", "--no-dp") == 0
+    shown = capsys.readouterr()
+    assert "NO PRIVACY GUARANTEE" in shown.err
+    assert "NO PRIVACY GUARANTEE" in shown.out
+    made = read_prompt((tmp_path / "p").read_bytes())
+    assert (made.epsilon, made.length, made.width) == (None, 2, 32)
+    assert made.model_hash == model_hash(manifest(student))
+    assert (tmp_path / "p").stat().st_mode & 0o077 == 0
+
+
+def test_privacy_is_the_default_and_its_statement_is_shown(
+    student: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    assert tune(student, data, tmp_path / "p", "--statement", tmp_path / "s.json") == 0
+    shown = capsys.readouterr()
+    made = read_prompt((tmp_path / "p").read_bytes())
+    assert made.epsilon == 8.0
+    assert made.delta is not None
+    assert "differentially private" in shown.out
+    assert "GUARANTEE" not in shown.err
+    assert json.loads((tmp_path / "s.json").read_text())["private"] is True
+
+
+def test_json_is_one_document(student: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+    words = ("--label-word", "positive=good,great", "--label-word", "negative=bad")
+    small = ("--steps", 2, "--batch-size", 4, "--length", 2, "--epsilon", 3)
+    arguments = ("--student", student, "--data", data, "--out", tmp_path / "p", "--template", "{text}, it was")
+    assert post("tune", *arguments, *words, *small, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["statement"]["epsilon"] == 3
+    made = read_prompt((tmp_path / "p").read_bytes())
+    assert made.task.label_words == {"positive": ["good", "great"], "negative": ["bad"]}
+    assert shown["bytes"] == (tmp_path / "p").stat().st_size
+
+
+def test_dry_run_writes_the_request_to_the_byte_and_sends_nothing(
+    prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from post_client import build_upload
+
+    monkeypatch.delenv("POST_URL", raising=False)
+    monkeypatch.delenv("POST_API_KEY", raising=False)
+    assert post("push", prompt, "--dry-run", tmp_path / "request") == 0
+    assert (tmp_path / "request").read_bytes() == build_upload(read_prompt(prompt.read_bytes())).to_bytes()
+    assert (tmp_path / "request").read_bytes().endswith(prompt.read_bytes())
+
+
+def test_push_shows_what_leaves_and_asks(
+    front: Front, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, student = front.add_pair()
+    (tmp_path / "p").write_bytes(prompt_bytes(student.hash, dp=True))
+    monkeypatch.setenv("POST_URL", front.url)
+    monkeypatch.setenv("POST_API_KEY", front.keys["alice"])
+    before = front.everything()
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody says yes
+    assert post("push", tmp_path / "p") == 1
+    shown = capsys.readouterr().err
+    for fact in (student.hash, "{text}, it was", "positive", "(8, 1e-05)", "Nothing else"):
+        assert fact in shown
+    assert front.everything() == before
+    assert post("push", tmp_path / "p", "--yes") == 0
+    made = capsys.readouterr().out.strip()
+    assert post("push", tmp_path / "p", "--yes", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"]["id"] == made
+
+
+# --- server verbs without workers -----------------------------------------------------------------------
+
+
+def test_transfer_can_be_left_running_watched_and_cancelled(
+    front: Front, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, student = front.add_pair()
+    front.add_dataset("public")
+    (tmp_path / "p").write_bytes(prompt_bytes(student.hash))
+    monkeypatch.setenv("POST_URL", front.url)
+    monkeypatch.setenv("POST_API_KEY", front.keys["alice"])
+    post("push", tmp_path / "p", "--yes")
+    prompt_id = capsys.readouterr().out.strip()
+    assert post("transfer", "--prompt", prompt_id, "--target", target.name, "--dataset", "public", "--no-wait") == 0
+    job = capsys.readouterr().out.strip()
+    assert post("jobs", "list", "--json") == 0
+    assert [each["id"] for each in json.loads(capsys.readouterr().out)] == [job]
+    assert post("jobs", "show", job) == 0
+    assert "queued" in capsys.readouterr().out
+    assert post("jobs", "cancel", job) == 0
+    assert post("jobs", "watch", job) == 1
+    assert f"{job} was cancelled" in capsys.readouterr().err
+    assert post("jobs", "show", "job_nothing") == 1
+
+
+def test_pull_fetches_and_checks(
+    front: Front, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, student = front.add_pair()
+    monkeypatch.setenv("POST_URL", front.url)
+    monkeypatch.setenv("POST_API_KEY", front.keys["alice"])
+    assert post("pull", "small", "--to", tmp_path / "student", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["hash"] == student.hash
+    assert post("pull", "small", "--to", tmp_path / "other", "--hash", "0" * 64) == 1
+    assert post("pull", "large", "--to", tmp_path / "other") == 1
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,82 @@
+"""``post demo --fast``: the real server, broker, worker and predictor; only the model is tiny."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.server.backstage import processes_in, wait_for
+
+MEMBERS = (
+    "zero_shot compressed direct post compressed_dp post_dp upper_bound epsilon delta n_private_test seconds "
+    "bytes_uploaded versions seed"
+)
+ACCURACIES = ("zero_shot", "compressed", "direct", "post", "compressed_dp", "post_dp", "upper_bound")
+
+
+def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+    """``post demo --fast`` in ``folder``, its temporary files there too."""
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("POST_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "post_shared.cli", "demo", "--fast", "--report", "r.json", *more],
+        cwd=folder,
+        env=surroundings | {"TMPDIR": str(folder)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("d")
+
+
+def test_the_fast_demo_runs_to_its_report(folder: Path) -> None:
+    # A real database in the environment is none of the demo's business.
+    demo = start(folder, "--upper-bound", "--seed", "3", POST_DATABASE_URL="postgresql://nowhere.invalid/real")
+    shown, said = demo.communicate(timeout=240)
+    assert demo.returncode == 0, said
+    report = json.loads((folder / "r.json").read_text())
+    assert list(report) == MEMBERS.split()
+    assert all(0 <= report[name] <= 1 for name in ACCURACIES)
+    assert (report["epsilon"], report["seed"], report["n_private_test"]) == (8.0, 3, 64)
+    assert 0 < report["delta"] < 1 / 240
+    assert {"distil", "tune", "tune_dp", "transfer", "transfer_dp"} <= set(report["seconds"])
+    assert report["bytes_uploaded"] > 2 * 4 * 64 * 4  # two prompts of four vectors, 64 wide
+    assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "POST" in shown
+    assert sorted(path.name for path in folder.iterdir()) == ["r.json", "r.png"], "the run's folder must be gone"
+
+
+def test_a_failure_shows_the_servers_log_and_keeps_the_folder(folder: Path) -> None:
+    demo = start(folder, POST_DEVICE="cuda:99")  # the jobs will find no such device
+    _, said = demo.communicate(timeout=240)
+    assert demo.returncode == 1
+    assert "cuda:99" in said
+    assert "The end of the server's log" in said
+    assert len([line for line in said.splitlines() if "error:" in line]) >= 1
+    (kept,) = folder.glob("post-demo-*")
+    assert str(kept) in said
+    assert processes_in(kept / "provider") == []
+    assert not (folder / "r.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_nothing_behind(number: signal.Signals, folder: Path) -> None:
+    demo = start(folder)
+    home = wait_for(lambda: next(folder.glob("post-demo-*/provider/serve.json"), None), 120)
+    assert processes_in(home.parent) != []
+    demo.send_signal(number)
+    demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    time.sleep(0.2)
+    assert processes_in(home.parent) == []
+    assert list(folder.iterdir()) == []
