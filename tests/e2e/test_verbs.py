@@ -103,6 +103,7 @@ def test_all_verbs_in_their_order(machine: Machine) -> None:
 
 def test_ctrl_c_leaves_a_job_running(machine: Machine) -> None:
     distil = ("distil", "--target", "large", "--corpus", "prose", "--name", "small", "--steps", 10**6)
+    distil += ("--keep-layers", "0,3", "--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)
     verb = subprocess.Popen(
         machine.command(*distil), env=machine.environment, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
     )
