@@ -37,7 +37,7 @@ LABELS = ["positive", "negative", "positive", "negative", "positive", "negative"
 
 
 def tokenizer(*, masked: bool, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the spot; ``masked`` puts <s> … </s> around a text, ``bos`` <s> before it."""
+    """A byte-level BPE tokenizer trained on the spot; ``masked`` puts <s> … </s> around, ``bos`` <s> before a text."""
     special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.NFC()
