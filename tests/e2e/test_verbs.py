@@ -46,7 +46,7 @@ class Machine:
         return json.loads(self.post(*arguments, "--json"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
     """With a running ``post serve`` that knows a tiny model, public data and a key for both roles."""
     with tempfile.TemporaryDirectory(prefix="post-") as name:
@@ -62,12 +62,14 @@ def machine() -> Iterator[Machine]:
         key = machine.post("key", "create", "--role", "provider", "--name", "me").splitlines()[-1]
         with (machine.folder / "log").open("wb") as log:
             server = subprocess.Popen(machine.command("serve"), env=machine.environment, stdout=log, stderr=log)
-        ready = machine.folder / "home" / "serve.json"
-        wait_for(ready.exists, 120)
-        machine.environment |= {"POST_URL": json.loads(ready.read_text())["url"], "POST_API_KEY": key}
-        yield machine
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        try:
+            ready = machine.folder / "home" / "serve.json"
+            wait_for(ready.exists, 120)
+            machine.environment |= {"POST_URL": json.loads(ready.read_text())["url"], "POST_API_KEY": key}
+            yield machine
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
 
 
 def test_all_verbs_in_their_order(machine: Machine) -> None:
@@ -102,7 +104,7 @@ def test_all_verbs_in_their_order(machine: Machine) -> None:
 
 
 def test_ctrl_c_leaves_a_job_running(machine: Machine) -> None:
-    distil = ("distil", "--target", "large", "--corpus", "prose", "--name", "small", "--steps", 10**6)
+    distil = ("distil", "--target", "large", "--corpus", "prose", "--name", "long", "--steps", 10**6)
     distil += ("--keep-layers", "0,3", "--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)
     verb = subprocess.Popen(
         machine.command(*distil), env=machine.environment, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
@@ -111,7 +113,7 @@ def test_ctrl_c_leaves_a_job_running(machine: Machine) -> None:
     verb.send_signal(signal.SIGINT)
     _, said = verb.communicate(timeout=60)
     assert verb.returncode == 130
-    (job,) = machine.json("jobs", "list")
+    job = machine.json("jobs", "list")[0]
     assert job["state"] == "running"
     assert f"post jobs cancel {job['id']}" in said
     machine.post("jobs", "cancel", job["id"])
