@@ -57,7 +57,7 @@ class DemoSettings:
     transfer_batch_size: int = 16
     transfer_learning_rate: float = 0.03
     transfer_rows: int = 512
-    alpha: float = 0.5
+    alpha: float = 0.7
 
     # the forbidden upper bound: a prompt tuned on the target model itself
     upper_steps: int = 150
