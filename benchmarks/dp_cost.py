@@ -53,7 +53,7 @@ def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -
     """Median seconds of each kind of step, and the median of the pairs' ratios."""
     task, rows, tune = Task("{text}, it was", LABEL_WORDS), reviews(batch_size * 20), TuneConfig(length=length)
     encoded, loss = encode_private(model, task, rows, tune), tuning_objective(model, task)
-    start = starting_prompt(model, task, length).embeddings
+    start = starting_prompt(model, task, tune).embeddings
     plan = PrivacyConfig(micro_batch_size=batch_size).plan(len(rows), batch_size=batch_size, steps=steps)
     plain = PromptAdam(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
     private = plan.optimizer(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)

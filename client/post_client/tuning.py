@@ -29,6 +29,8 @@ from post_shared.training import (
     train_prompt,
 )
 
+STARTS = ("task", "random")
+
 
 @dataclass(frozen=True)
 class TuneConfig:
@@ -40,12 +42,23 @@ class TuneConfig:
     learning_rate: float = 0.05
     max_length: int = 128
     seed: int = 0
+    start: str = "task"
+    """What the prompt starts from: ``task``, the embeddings of a text that states it, or ``random`` rows of the
+    vocabulary."""
 
     def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise InvalidInput(f"a prompt starts from {' or '.join(STARTS)}, not {self.start!r}")
         if min(self.length, self.steps, self.batch_size, self.max_length) < 1:
             raise InvalidInput("length, steps, batch size and maximum length are at least 1")
         if self.learning_rate <= 0:
             raise InvalidInput(f"the learning rate is above 0, not {self.learning_rate}")
+
+
+PLAIN = TuneConfig()
+PRIVATE = TuneConfig(steps=80, batch_size=64)
+"""Defaults with differential privacy. The noise of a step is shared by its batch, so fewer, larger batches carry less
+of it for about the same number of rows seen."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +91,12 @@ def tuning_objective(model: LanguageModel, task: Task) -> Loss:
     return classification
 
 
-def starting_prompt(model: LanguageModel, task: Task, length: int) -> SoftPrompt:
-    """From the task's description, or else from its template: a text that states the task."""
+def starting_prompt(model: LanguageModel, task: Task, config: TuneConfig) -> SoftPrompt:
+    """The prompt before tuning. A text that states the task is its description, or else its template."""
+    if config.start == "random":
+        return SoftPrompt.random(model, config.length, config.seed)
     text = task.description or task.template.replace(TEXT, " ").replace(MASK, " ").strip() or "Answer:"
-    return SoftPrompt.from_text(model, text, length)
+    return SoftPrompt.from_text(model, text, config.length)
 
 
 def check_rows(task: Task, rows: Sequence[Row]) -> None:
@@ -131,7 +146,7 @@ def tune(
     """
     check_rows(task, rows)
     encoded = encode_private(student, task, rows, config)
-    prompt = nn.Parameter(starting_prompt(student, task, config.length).embeddings.clone().to(student.device))
+    prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
     kept = None
     if checkpoint:
         work = fingerprint(

@@ -93,8 +93,11 @@ def test_the_start_states_the_task() -> None:
     model = tiny_model()
     ids = model.tokenizer("Is the film good:").input_ids
     first = model.embed(torch.tensor(ids[:5]))
-    torch.testing.assert_close(starting_prompt(model, TASK, 5).embeddings, first)
-    assert starting_prompt(model, Task("{text}", TASK.label_words), 3).length == 3
+    torch.testing.assert_close(starting_prompt(model, TASK, TuneConfig(length=5)).embeddings, first)
+    assert starting_prompt(model, Task("{text}", TASK.label_words), TuneConfig(length=3)).length == 3
+    vocabulary = model.embed(torch.arange(model.vocabulary))
+    for row in starting_prompt(model, TASK, TuneConfig(length=5, start="random")).embeddings:
+        assert (vocabulary == row).all(dim=1).any()
 
 
 def test_bad_input_is_refused_before_anything_is_trained() -> None:
@@ -112,6 +115,6 @@ def test_bad_input_is_refused_before_anything_is_trained() -> None:
         tune(model, task, ROWS, CONFIG, privacy=None)
     with pytest.raises(InvalidInput, match="don't fit"):
         tune(model, TASK, ROWS, TuneConfig(length=200), privacy=None)
-    for change in ({"steps": 0}, {"learning_rate": 0.0}):
+    for change in ({"steps": 0}, {"learning_rate": 0.0}, {"start": "zeros"}):
         with pytest.raises(InvalidInput):
             TuneConfig(**change)  # type: ignore[arg-type]

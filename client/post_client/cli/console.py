@@ -60,6 +60,22 @@ def usage_error(message: str) -> NoReturn:
     raise typer.BadParameter(message)
 
 
+def check_writable(path: Path) -> None:
+    """Find out before minutes of work, not after, that a result couldn't be kept.
+
+    Raises:
+        InvalidInput: no file can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"{path}: can't write: {error.strerror or error}") from error
+    if path.is_dir():
+        raise InvalidInput(f"{path} is a folder; name a file")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file at once and whole; only its owner may read it.
 

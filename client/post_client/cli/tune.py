@@ -12,6 +12,7 @@ from rich.markup import escape
 from post_client.cli.console import (
     AsJson,
     bar,
+    check_writable,
     err,
     metrics_note,
     out,
@@ -51,6 +52,7 @@ def tune(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
+    start: Annotated[str | None, typer.Option(help="What the prompt starts from: task or random.")] = None,
     length: Annotated[int | None, typer.Option(min=1, max=1000, help="Vectors in the prompt.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
     text_column: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
@@ -65,6 +67,9 @@ def tune(
     if no_dp and any(value is not None for value in (epsilon, delta, clip, statement)):
         usage_error("--no-dp goes with none of --epsilon, --delta, --clip and --statement.")
     chosen = task_from(task, template, label_word)
+    for path in (to, statement):
+        if path is not None:
+            check_writable(path)
     if no_dp:
         err.print(f"[bold yellow]{NO_GUARANTEE}[/]")
     settings = {
@@ -73,6 +78,7 @@ def tune(
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "max_length": max_length,
+        "start": start,
         "seed": seed,
     }
     result, digest = _tune(
@@ -97,7 +103,7 @@ def _tune(
 ) -> tuple[TuneResult, str]:
     """Check what is quick to check, then load the model and tune."""
     from post_client.student_store import student_hash
-    from post_client.tuning import TuneConfig, check_rows
+    from post_client.tuning import PLAIN, PRIVATE, check_rows
     from post_client.tuning import tune as tune_prompt
     from post_shared.data import read_rows
     from post_shared.errors import Cancelled
@@ -105,7 +111,8 @@ def _tune(
     from post_shared.training import Progress
 
     quiet_libraries()
-    config = TuneConfig(**{name: value for name, value in settings.items() if value is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = replace(PLAIN if privacy is None else PRIVATE, **given)
     budget = None if privacy is None else _privacy(*privacy)
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
     check_rows(task, rows)
