@@ -10,10 +10,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from post_client.privacy import PrivacyConfig, PrivacyStatement
-from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows, label_words
+from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.evaluation import check_labels
+from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.losses import answer_loss, label_word_loss
 from post_shared.soft_prompt import SoftPrompt

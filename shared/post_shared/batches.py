@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,9 +171,13 @@ def encode_rows(
     if model.kind == "masked":
         template = template.replace(MASK, mask_token)
         texts = [text.replace(mask_token, " ") for text in texts]  # a mask in the text would be a second answer
-    every = _tokenise(model, template, texts, max_length)
     names = labels if labels is not None else [None] * len(texts)
-    return EncodedRows(tuple(_row(model, task, ids, name, max_length) for ids, name in zip(every, names, strict=True)))
+    answers = [_answer(model, name) if task.is_generation and name is not None else [] for name in names]
+    longest = max(map(len, answers), default=0)  # kept free for the answer, which is never cut
+    every = _tokenise(model, template, texts, max_length - longest)
+    if task.is_generation:
+        return EncodedRows(tuple(_generation_row(ids, answer) for ids, answer in zip(every, answers, strict=True)))
+    return EncodedRows(tuple(_row(model, task, ids, name) for ids, name in zip(every, names, strict=True)))
 
 
 def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -188,7 +191,7 @@ def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], max_len
 
     bare = len(ids_of([""])[0])
     if bare >= max_length:
-        raise TaskInvalid(f"the template alone takes {bare} tokens; the maximum length is {max_length}")
+        raise TaskInvalid(f"the template alone takes {bare} tokens; {max_length} are there for template and text")
     every = ids_of(texts)
     for at, ids in enumerate(every):
         text, excess = texts[at], len(ids) - max_length
@@ -216,16 +219,22 @@ def _without_end(model: LanguageModel, ids: list[int]) -> list[int]:
     return ids
 
 
-def _row(model: LanguageModel, task: Task, ids: list[int], name: str | None, max_length: int) -> EncodedRow:
-    if task.is_generation:
-        if name is None:
-            return EncodedRow(ids, [len(ids) - 1], [], None)
-        answer = model.tokenizer(" " + name.strip(), add_special_tokens=False).input_ids
-        if model.tokenizer.eos_token_id is not None:
-            answer = [*answer, model.tokenizer.eos_token_id]
-        full = [*ids, *answer][-max_length:] if len(ids) + len(answer) > max_length else [*ids, *answer]
-        first = len(full) - len(answer)
-        return EncodedRow(full[:-1], list(range(first - 1, len(full) - 1)), answer, None)
+def _answer(model: LanguageModel, text: str) -> list[int]:
+    """The tokens of a free answer, with the end token that stops generation."""
+    ids: list[int] = model.tokenizer(" " + text.strip(), add_special_tokens=False).input_ids
+    end = model.tokenizer.eos_token_id
+    return ids if end is None else [*ids, end]
+
+
+def _generation_row(ids: list[int], answer: list[int]) -> EncodedRow:
+    """Each token of the answer is predicted in its place; without an answer, only its beginning."""
+    if not answer:
+        return EncodedRow(ids, [len(ids) - 1], [], None)
+    full = [*ids, *answer]
+    return EncodedRow(full[:-1], list(range(len(ids) - 1, len(full) - 1)), answer, None)
+
+
+def _row(model: LanguageModel, task: Task, ids: list[int], name: str | None) -> EncodedRow:
     label = None
     if name is not None:
         if name not in task.labels:
@@ -233,67 +242,3 @@ def _row(model: LanguageModel, task: Task, ids: list[int], name: str | None, max
         label = task.labels.index(name)
     place = ids.index(model.tokenizer.mask_token_id) if model.kind == "masked" else len(ids) - 1
     return EncodedRow(ids, [place], [], label)
-
-
-# --- label words --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LabelWords:
-    """The label words of a task as tokens of one model: K distinct tokens, C labels."""
-
-    token_ids: Tensor
-    """(K,)"""
-    weights: Tensor
-    """(C, K): 1/n where token k is one of the n words of class c, else 0."""
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Class scores, the mean over each class's words (Table 9): (B, V) -> (B, C)."""
-        chosen = logits[:, self.token_ids.to(logits.device)]  # (B, V) -> (B, K)
-        return chosen @ self.weights.to(logits.device).T
-
-
-def label_words(model: LanguageModel, task: Task) -> LabelWords:
-    """Find each label word's token, as it stands after the template.
-
-    Raises:
-        TaskInvalid: a word takes several tokens, is unknown, or shares its token with another label's word.
-    """
-    words = task.label_words or {}
-    owner: dict[int, tuple[str, str]] = {}
-    columns: list[list[int]] = []
-    for label, some in words.items():
-        column = []
-        for word in some:
-            token = _single_token(model, label, word)
-            other = owner.setdefault(token, (label, word))
-            if other[0] != label:
-                raise TaskInvalid(
-                    f"label words {other[1]!r} ({other[0]}) and {word!r} ({label}) are the same token of this "
-                    "model's tokenizer, so the classes can't be told apart; choose another word"
-                )
-            if token not in column:
-                column.append(token)
-        columns.append(column)
-    tokens = list(owner)
-    weights = torch.zeros(len(columns), len(tokens))
-    for row, column in enumerate(columns):
-        for token in column:
-            weights[row, tokens.index(token)] = 1.0 / len(column)
-    return LabelWords(torch.tensor(tokens), weights)
-
-
-def _single_token(model: LanguageModel, label: str, word: str) -> int:
-    tokenizer: Any = model.tokenizer
-    ids = tokenizer(" " + word.strip(), add_special_tokens=False).input_ids
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    if len(ids) == 2 and not tokenizer.decode([ids[0]]).strip():  # some tokenizers set the space apart
-        ids = tokenizer(word.strip(), add_special_tokens=False).input_ids
-    if len(ids) != 1:
-        raise TaskInvalid(
-            f"label word {word!r} of label {label!r} takes {len(ids)} tokens {pieces} of this model's tokenizer; "
-            "a label word must be a single token: choose a shorter or more common word"
-        )
-    if ids[0] == tokenizer.unk_token_id:
-        raise TaskInvalid(f"label word {word!r} of label {label!r} is unknown to this model's tokenizer")
-    return int(ids[0])

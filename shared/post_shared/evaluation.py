@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from post_shared.batches import encode_rows, label_words
+from post_shared.batches import encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid
+from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel, Prefix
 from post_shared.tasks import Task
 

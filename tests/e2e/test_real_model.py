@@ -56,7 +56,7 @@ def test_padded_batch_and_prefix_equal_single_rows(target: LanguageModel, data: 
 
 
 def test_all_presets_fit_the_real_tokenizer(target: LanguageModel) -> None:
-    from post_shared.batches import label_words
+    from post_shared.label_words import label_words
     from post_shared.tasks import preset_names
 
     for name in preset_names():

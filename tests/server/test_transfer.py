@@ -17,9 +17,10 @@ from post_server.ml.transfer import (
     transfer_objective,
 )
 from post_shared import losses
-from post_shared.batches import encode_rows, label_words
+from post_shared.batches import encode_rows
 from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, PromptMismatch
+from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task

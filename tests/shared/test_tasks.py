@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from post_shared.batches import ShuffledBatches, encode_rows, label_words
+from post_shared.batches import ShuffledBatches, encode_rows
 from post_shared.errors import InvalidInput, TaskInvalid
+from post_shared.label_words import label_words
 from post_shared.tasks import Task, preset_names
 from tests.models import TEXTS, tiny_model
 
@@ -137,6 +138,18 @@ def test_generation_rows_predict_each_answer_token_in_its_place() -> None:
     answer = [*model.tokenizer(" good").input_ids, model.tokenizer.eos_token_id]
     assert row.tokens == answer
     assert [*row.token_ids[1:], model.tokenizer.eos_token_id][row.positions[0] :] == answer
+
+
+def test_a_long_text_leaves_room_for_the_answer_which_is_never_cut() -> None:
+    model = tiny_model()
+    task, long = Task("{text} The story is"), "a great film with a boring plot " * 50
+    row = encode_rows(model, task, [long], max_length=32, labels=["good and nice"]).rows[0]
+    assert len(row.token_ids) <= 32
+    said = model.tokenizer.decode(row.token_ids)
+    assert said.startswith("a great film")
+    assert said.endswith(" The story is good and nice")
+    with pytest.raises(TaskInvalid, match="template alone"):
+        encode_rows(model, task, ["x"], max_length=32, labels=["good " * 40])
 
 
 def test_shuffled_batches_are_a_function_of_seed_and_step_and_cover_each_epoch() -> None:

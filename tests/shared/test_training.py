@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from post_shared.batches import Batch, ShuffledBatches, encode_rows, label_words
+from post_shared.batches import Batch, ShuffledBatches, encode_rows
 from post_shared.errors import Cancelled, InvalidInput
+from post_shared.label_words import label_words
 from post_shared.losses import label_word_loss
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task

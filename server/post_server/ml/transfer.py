@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from post_shared.batches import Batch, EncodedRows, LabelWords, ShuffledBatches, encode_rows, label_words
+from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, PromptMismatch
 from post_shared.evaluation import check_labels, evaluate
+from post_shared.label_words import LabelWords, label_words
 from post_shared.language_model import LanguageModel
 from post_shared.losses import alpha_heuristic, divergence, soften, transfer_loss
 from post_shared.schemas import TransferCreate
