@@ -18,6 +18,9 @@ from post_shared.errors import InvalidInput, TaskInvalid
 from post_shared.language_model import LanguageModel
 from post_shared.tasks import MASK, TEXT, Task
 
+SPREAD = 12
+"""Tokens: padding that costs about as much as one more micro-batch does."""
+
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -41,9 +44,14 @@ class Batch:
         return len(self.index)
 
     def split(self, size: int) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows of similar length; together the same rows."""
-        order = sorted(self.index, key=lambda row: len(self.encoded.rows[row].token_ids))
-        return [Batch(self.encoded, tuple(order[at : at + size])) for at in range(0, len(order), size)]
+        """Micro-batches of at most ``size`` rows, none :data:`SPREAD` longer than another; together the same rows."""
+        parts: list[list[int]] = []
+        for row in sorted(self.index, key=self.encoded.length):
+            shortest = self.encoded.length(parts[-1][0]) if parts else 0
+            if not parts or len(parts[-1]) == size or self.encoded.length(row) > shortest + SPREAD:
+                parts.append([])
+            parts[-1].append(row)
+        return [Batch(self.encoded, tuple(part)) for part in parts]
 
     @cached_property
     def _rows(self) -> list[EncodedRow]:
@@ -94,6 +102,10 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def length(self, row: int) -> int:
+        """Tokens of a row."""
+        return len(self.rows[row].token_ids)
+
     def batch(self, index: Sequence[int]) -> Batch:
         return Batch(self, tuple(int(at) for at in index))
 
@@ -134,7 +146,7 @@ class ShuffledBatches:
         batches: list[list[int]] = []
         window = self.WINDOW * self.batch_size
         for at in range(0, len(order), window):
-            some = sorted(order[at : at + window], key=lambda row: len(self.encoded.rows[row].token_ids))
+            some = sorted(order[at : at + window], key=self.encoded.length)
             cut = [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
             generator.shuffle(cut)
             batches += cut

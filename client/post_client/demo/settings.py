@@ -30,7 +30,7 @@ class DemoSettings:
 
     # distil
     keep_layers: int = 8
-    distil_minutes: float = 7.5
+    distil_minutes: float = 6.5
     distil_steps: int | None = None
     distil_learning_rate: float = 1e-3
     distil_batch_tokens: int = 512
@@ -41,22 +41,22 @@ class DemoSettings:
     # tune
     prompt_length: int = 20
     max_length: int = 64
-    tune_steps: int = 250
+    tune_steps: int = 220
     tune_batch_size: int = 16
     tune_learning_rate: float = 0.05
 
     # tune with differential privacy
     epsilon: float = 8.0
-    dp_steps: int = 80
+    dp_steps: int = 64
     dp_batch_size: int = 64
-    dp_learning_rate: float = 0.05
+    dp_learning_rate: float = 0.015
     dp_clip_norm: float = 0.1
 
     # transfer
-    transfer_steps: int = 100
+    transfer_steps: int = 90
     transfer_batch_size: int = 16
     transfer_learning_rate: float = 0.03
-    transfer_rows: int = 512
+    transfer_rows: int = 256
     alpha: float = 0.7
 
     # the forbidden upper bound: a prompt tuned on the target model itself
