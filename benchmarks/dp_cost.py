@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
+from post_client.tuning import tune as tune_prompt
 from post_shared.batches import Batch
 from post_shared.data import Row
 from post_shared.language_model import LanguageModel
@@ -71,6 +72,26 @@ def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -
     }
 
 
+def measure_runs(model: LanguageModel, *, batch_size: int, steps: int, length: int, rounds: int = 3) -> float:
+    """Whole runs of ``tune`` at the same batch size and steps, in turn: the median ratio private / plain.
+
+    Plain tuning may group rows of similar length; Poisson sampling may not, and only cuts its batches by length.
+    """
+    task, rows = Task("{text}, it was", LABEL_WORDS), reviews(batch_size * 40)
+    config = TuneConfig(length=length, steps=steps, batch_size=batch_size)
+    budget = PrivacyConfig()
+    budget.plan(len(rows), batch_size=batch_size, steps=steps)  # searching for the noise is no tuning
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for privacy in (None, budget):
+            began = time.perf_counter()
+            tune_prompt(model, task, rows, config, privacy=privacy)
+            seconds.append(time.perf_counter() - began)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
+
+
 def _seconds(optimizer: PromptOptimizer, loss: object, batch: Batch) -> float:
     fresh = Batch(batch.encoded, batch.index)  # neither kind of step profits from what the other one cached
     began = time.perf_counter()
@@ -90,6 +111,7 @@ def main() -> None:
     given = parser.parse_args()
     model = LanguageModel.load(given.model) if given.model else student_shaped_model(given.layers)
     result = measure(model, batch_size=given.batch_size, steps=given.steps, length=given.length)
+    result["run_ratio"] = measure_runs(model, batch_size=given.batch_size, steps=2 * given.steps, length=given.length)
     about = {
         "batch_size": given.batch_size,
         "length": given.length,
