@@ -179,3 +179,14 @@ def test_a_seeded_run_claims_nothing_and_says_so() -> None:
     assert statement.claim is None
     assert json.loads(statement.json())["private"] is False
     assert statement.words().startswith("NOT PRIVATE")
+
+
+def test_the_spent_epsilon_grows_during_a_run_with_little_noise_too() -> None:
+    plan = PrivacyConfig(epsilon=8).plan(8000, batch_size=64, steps=64)
+    spent = [plan.epsilon_after(step) for step in range(1, 65)]
+    assert spent == sorted(spent)
+    assert spent[0] < 0.8 * spent[-1]
+    assert len(set(spent)) >= 10
+    for step in (1, 7, 30, 64):
+        assert spent[step - 1] >= 0.995 * epsilon_for(plan.noise_multiplier, plan.delta, plan.rate, step).epsilon
+    assert spent[-1] == plan.spent.epsilon
