@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from post_client.cli.console import AsJson, Url, connect, follow, metrics_note, out, print_facts, print_json
 from post_shared.schemas import Job, JobKind, JobState
@@ -30,7 +30,8 @@ def list_(
     if json:
         print_json([document.model_dump(mode="json") for document in found])
         return
-    table = Table("id", "kind", "state", "progress", "metrics", "created", box=None, pad_edge=False)
+    columns = [Column("id", no_wrap=True, min_width=28), "kind", "state", "progress", "metrics", "created"]
+    table = Table(*columns, box=None, pad_edge=False)
     for job in found:
         metrics = escape(metrics_note(job.metrics))
         table.add_row(job.id, job.kind, job.state, f"{job.progress:.0%}", metrics, f"{job.created_at:%Y-%m-%d %H:%M}")
