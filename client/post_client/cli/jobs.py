@@ -30,8 +30,8 @@ def list_(
     if json:
         print_json([document.model_dump(mode="json") for document in found])
         return
-    columns = [Column("id", no_wrap=True, min_width=28), "kind", "state", "progress", "metrics", "created"]
-    table = Table(*columns, box=None, pad_edge=False)
+    whole = Column("id", no_wrap=True, min_width=28)
+    table = Table(whole, "kind", "state", "progress", "metrics", "created", box=None, pad_edge=False)
     for job in found:
         metrics = escape(metrics_note(job.metrics))
         table.add_row(job.id, job.kind, job.state, f"{job.progress:.0%}", metrics, f"{job.created_at:%Y-%m-%d %H:%M}")
