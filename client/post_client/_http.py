@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -228,7 +229,7 @@ def error_of(answer: httpx.Response) -> PostError:
         kind = BY_STATUS.get(answer.status_code, PostError)
         error = kind(f"the server answered {answer.status_code} {answer.reason_phrase}")
     error.request_id = error.request_id or answer.headers.get("x-request-id")
-    error.fields.setdefault("retry_after", _seconds(answer.headers.get("retry-after")))
+    error.fields["retry_after"] = _seconds(error.fields.get("retry_after", answer.headers.get("retry-after")))
     return error
 
 
@@ -236,11 +237,13 @@ def _refused(error: BaseException) -> bool:
     return isinstance(error, Unavailable) and isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
 
 
-def _seconds(text: str | None) -> float | None:
+def _seconds(given: Any) -> float | None:
+    """A waiting time that a server asks for, if it is one."""
     try:
-        return max(0.0, float(text)) if text is not None else None
-    except ValueError:
+        seconds = float(given)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 _backoff = wait_exponential(multiplier=0.25, max=5.0) + wait_random(0, 0.25)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from post_client.privacy import PrivacyConfig, PrivacyStatement
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
-from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.errors import DataInvalid, InvalidInput, ModelUnsafe
 from post_shared.evaluation import check_labels
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
@@ -116,6 +116,19 @@ def check_rows(task: Task, rows: Sequence[Row]) -> None:
             )
 
 
+def check_vocabulary(student: LanguageModel) -> None:
+    """Raise :class:`ModelUnsafe` on a tokenizer with tokens that the student can't embed.
+
+    The first row with such a token would end a private run: that row would show in whether a prompt comes out.
+    """
+    largest = max(student.tokenizer.get_vocab().values())
+    if largest >= student.vocabulary:
+        raise ModelUnsafe(
+            f"the student's tokenizer has a token {largest}, but the student embeds only {student.vocabulary} tokens; "
+            "ask the provider for a sound student"
+        )
+
+
 def encode_private(model: LanguageModel, task: Task, rows: Sequence[Row], config: TuneConfig) -> EncodedRows:
     """The private rows as token ids, with room for the prompt."""
     texts, labels = [row.text for row in rows], [row.label for row in rows]
@@ -142,10 +155,12 @@ def tune(
     Raises:
         DataInvalid: empty, unlabelled or foreign rows, or a single class.
         TaskInvalid: label words that this model's tokenizer can't tell apart.
+        ModelUnsafe: the student's tokenizer has tokens that the student doesn't.
         PrivacyInvalid: (ε, δ) that give no guarantee for so many rows.
         Cancelled: raised by ``report``; the state is kept first.
     """
     check_rows(task, rows)
+    check_vocabulary(student)
     encoded = encode_private(student, task, rows, config)
     prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
     kept = None

@@ -185,14 +185,15 @@ def encode_rows(
         texts = [text.replace(mask_token, " ") for text in texts]  # a mask in the text would be a second answer
     names = labels if labels is not None else [None] * len(texts)
     answers = [_answer(model, name) if task.is_generation and name is not None else [] for name in names]
-    longest = max(map(len, answers), default=0)  # kept free for the answer, which is never cut
-    every = _tokenise(model, template, texts, max_length - longest)
+    # A row keeps room for its own answer. Room for the longest one would let one private row change all others.
+    every = _tokenise(model, template, texts, [max_length - len(answer) for answer in answers])
     if task.is_generation:
         return EncodedRows(tuple(_generation_row(ids, answer) for ids, answer in zip(every, answers, strict=True)))
     return EncodedRows(tuple(_row(model, task, ids, name) for ids, name in zip(every, names, strict=True)))
 
 
-def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], max_length: int) -> list[list[int]]:
+def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], most: Sequence[int]) -> list[list[int]]:
+    """Token ids of each text in the template, at most ``most[row]`` of them."""
     if not texts:
         return []
     before, after = template.split(TEXT)
@@ -202,15 +203,15 @@ def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], max_len
         return [_without_end(model, ids) for ids in found]
 
     bare = len(ids_of([""])[0])
-    if bare >= max_length:
-        raise TaskInvalid(f"the template alone takes {bare} tokens; {max_length} are there for template and text")
+    if bare >= min(most):
+        raise TaskInvalid(f"the template alone takes {bare} tokens; {min(most)} are there for template and text")
     every = ids_of(texts)
     for at, ids in enumerate(every):
-        text, excess = texts[at], len(ids) - max_length
+        text, excess = texts[at], len(ids) - most[at]
         while excess > 0:
             text = _cut(model, text, excess)
             every[at] = ids_of([text])[0]
-            excess = len(every[at]) - max_length
+            excess = len(every[at]) - most[at]
     return every
 
 

@@ -95,7 +95,7 @@ class LanguageModel:
             else:
                 options["use_safetensors"] = True
             model = auto.from_pretrained(source, dtype=dtype, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
             raise InvalidInput(
                 f"can't load a language model from {source!r}: {error}. Give a folder with config.json, tokenizer "
                 "and safetensors weights, a .gguf file, or a hub id of a causal or masked model."

@@ -27,8 +27,10 @@ REFUSED_MEMBERS = {
     "trust_remote_code": "it asks for Python code to run",
     "quantization_config": "POST takes plain weights only; convert the model first",
 }
+KERNEL_MEMBERS = ("attn_implementation", "experts_implementation")
+"""Members with such names, ``_attn_implementation_internal`` too, say which kernel computes a layer."""
 PLAIN_KERNELS = (None, "eager", "sdpa")
-"""For members like ``attn_implementation``: other names can make transformers fetch code."""
+"""Other kernels' names can make transformers fetch code."""
 MAX_FILES = 2_000
 MAX_HEADER = 64 * 2**20
 MAX_TOTAL = 2**40
@@ -180,7 +182,7 @@ def _check_json(folder: Path, path: str) -> None:
         # In a vocabulary such a word may be a token; then its value is a number.
         if name in REFUSED_MEMBERS and type(value) is not int and value is not None:
             raise ModelUnsafe(f"{path}: {name!r} is refused: {REFUSED_MEMBERS[name]}")
-        if name.endswith(("attn_implementation", "experts_implementation")) and not _plain_kernel(value):
+        if any(member in name for member in KERNEL_MEMBERS) and not _plain_kernel(value):
             raise ModelUnsafe(f"{path}: {name!r} is refused: it can name code to fetch")
         if name == "weight_map" and path.endswith(".index.json"):
             _check_weight_map(folder, path, value)

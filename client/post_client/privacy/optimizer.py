@@ -78,18 +78,20 @@ class PromptDPSGD:
     def update(self, loss: Loss, batch: Batch) -> float | None:
         """One step on a Poisson batch, however many rows it has; the mean loss, or None for an empty batch.
 
-        An empty batch is a step like any other: the noise alone moves the prompt.
+        An empty batch is a step like any other: the noise alone moves the prompt. A row whose loss isn't finite
+        doesn't count in the mean, as its gradient doesn't in the sum: whether a run ends must not depend on one row.
         """
-        total = 0.0
+        total, counted = 0.0, 0
         self._begin()
         for part in batch.split(self.micro_batch_size):
             losses, gradients = self.per_row_gradients(loss, part)
             self.clip_and_accumulate(gradients)
-            total += float(losses.sum())
+            finite = losses[torch.isfinite(losses)].double()
+            total, counted = total + float(finite.sum()), counted + len(finite)
         self.add_noise()
         self.divide_by_expected_batch_size()
         self._move()
-        return total / len(batch) if len(batch) else None
+        return total / counted if counted else None
 
     def per_row_gradients(self, loss: Loss, part: Batch) -> tuple[Tensor, Tensor]:
         """Losses (B,) of a micro-batch and their gradients (B, l, d), one row per example."""

@@ -1,0 +1,100 @@
+"""A provider that wants to learn about private rows: its student, its tokenizer and its answers do no harm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from torch import nn
+
+from post_client._http import LONGEST_WAIT, Http
+from post_client.privacy import PrivacyConfig
+from post_client.tuning import TuneConfig, encode_private, tune
+from post_shared.data import Row
+from post_shared.errors import InvalidInput, ModelUnsafe, Unavailable
+from post_shared.language_model import LanguageModel
+from post_shared.model_files import check_safe
+from post_shared.schemas import Health
+from post_shared.tasks import Task
+from tests.models import LABELS, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("bad",), "positive": ("good",)})
+ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
+CONFIG = TuneConfig(length=4, steps=4, batch_size=8)
+PRIVACY = PrivacyConfig(epsilon=8)
+
+
+def trapped_student(word: str) -> LanguageModel:
+    """A student whose answer to any text with ``word`` is NaN."""
+    model = tiny_model("gpt2", layers=2)
+    model.model.lm_head.weight = nn.Parameter(model.model.lm_head.weight.detach().clone(), requires_grad=False)
+    token = model.tokenizer(word, add_special_tokens=False).input_ids[0]
+    model.model.get_input_embeddings().weight.data[token] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("rows", [[*ROWS, Row("Q", "positive")], [Row("Q", label) for label in TASK.labels]])
+def test_whether_a_private_run_ends_does_not_depend_on_a_row(rows: list[Row]) -> None:
+    """Otherwise a prompt that never comes would tell that the row is there, whatever ε says."""
+    result = tune(trapped_student("Q"), TASK, rows, CONFIG, privacy=PRIVACY)
+    assert torch.isfinite(result.prompt.embeddings).all()
+
+
+def test_without_privacy_a_loss_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(InvalidInput, match="not finite"):
+        tune(trapped_student("Q"), TASK, [*ROWS, Row("Q", "positive")], CONFIG, privacy=None)
+
+
+def test_tokens_that_the_student_cannot_embed_are_refused_whether_a_row_has_them_or_not() -> None:
+    model = tiny_model("llama", layers=2)
+    model.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ModelUnsafe, match="embeds only"):
+        tune(model, TASK, ROWS, CONFIG, privacy=PRIVACY)
+
+
+def test_a_private_row_changes_no_other_row_before_it_is_clipped() -> None:
+    """One long answer once left all texts less room: a single row moved every gradient."""
+    model, task = tiny_model("gpt2", layers=2), Task("{text} Answer:")
+    some = [Row("the plot was dull and the story is boring and the film was fine", "dull"), Row("nice", "good")]
+    config = TuneConfig(length=4, max_length=24)
+    without = encode_private(model, task, some, config)
+    with_one = encode_private(model, task, [*some, Row("a film", " ".join(["good"] * 12))], config)
+    assert with_one.rows[: len(some)] == without.rows
+    assert max(len(row.token_ids) for row in with_one.rows) <= 24
+
+
+@pytest.mark.parametrize("member", ["_attn_implementation_internal", "_experts_implementation_internal"])
+def test_a_kernel_to_fetch_is_refused_under_its_internal_name_too(member: str, tmp_path: Path) -> None:
+    tiny_model("llama", layers=1).save(tmp_path)
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {member: "someone/kernel"}))
+    with pytest.raises(ModelUnsafe, match="code to fetch"):
+        check_safe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "member", "value"),
+    [("config.json", "dtype", "nothing"), ("tokenizer_config.json", "tokenizer_class", "BertJapaneseTokenizer")],
+)
+def test_a_folder_that_does_not_load_is_an_error_of_ours(file: str, member: str, value: str, tmp_path: Path) -> None:
+    tiny_model("llama", layers=1).save(tmp_path)
+    place = tmp_path / file
+    place.write_text(json.dumps(json.loads(place.read_text()) | {member: value}))
+    with pytest.raises(InvalidInput, match="can't load"):
+        LanguageModel.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("asked", ["soon", [], {}, -1, 1e400, None, 1e9])
+def test_no_answer_makes_the_client_wait_for_ever_or_trip(asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waited.append)
+    problem = json.dumps({"code": "unavailable", "detail": "away", "retry_after": asked})
+    headers = {"Content-Type": "application/problem+json"}
+    transport = httpx.MockTransport(lambda request: httpx.Response(503, headers=headers, content=problem))
+    with pytest.raises(Unavailable, match="away"):
+        Http("http://provider.example", "key", timeout=1.0, attempts=2, transport=transport).get("/readyz", Health)
+    assert len(waited) == 1
+    assert 0 <= waited[0] <= LONGEST_WAIT
