@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from post_server.ml.corpus import in_answer_forms, masked_tokens, next_token, prepare_corpus
+from post_server.ml.corpus import Corpus, _order, in_answer_forms, masked_tokens, next_token, prepare_corpus
 from post_server.ml.distillation import DistilConfig, Plateau, distil, distillation_losses
 from post_server.ml.start import chosen_layers, copy_student, fold
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
@@ -157,6 +157,31 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     for ours, theirs in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not any(weight.requires_grad for weight in resumed.model.parameters())
+
+
+def test_a_checkpoint_of_another_target_is_not_gone_on_from(tmp_path: Path) -> None:
+    config = DistilConfig(keep_layers=2, steps=4, batch_tokens=64, sequence_length=32)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "distil" and progress.step == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        distil(tiny_model(seed=1), PARAGRAPHS, config, report=stop, checkpoint=tmp_path)
+    steps: list[int] = []
+    report = lambda p: steps.append(p.step) if p.stage == "distil" else None  # noqa: E731
+    distil(tiny_model(seed=2), PARAGRAPHS, config, report=report, checkpoint=tmp_path)
+    assert steps[0] == 1
+
+
+def test_an_epoch_is_shuffled_once() -> None:
+    """A corpus of 2 GiB took seconds to shuffle, at every step."""
+    _order.cache_clear()
+    corpus = Corpus(np.arange(40, dtype=np.int32).reshape(20, 2), np.zeros(1, dtype=np.int64))
+    seen = [tuple(row) for step in range(10) for row in corpus.batch(step, 2, seed=0).tolist()]
+    assert sorted(seen) == [(at, at + 1) for at in range(0, 40, 2)]
+    assert corpus.batch(10, 2, seed=0).tolist() != corpus.batch(0, 2, seed=0).tolist()
+    assert _order.cache_info().misses == 2
 
 
 def test_time_alone_ends_it_and_plateau_too() -> None:

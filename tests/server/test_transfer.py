@@ -144,6 +144,23 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     assert torch.equal(resumed.prompt.embeddings, undisturbed.prompt.embeddings)
 
 
+def test_a_checkpoint_of_another_model_or_task_is_not_gone_on_from(tmp_path: Path) -> None:
+    first, other = tiny_model(seed=1), tiny_model(seed=2)
+    student, prompt = copy_student(first, [0, 3]), SoftPrompt.random(first, 4, seed=1)
+    config = TransferConfig(steps=4, batch_size=4)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "transfer" and progress.step == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        transfer(first, student, TASK, prompt, TEXTS, config, report=stop, checkpoint=tmp_path)
+    for target, task in ((other, TASK), (first, Task("{text} It is", TASK.label_words))):
+        found = transfer(target, student, task, prompt, TEXTS, config, checkpoint=tmp_path)
+        undisturbed = transfer(target, student, task, prompt, TEXTS, config)
+        assert torch.equal(found.prompt.embeddings, undisturbed.prompt.embeddings)
+
+
 def test_a_generation_task_is_transferred_too() -> None:
     target = tiny_model()
     prompt = SoftPrompt.random(target, 4, seed=1)

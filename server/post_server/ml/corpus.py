@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,16 @@ class Corpus:
         """Block rows of ``step``, (rows, T): every epoch is a fresh permutation, a function of (seed, step)."""
         rows = min(rows, len(self.blocks))
         epoch, place = divmod(step, len(self.blocks) // rows)
-        order = list(range(len(self.blocks)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311  public data
+        order = _order(len(self.blocks), seed, epoch)
         return torch.from_numpy(self.blocks[order[place * rows : (place + 1) * rows]].astype(np.int64))
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of an epoch. Kept: a large corpus takes seconds to shuffle, a step less than one."""
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311  public data
+    return order
 
 
 def in_answer_forms(paragraphs: Sequence[str], forms: Sequence[str], seed: int) -> list[str]:

@@ -167,7 +167,8 @@ def distil(
     corpus = prepare_corpus(
         target, paragraphs, config.sequence_length, checkpoint, answer_forms=config.answer_forms, seed=config.seed
     )
-    kept = Checkpoint(checkpoint, fingerprint(config, corpus.digest), checkpoint_seconds) if checkpoint else None
+    work = fingerprint(config, corpus.digest, target.model)
+    kept = Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None
     begun = kept is not None and kept.begun()  # its weights replace whatever the student would start from
     model = start_student(target, corpus, config, "copy" if begun else config.start, report)
     student, plateau = Student(model, config), Plateau()

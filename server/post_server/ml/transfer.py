@@ -183,7 +183,7 @@ def transfer(
     encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
     known = constants(target, student, prompt, encoded, report=report)
     words = label_words(target, task) if config.method == "classes" and not task.is_generation else None
-    work = fingerprint(config, prompt.embeddings, chosen)
+    work = fingerprint(config, prompt.embeddings, chosen, task.form().model_dump(), target.model, student.model)
     losses: list[float] = []
 
     def watch(progress: Progress) -> None:
