@@ -10,7 +10,7 @@ from torch import Tensor
 
 from post_shared.batches import encode_rows
 from post_shared.data import Row
-from post_shared.errors import DataInvalid
+from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel, Prefix
 from post_shared.tasks import Task
@@ -38,6 +38,9 @@ def classify(
     """Class probabilities (N, C), in the order of ``texts`` and of ``task.labels``.
 
     ``prompt`` is (l, d) or, cheaper for many texts on a causal model, its :class:`Prefix`.
+
+    Raises:
+        InvalidInput: the model's answers to this prompt are no numbers.
     """
     words = label_words(model, task)
     if isinstance(prompt, Tensor) and model.kind == "causal":
@@ -51,6 +54,8 @@ def classify(
         else:
             logits = model.answer_logits(batch, prompt)
         scores[list(batch.index)] = words.scores(logits).softmax(-1).cpu()
+    if not torch.isfinite(scores).all():
+        raise InvalidInput("the model's answers are no numbers; with a prompt of far too large ones, tune it again")
     return scores
 
 

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sqlalchemy import func, select
@@ -13,6 +14,7 @@ from sqlalchemy import func, select
 from post_server.jobs import states
 from post_server.ml.transfer import TransferConfig, choose_alpha, transfer
 from post_server.model_store import add_model, materialise_model, model_facts
+from post_server.prompt_store import add_prompt
 from post_server.records import JobRow, ModelRow, PromptRow
 from post_server.worker.process import ENDED, INTERRUPTED, LOST, JobProcess
 from post_server.worker.reporter import JobReporter
@@ -20,7 +22,7 @@ from post_shared.data import Row
 from post_shared.errors import Cancelled
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
-from post_shared.prompt_file import read_prompt
+from post_shared.prompt_file import PromptFile, read_prompt, write_prompt
 from post_shared.schemas import EvaluationCreate, JobKind, JobState, ModelRole, PromptRole, TransferCreate
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
@@ -117,6 +119,29 @@ def test_a_masked_model_is_evaluated_with_a_prompt(backstage: Backstage) -> None
     assert job.state is JobState.SUCCEEDED, job.error
     assert job.result is not None
     assert job.result["rows"] == len(ROWS)
+
+
+def test_a_damaged_model_fails_without_the_providers_paths(backstage: Backstage) -> None:
+    target, _ = backstage.add_target(), backstage.add_rows()
+    config = next(file["sha256"] for file in target.files if file["path"] == "config.json")
+    place = backstage.store.local_path(config)
+    place.chmod(0o600)
+    place.write_text("{}")
+    _, job = run(backstage, add_evaluation(backstage, task=TASK.model_dump()))
+    assert job.error is not None
+    assert job.error["code"] == "integrity_error"
+    assert str(backstage.settings.home) not in str(job.error)
+
+
+def test_answers_that_are_no_numbers_are_no_accuracy(backstage: Backstage) -> None:
+    target, _ = backstage.add_target(family="gpt2"), backstage.add_rows()
+    vectors = np.full((2, target.hidden_size), 3e38, dtype=np.float32)
+    data = write_prompt(PromptFile(vectors, target.hash, TASK))
+    with backstage.database.write() as session:
+        kept, _ = add_prompt(session, backstage.store, data, role=PromptRole.SOURCE, owner_key_id=backstage.owner.id)
+    _, job = run(backstage, add_evaluation(backstage, prompt=kept.id))
+    assert job.error is not None
+    assert (job.error["code"], "no numbers" in job.error["detail"]) == ("invalid_input", True)
 
 
 REFUSED = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from post_server.database import Database
+from post_server.ml.loading import load_stored
 from post_server.model_store import find_model, materialise_model
 from post_server.records import ModelRow, PromptRow
 from post_server.settings import Settings
@@ -112,7 +113,7 @@ class Shelf:
             materialise_model(self._store, row, aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-        model = LanguageModel.load(folder, device=self._settings.device)
+        model = load_stored(row, folder, self._settings.device)
         return ReadyModel(row, model, LastUsed(self._settings.predictor_prompts))
 
     def _prepare(self, model: LanguageModel, row: PromptRow) -> ReadyPrompt:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from post_server.database import Database
 from post_server.dataset_store import find_dataset
 from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.loading import load_stored
 from post_server.ml.transfer import TransferConfig, TransferResult, choose_alpha, transfer
 from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
 from post_server.prompt_store import add_prompt
@@ -63,7 +64,7 @@ class Work:
         folder = self.scratch / row.id
         if not folder.exists():
             materialise_model(self.store, row, folder)
-        return LanguageModel.load(folder, device=self.settings.device)
+        return load_stored(row, folder, self.settings.device)
 
     def texts(self, row: DatasetRow) -> list[str]:
         """The texts of a public dataset."""
