@@ -13,8 +13,9 @@ from torch import nn
 from post_client._http import LONGEST_WAIT, Http
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import TuneConfig, encode_private, tune
+from post_shared.cli import print_error
 from post_shared.data import Row
-from post_shared.errors import InvalidInput, ModelUnsafe, Unavailable
+from post_shared.errors import InvalidInput, ModelUnsafe, Unavailable, from_problem
 from post_shared.language_model import LanguageModel
 from post_shared.model_files import check_safe
 from post_shared.schemas import Health
@@ -98,3 +99,13 @@ def test_no_answer_makes_the_client_wait_for_ever_or_trip(asked: object, monkeyp
         Http("http://provider.example", "key", timeout=1.0, attempts=2, transport=transport).get("/readyz", Health)
     assert len(waited) == 1
     assert 0 <= waited[0] <= LONGEST_WAIT
+
+
+def test_no_answer_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(
+        from_problem({"code": "not_found", "detail": "gone \x1b]0;owned\x07\x1b[2J\u202e é", "request_id": "\x1b["})
+    )
+    shown = capsys.readouterr().err
+    assert "gone" in shown
+    assert "é" in shown
+    assert all(each.isprintable() for each in shown.rstrip("\n"))

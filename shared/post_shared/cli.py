@@ -63,8 +63,9 @@ def _print_version(wanted: bool) -> None:
 def print_error(error: PostError) -> None:
     """One line on standard error: what went wrong and, for the server's log, which request it was."""
     number = f" (request {error.request_id})" if error.request_id else ""
-    line = " ".join(error.detail.split())
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]: {escape(line + number)}", highlight=False)
+    line = " ".join((error.detail + number).split())
+    plain = "".join(each if each.isprintable() else "\ufffd" for each in line)  # a server's text steers no terminal
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]: {escape(plain)}", highlight=False)
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:

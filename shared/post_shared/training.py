@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from post_shared.batches import Batch
 from post_shared.errors import Cancelled, InvalidInput
+
+log = logging.getLogger("post.training")
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,20 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f"checkpoint.{os.getpid()}.part"
         header = {"work": self.work, "step": str(step), "seconds": repr(seconds)}
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, aside, header)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(self.path)
+        try:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, aside, header)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            aside.replace(self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def try_to_save(self, step: int, seconds: float, tensors: Mapping[str, Tensor]) -> None:
+        """As :meth:`save`, but a full disk ends no work: what was kept before stays, and the log says so."""
+        try:
+            self.save(step, seconds, tensors)
+        except (OSError, SafetensorError) as error:
+            log.warning("no checkpoint kept at step %d: %s", step, error)
 
     def load(self) -> tuple[int, float, dict[str, Tensor]] | None:
         """(steps done, seconds spent, tensors), or None where there is nothing to go on from."""
@@ -244,11 +257,11 @@ def run_steps(
                 )
             report(Progress(clock.step, clock.expected_steps, stage, metrics))
             if checkpoint and time.monotonic() - saved >= checkpoint.every_seconds:
-                checkpoint.save(clock.step, clock.elapsed, trained.state())
+                checkpoint.try_to_save(clock.step, clock.elapsed, trained.state())
                 saved = time.monotonic()
     except Cancelled:  # raised by the reporter, so between two steps: the state is whole
         if checkpoint:
-            checkpoint.save(clock.step, clock.elapsed, trained.state())
+            checkpoint.try_to_save(clock.step, clock.elapsed, trained.state())
         raise
     return clock.step
 

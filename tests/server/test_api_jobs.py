@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from post_server.jobs import states
+from post_server.keys import revoke_key
 from post_server.records import ModelRow
 from post_shared.schemas import Job, JobState
 from tests.server.front import TASK, Front, code, prompt_bytes
@@ -280,6 +281,16 @@ class TestEvents:
         self.work(front, job, 200)
         events = self.follow(front, job, **{"Last-Event-ID": "10"})
         assert [event.get("id") for event in events] == [*map(str, range(11, 404)), None]
+
+    def test_a_stream_ends_with_its_key(self, front: Front, job: str) -> None:
+        seen: list[list[dict[str, str]]] = []
+        follower = threading.Thread(target=lambda: seen.append(self.follow(front, job)))
+        follower.start()
+        time.sleep(0.5)
+        with front.database.write() as session:
+            revoke_key(session, "alice")
+        follower.join(5.0)
+        assert [event.get("id") for event in seen[0]] == ["1"]
 
     @pytest.mark.parametrize("number", ["x", "-1", "1.5", "9" * 30])
     def test_a_place_is_a_number(self, front: Front, job: str, number: str) -> None:

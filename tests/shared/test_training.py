@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,23 @@ def test_fingerprints_differ_when_anything_differs() -> None:
     marks = {fingerprint(*parts) for parts in [(1, "a"), (1, "b"), (torch.ones(2),), (torch.zeros(2),)]}
     assert len(marks) == 4
     assert fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
+
+
+def test_a_full_disk_ends_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = work()
+    with pytest.raises(Cancelled):
+        work(Checkpoint(tmp_path, "this", 0.0), stop_at=3)
+    kept = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def full(_: object, path: Path, *__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("post_shared.training.save_file", full)
+    monkeypatch.setattr(logging.getLogger("post"), "propagate", True)
+    caplog.set_level(logging.WARNING, "post")
+    assert torch.equal(work(Checkpoint(tmp_path, "this", 0.0)), undisturbed)
+    assert "No space left" in caplog.text
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [kept]

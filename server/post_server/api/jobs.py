@@ -18,7 +18,7 @@ from post_server.api.problems import problems
 from post_server.job_orders import job_document, visible_job
 from post_server.jobs.states import request_cancel
 from post_server.records import ApiKeyRow, JobEventRow, JobRow
-from post_shared.errors import InvalidInput
+from post_shared.errors import InvalidInput, Unauthenticated
 from post_shared.schemas import Job, JobEvent, JobKind, JobState, Page, Role
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -85,9 +85,15 @@ async def get_job_events(
 
 
 async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
-    """Every event behind ``after``, as it comes; at the end of the job one event ``end`` with its document."""
+    """Every event behind ``after``, as it comes; at the end of the job one event ``end`` with its document.
+
+    The stream also ends when the caller's key is revoked.
+    """
     while True:
-        job, events = await run_in_threadpool(_look, app, caller, job_id, after, MAX_LIMIT)
+        try:
+            job, events = await run_in_threadpool(_look, app, caller, job_id, after, MAX_LIMIT)
+        except Unauthenticated:
+            return
         for event in events:
             after = event.sequence
             yield ServerSentEvent(data=event.model_dump_json(), event=event.kind, id=str(after), sep="\n")
@@ -102,6 +108,8 @@ async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int) -> A
 def _look(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) -> tuple[Job, list[JobEvent]]:
     """The job first and then its events: what was written before the job ended is never missed."""
     with app.database.read() as session:
+        if session.get_one(ApiKeyRow, caller.id).revoked_at is not None:
+            raise Unauthenticated("The API key is not valid any more.")
         job = job_document(visible_job(session, caller, job_id))
         return job, _events(session, job_id, after, limit)
 
