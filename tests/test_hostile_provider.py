@@ -13,7 +13,7 @@ from torch import nn
 from post_client._http import LONGEST_WAIT, Http
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import TuneConfig, encode_private, tune
-from post_shared.cli import print_error
+from post_shared.cli import build_app, print_error, run
 from post_shared.data import Row
 from post_shared.errors import InvalidInput, ModelUnsafe, Unavailable, from_problem
 from post_shared.language_model import LanguageModel
@@ -109,3 +109,13 @@ def test_no_answer_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> No
     assert "gone" in shown
     assert "é" in shown
     assert all(each.isprintable() for each in shown.rstrip("\n"))
+
+
+@pytest.mark.parametrize("option", ["--out", "--statement", "--checkpoint", "--data"])
+def test_nothing_of_the_owner_lies_in_the_folder_whose_hash_leaves(option: str, tmp_path: Path) -> None:
+    inside = str(tmp_path / "student" / "down" / ".." / "it.json")
+    paths = {"--data": "rows.jsonl", "--out": "prompt.safetensors", "--checkpoint": "kept"} | {option: inside}
+    given = [each for pair in paths.items() for each in pair]
+    student = tmp_path / "student"
+    assert run(build_app(), ["tune", "--student", str(student), "--task", "reviews", *given]) == 2
+    assert not student.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,7 @@ def tune(
     if no_dp and any(value is not None for value in (epsilon, delta, clip, statement)):
         usage_error("--no-dp goes with none of --epsilon, --delta, --clip and --statement.")
     chosen = task_from(task, template, label_word)
+    _check_outside(student, (to, statement, checkpoint, data))
     for path in (to, statement):
         if path is not None:
             check_writable(path)
@@ -89,6 +91,15 @@ def tune(
     if result.statement is not None and statement is not None:
         write_file(statement, result.statement.json().encode())
     _report(result, digest, to, size, json)
+
+
+def _check_outside(student: Path, paths: Sequence[Path | None]) -> None:
+    """A prompt names the student by a hash of its folder: nothing private may lie in there."""
+    for path in paths:
+        if path is not None and path.resolve().is_relative_to(student.resolve()):
+            usage_error(
+                f"{path} lies in the student's folder, and a hash of all that lies there leaves with the prompt."
+            )
 
 
 def _tune(
