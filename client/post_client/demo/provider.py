@@ -55,12 +55,13 @@ class DemoProvider:
         finally:
             _stop(server)
 
-    def last_lines(self, count: int = 30) -> str:
-        """The end of the server's log."""
-        try:
-            return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-count:])
-        except OSError:
-            return ""
+    def last_lines(self, count: int = 15) -> str:
+        """The ends of the server's log and of its parts' logs: a job's cause of failure stands in the worker's."""
+        found = []
+        for log in (self.log, *sorted((self.home / "logs").glob("*.log"))):
+            lines = log.read_text("utf-8", "replace").splitlines()[-count:] if log.is_file() else []
+            found += [f"{log.name}: {line}" for line in lines]
+        return "\n".join(found)
 
     def _address(self, server: subprocess.Popen[bytes]) -> str:
         until = time.monotonic() + START_SECONDS
