@@ -10,6 +10,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY shared shared
 COPY client client
 COPY server server
+COPY benchmarks/post_bench benchmarks/post_bench
 RUN PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL}" /opt/post/bin/pip install -c constraints.txt '.[server,postgres]'
 
 FROM python:3.12-slim

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path for side in ("server", "client", "shared") for path in (ROOT / side).rglob("*.py"))
+MODULES = sorted(
+    path for side in ("server", "client", "shared", "benchmarks/post_bench") for path in (ROOT / side).rglob("*.py")
+)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 UNSAFE = re.compile(
     r"\btorch\.load\(|^\s*(?:import|from) (?:pickle|dill|joblib)\b|trust_remote_code=True", re.MULTILINE

@@ -15,11 +15,13 @@ PACKAGES = {
     "post_shared": ROOT / "shared" / "post_shared",
     "post_client": ROOT / "client" / "post_client",
     "post_server": ROOT / "server" / "post_server",
+    "post_bench": ROOT / "benchmarks" / "post_bench",
 }
 FORBIDDEN = {
-    "post_shared": {"post_client", "post_server", "fastapi", "celery", "redis", "sqlalchemy", "opacus"},
-    "post_client": {"post_server", "fastapi", "celery", "redis", "sqlalchemy"},
-    "post_server": {"post_client", "opacus"},
+    "post_shared": {"post_bench", "post_client", "post_server", "fastapi", "celery", "redis", "sqlalchemy", "opacus"},
+    "post_client": {"post_bench", "post_server", "fastapi", "celery", "redis", "sqlalchemy"},
+    "post_server": {"post_bench", "post_client", "opacus"},
+    "post_bench": {"fastapi", "celery", "redis", "sqlalchemy"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate", "opacus", "datasets"}
 LIGHT = (

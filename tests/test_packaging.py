@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-ROOTS = {"post_shared": "shared", "post_client": "client", "post_server": "server"}
+ROOTS = {"post_shared": "shared", "post_client": "client", "post_server": "server", "post_bench": "benchmarks"}
 REMOTE_ONLY = {"psycopg", "s3fs"}
 """Extras for PostgreSQL and S3, which the suite runs without."""
 
@@ -49,18 +49,19 @@ def test_installed_versions_are_the_pinned_ones() -> None:
             assert installed == _pins()[canonicalize_name(requirement.name)], requirement.name
 
 
-def test_three_packages_one_distribution() -> None:
+def test_four_packages_one_distribution() -> None:
     packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert sorted(packages) == sorted(f"{root}/{name}" for name, root in ROOTS.items())
     for name, root in ROOTS.items():
         assert (ROOT / root / name / "py.typed").exists()
-        assert not (ROOT / root / "__init__.py").exists(), "a source root is no package"
+        if root != "benchmarks":  # whose programs run as python -m benchmarks.NAME
+            assert not (ROOT / root / "__init__.py").exists(), "a source root is no package"
 
 
-def test_one_command_with_the_verbs_of_both_sides() -> None:
+def test_one_command_with_the_verbs_of_all_sides() -> None:
     (script,) = entry_points(group="console_scripts", name="post")
     assert callable(script.load())
-    assert {entry.name for entry in entry_points(group="post.commands")} == {"client", "server"}
+    assert {entry.name for entry in entry_points(group="post.commands")} == {"bench", "client", "server"}
 
 
 def test_version_is_in_the_changelog() -> None:

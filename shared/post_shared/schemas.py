@@ -232,9 +232,9 @@ class TransferCreate(Document):
     dataset: Reference = Field(description="Id or name of a public dataset; its labels are not used by the transfer.")
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
         default=0.7,
-        description="Weight of Eq. 5 in Eq. 3. 'auto': Eq. 6 on the dataset's labels, if it has the task's.",
+        description="Weight of Eq. 5 (paper) or of the target's opinion. 'auto': Eq. 6, if the dataset's labels fit.",
     )
-    method: Literal["classes", "paper"] = Field("classes", description="paper: Eq. 3; classes: also over classes.")
+    method: Literal["ensemble", "paper"] = Field("ensemble", description="paper: Eq. 3; ensemble: class scores.")
     steps: int = Field(default=250, ge=1, le=100_000)
     batch_size: int = Field(default=16, ge=1, le=1024)
     learning_rate: float = Field(default=0.03, gt=0)

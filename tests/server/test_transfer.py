@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from post_server.ml.ensemble import balanced, ensemble
 from post_server.ml.start import copy_student
 from post_server.ml.transfer import (
     TransferConfig,
     choose_alpha,
     constants,
+    ensemble_objective,
+    paper_objective,
     transfer,
-    transfer_objective,
 )
 from post_shared import losses
 from post_shared.batches import encode_rows
@@ -70,7 +72,7 @@ def test_cached_constants_give_loss_and_gradients_of_the_uncached_loop(
     target, student = pair
     prompt = SoftPrompt.random(target, 4, seed=1)
     encoded = encode_rows(target, TASK, TEXTS)
-    loss = transfer_objective(target, constants(target, student, prompt, encoded, batch_size=3), alpha, 2.0)
+    loss = paper_objective(target, constants(target, student, prompt, encoded, batch_size=3), alpha, 2.0)
     ours, theirs = (SoftPrompt.random(target, 4, seed=9).embeddings.clone().requires_grad_() for _ in range(2))
     total = loss(ours, encoded.batch([3, 1, 2, 0, 7, 6, 5, 4])).sum()
     slow = published_loop(target, student, prompt.embeddings, theirs, alpha)
@@ -92,37 +94,41 @@ def test_alpha_zero_and_one_are_l1_and_l2(pair: tuple[LanguageModel, LanguageMod
         first = losses.imitation_loss(ours, right)
         second = losses.shift_loss(ours, target.answer_logits(batch), right, student.answer_logits(batch))
         for alpha, wanted in [(0.0, first), (1.0, second)]:
-            got = transfer_objective(target, known, alpha, 2.0)(trained, batch)
+            got = paper_objective(target, known, alpha, 2.0)(trained, batch)
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_the_classes_method_adds_eq_3_over_the_class_scores(pair: tuple[LanguageModel, LanguageModel]) -> None:
+def test_the_ensemble_is_imitated_over_class_scores(pair: tuple[LanguageModel, LanguageModel]) -> None:
     target, student = pair
     prompt = SoftPrompt.random(target, 4, seed=1)
-    batch = encode_rows(target, TASK, TEXTS).batch(range(8))
-    known, words = constants(target, student, prompt, batch.encoded), label_words(target, TASK)
+    batch, words = encode_rows(target, TASK, TEXTS).batch(range(8)), label_words(target, TASK)
+    known = constants(target, student, prompt, batch.encoded, words)
+    assert known.student.shape == (8, 2), "no logits over the vocabulary are kept"
     trained = SoftPrompt.random(target, 4, seed=9).embeddings
     with torch.no_grad():
-        both = transfer_objective(target, known, 0.3, 2.0, words)(trained, batch)
-        paper = transfer_objective(target, known, 0.3, 2.0)(trained, batch)
-        ours, right = target.answer_logits(batch, trained), student.answer_logits(batch, prompt.embeddings)
-        four = [words.scores(x) for x in (ours, target.answer_logits(batch), right, student.answer_logits(batch))]
-        classes = losses.transfer_loss(losses.imitation_loss(four[0], four[2]), losses.shift_loss(*four), 0.3)
-    torch.testing.assert_close(both, paper + classes, rtol=1e-3, atol=1e-4)
+        got = ensemble_objective(target, known, 0.3, words)(trained, batch)
+        goal = ensemble(
+            words.scores(student.answer_logits(batch, prompt.embeddings)),
+            words.scores(target.answer_logits(batch)),
+            0.3,
+        )
+        wanted = losses.divergence(goal, words.scores(target.answer_logits(batch, trained)).log_softmax(-1))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_transfer_to_the_student_itself_has_nothing_to_do() -> None:
     model = tiny_model()
     prompt = SoftPrompt.random(model, 4, seed=1)
-    result = transfer(model, model, TASK, prompt, TEXTS, TransferConfig(steps=3, batch_size=4))
+    result = transfer(model, model, TASK, prompt, TEXTS, TransferConfig(method="paper", steps=3, batch_size=4))
     assert result.first_loss == pytest.approx(0.0, abs=1e-4)
     torch.testing.assert_close(result.prompt.embeddings, prompt.embeddings, rtol=0, atol=0.1)
 
 
-def test_transfer_lowers_its_loss(pair: tuple[LanguageModel, LanguageModel]) -> None:
+@pytest.mark.parametrize("method", ["paper", "ensemble"])
+def test_transfer_lowers_its_loss(pair: tuple[LanguageModel, LanguageModel], method: str) -> None:
     target, student = pair
     prompt = SoftPrompt.random(target, 4, seed=1)
-    config = TransferConfig(steps=60, batch_size=8, learning_rate=0.1, alpha=0.5)
+    config = TransferConfig(method=method, steps=60, batch_size=8, learning_rate=0.1, alpha=0.5)  # type: ignore[arg-type]
     result = transfer(target, student, TASK, prompt, TEXTS, config)
     assert result.last_loss < 0.9 * result.first_loss
     assert result.prompt.embeddings.shape == prompt.embeddings.shape
@@ -194,3 +200,41 @@ def test_what_does_not_belong_together_is_refused() -> None:
     for change in ({"alpha": 1.5}, {"steps": 0}, {"temperature": 0.0}, {"learning_rate": -1.0}):
         with pytest.raises(InvalidInput):
             TransferConfig(**change)  # type: ignore[arg-type]
+
+
+# --- the ensemble -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_balanced_classes_are_equally_likely_and_ranked_as_before(classes: int) -> None:
+    scores = torch.randn(300, classes, generator=torch.Generator().manual_seed(0)) * 2 + torch.arange(classes) * 1.5
+    found = balanced(scores)
+    torch.testing.assert_close(found.exp().mean(0), torch.full((classes,), 1 / classes), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(300))
+    moved = found - scores
+    shift = moved - moved[:, :1]
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-4)  # one constant per class
+
+
+def test_two_weak_views_together_are_better_than_each() -> None:
+    """What the method rests on: independent errors cancel, and a common lean of either side doesn't matter."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(2, (2000,), generator=generator)
+    signal = torch.nn.functional.one_hot(truth, 2).float()
+
+    def right(scores: Tensor) -> float:
+        return float((scores.argmax(1) == truth).float().mean())
+
+    student = signal + torch.randn(2000, 2, generator=generator) + torch.tensor([3.0, 0.0])
+    target = 0.1 * signal + 0.1 * torch.randn(2000, 2, generator=generator) - torch.tensor([1.0, 0.0])
+    together = ensemble(student, target, 1.0)
+    assert right(student) < 0.6
+    assert right(target) < 0.6
+    assert right(together) > max(right(balanced(student)), right(balanced(target))) + 0.04
+    torch.testing.assert_close(ensemble(student, target, 0.0).argmax(1), balanced(student).argmax(1))
+
+
+def test_a_student_that_tells_no_texts_apart_leaves_the_classes_open() -> None:
+    same = torch.zeros(10, 2) + torch.tensor([1.0, -1.0])
+    found = ensemble(same, torch.randn(10, 2, generator=torch.Generator().manual_seed(0)), 0.5)
+    torch.testing.assert_close(found.exp(), torch.full((10, 2), 0.5), rtol=0, atol=1e-3)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from post_shared.batches import encode_rows
+from post_shared.devices import choose_device
 from post_shared.errors import InvalidInput, PromptMismatch
-from post_shared.language_model import LanguageModel, choose_device
+from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
@@ -66,6 +67,19 @@ def test_prefix_equals_running_the_prompt_again(family: str) -> None:
     prefix = model.prefix(prompt)
     for _ in range(2):  # the second time shows that the first left the prefix as it was
         close(model.answer_logits_after(batch, prefix), model.answer_logits(batch, prompt))
+
+
+def test_a_shared_prompt_run_once_gives_the_logits_and_gradients_of_one_run_per_row(model: LanguageModel) -> None:
+    batch = encode_rows(model, TASK, TEXTS).batch(range(8))
+    once, each = (SoftPrompt.random(model, 7, seed=2).embeddings.clone().requires_grad_() for _ in range(2))
+    shared, plain = model.answer_logits_shared(batch, once), model.answer_logits(batch, each)
+    close(shared, plain)
+    weights = torch.randn(shared.shape, generator=torch.Generator().manual_seed(0))
+    for logits in (shared, plain):
+        (logits * weights).sum().backward()
+    assert once.grad is not None
+    assert each.grad is not None
+    torch.testing.assert_close(once.grad, each.grad, rtol=1e-3, atol=1e-4 * float(each.grad.abs().max()))
 
 
 @pytest.mark.parametrize("family", CAUSAL)

@@ -14,7 +14,9 @@ def transfer(
     target: Annotated[str, typer.Option("--target", help="Name or id of the target model.")],
     dataset: Annotated[str, typer.Option("--dataset", help="Name or id of a public dataset.")],
     alpha: Annotated[str | None, typer.Option(help="0 to 1, or auto (Eq. 6).")] = None,
-    method: Annotated[str | None, typer.Option(help="classes (Eq. 3 over the class scores too) or paper.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="ensemble (student and target together, over classes) or paper (Eq. 3).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,

@@ -7,7 +7,7 @@ with the head at the answer positions only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from post_server.ml.ensemble import ensemble
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, PromptMismatch
@@ -33,7 +34,7 @@ class TransferConfig:
     """How to transfer. Defaults are those of the API document; see :class:`post_shared.schemas.TransferCreate`."""
 
     alpha: float = 0.7
-    method: Literal["classes", "paper"] = "classes"
+    method: Literal["ensemble", "paper"] = "ensemble"
     steps: int = 250
     batch_size: int = 16
     learning_rate: float = 0.03
@@ -67,7 +68,7 @@ class TransferResult:
 
 @dataclass(frozen=True)
 class Constants:
-    """What never changes during a transfer, one row per text and answer position: logits (N, V), float32."""
+    """What never changes during a transfer, one row per text and answer position: logits (N, V) or scores (N, C)."""
 
     student: Tensor
     """Φs(p_s + x)"""
@@ -105,53 +106,55 @@ def constants(
     student: LanguageModel,
     prompt: SoftPrompt,
     encoded: EncodedRows,
+    words: LabelWords | None = None,
     *,
     batch_size: int = 32,
     report: Reporter = ignore,
 ) -> Constants:
-    """Run each of the three constant forward passes once over all rows."""
+    """Run each of the three constant forward passes once over all rows; with ``words``, keep class scores only."""
     counts = torch.tensor([len(row.positions) for row in encoded.rows])
     first = torch.cumsum(counts, 0) - counts
-    total = int(counts.sum())
-    student_logits, student_plain, target_plain = (torch.empty(total, target.vocabulary) for _ in range(3))
-    kept = Constants(student_logits, student_plain, target_plain, first)
+    width = len(words.weights) if words else target.vocabulary
+    right, right_plain, plain = (torch.empty(int(counts.sum()), width) for _ in range(3))
+    kept = Constants(right, right_plain, plain, first)
+    view = words.scores if words else lambda logits: logits
     batches = list(encoded.in_order_of_length(batch_size))
     for step, batch in enumerate(batches, 1):
         at = kept.of(batch)
-        kept.student[at] = student.answer_logits(batch, prompt.embeddings).cpu()
-        kept.student_plain[at] = student.answer_logits(batch).cpu()
-        kept.target_plain[at] = target.answer_logits(batch).cpu()
+        kept.student[at] = view(student.answer_logits_shared(batch, prompt.embeddings)).cpu()
+        kept.student_plain[at] = view(student.answer_logits(batch)).cpu()
+        kept.target_plain[at] = view(target.answer_logits(batch)).cpu()
         report(Progress(step, len(batches), "constants"))
     return kept
 
 
-def transfer_objective(
-    target: LanguageModel, known: Constants, alpha: float, temperature: float, words: LabelWords | None = None
-) -> Loss:
-    """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``, with all that is constant already softened.
-
-    With ``words`` (method "classes"), Eq. 3 over the class scores is added to Eq. 3 over the vocabulary. Of the
-    vocabulary's probability, label words often hold less than a thousandth; then the paper's loss hardly sees them.
-    """
-    views: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]  # (P, V) -> (P, V)
-    if words is not None:
-        views.append(words.scores)  # (P, V) -> (P, C); linear, so a view of a difference is a difference of views
-    change = known.student - known.student_plain
-    imitated = [soften(view(known.student), temperature) for view in views]  # what Eq. 4 imitates
-    shifts = [soften(view(change), temperature) for view in views]  # the change that Eq. 5 reproduces
+def paper_objective(target: LanguageModel, known: Constants, alpha: float, temperature: float) -> Loss:
+    """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``, with all that is constant already softened."""
+    imitated = soften(known.student, temperature)  # what Eq. 4 imitates
+    shifts = soften(known.student - known.student_plain, temperature)  # the change that Eq. 5 reproduces
 
     def loss(prompt: Tensor, batch: Batch) -> Tensor:
         at = known.of(batch)
-        logits = target.answer_logits(batch, prompt)  # (P, V)
+        logits = target.answer_logits_shared(batch, prompt)  # (P, V)
         place = logits.device
         moved = logits - known.target_plain[at].to(place)
-        total = torch.zeros(len(at), device=place)
-        for view, right, shift in zip(views, imitated, shifts, strict=True):
-            imitation = divergence(right[at].to(place), soften(view(logits), temperature))
-            total = total + transfer_loss(
-                imitation, divergence(shift[at].to(place), soften(view(moved), temperature)), alpha
-            )
-        return total
+        imitation = divergence(imitated[at].to(place), soften(logits, temperature))
+        return transfer_loss(imitation, divergence(shifts[at].to(place), soften(moved, temperature)), alpha)
+
+    return loss
+
+
+def ensemble_objective(target: LanguageModel, known: Constants, alpha: float, words: LabelWords) -> Loss:
+    """``loss(prompt, batch) -> (P,)``: KL of the target's classes from what it and the student say together.
+
+    ``known`` holds class scores. Of the vocabulary's probability, label words often hold less than a thousandth, so
+    that Eq. 3 hardly sees them; here nothing else counts.
+    """
+    goal = ensemble(known.student, known.target_plain, alpha)  # (N, C)
+
+    def loss(prompt: Tensor, batch: Batch) -> Tensor:
+        scores = words.scores(target.answer_logits_shared(batch, prompt))  # (P, C)
+        return divergence(goal[known.of(batch)].to(scores.device), soften(scores, 1.0))
 
     return loss
 
@@ -168,9 +171,9 @@ def transfer(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> TransferResult:
-    """p_s -> p_t: start where p_s is, and follow Eq. 3 on public texts. Labels are never looked at.
+    """p_s -> p_t: start where p_s is, and follow the method's loss on public texts. Labels are never looked at.
 
-    A generation task is transferred at the position where the answer begins.
+    A generation task has no classes: it is transferred by the paper's loss, where the answer begins.
 
     Raises:
         PromptMismatch: prompt, student and target don't belong together.
@@ -181,8 +184,12 @@ def transfer(
     if not chosen:
         raise DataInvalid("the public dataset has no texts")
     encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
-    known = constants(target, student, prompt, encoded, report=report)
-    words = label_words(target, task) if config.method == "classes" and not task.is_generation else None
+    words = label_words(target, task) if config.method == "ensemble" and not task.is_generation else None
+    known = constants(target, student, prompt, encoded, words, report=report)
+    if words:
+        objective = ensemble_objective(target, known, config.alpha, words)
+    else:
+        objective = paper_objective(target, known, config.alpha, config.temperature)
     work = fingerprint(config, prompt.embeddings, chosen, task.form().model_dump(), target.model, student.model)
     losses: list[float] = []
 
@@ -192,7 +199,7 @@ def transfer(
 
     moved = train_prompt(
         PromptAdam(nn.Parameter(prompt.embeddings.clone().to(target.device)), config.learning_rate),
-        transfer_objective(target, known, config.alpha, config.temperature, words),
+        objective,
         ShuffledBatches(encoded, config.batch_size, config.seed),
         steps=config.steps,
         learning_rate=config.learning_rate,

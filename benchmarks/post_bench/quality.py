@@ -1,0 +1,223 @@
+"""``post bench quality``: what a transferred prompt is worth, over pairs of real sets and over seeds.
+
+Provider and owner act in one process, through the same functions as the service and the owner's commands. What
+the threat model forbids is only *measured* here: private test rows choose nothing, and no step looks at them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from post_bench.results import METHODS, Figure, Results
+from post_bench.sets import LabelledSet, read_prose, read_set, task_of
+from post_client.privacy import PrivacyConfig
+from post_client.tuning import PLAIN, PRIVATE, TuneConfig, tune
+from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.transfer import TransferConfig, transfer
+from post_shared.data import Row
+from post_shared.errors import InvalidInput
+from post_shared.evaluation import evaluate
+from post_shared.language_model import LanguageModel
+from post_shared.tasks import Task
+from post_shared.training import Progress, Reporter, fingerprint
+
+Key = tuple[str, str, str, int]
+UPPER = TuneConfig(steps=300, learning_rate=0.01)
+"""Tuning on the large model itself: it learns at a lower rate than a student does."""
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """What is run. The parts are the defaults of the service and the owner's commands."""
+
+    distil: DistilConfig = field(default_factory=lambda: DistilConfig(minutes=20.0))
+    plain: TuneConfig = PLAIN
+    private: TuneConfig = PRIVATE
+    upper: TuneConfig = UPPER
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    epsilon: float = 8.0
+    test_rows: int | None = None
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        if self.test_rows is not None and self.test_rows < 1:
+            raise InvalidInput("--test-rows is at least 1")
+
+
+class Bench:
+    """One run. Models and prompts that were made stay in ``work``, so that a run stopped anywhere goes on."""
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        data: Path,
+        work: Path,
+        config: QualityConfig,
+        results: Results,
+        *,
+        tasks: Mapping[str, str] | None = None,
+        student: LanguageModel | None = None,
+        report: Callable[[str, Progress], None] = lambda what, progress: None,
+    ) -> None:
+        self.target, self.data, self.work, self.config, self.results = target, data, work, config, results
+        self.tasks = tasks or {}
+        self.given = student
+        self.tell = report
+        self._set = lru_cache(maxsize=None)(lambda name: read_set(data, name))
+        self._student = lru_cache(maxsize=1)(self._make_student)
+        self._zero_shot = lru_cache(maxsize=None)(lambda name: self._measure(self.target, name, None))
+
+    def run(self, keys: list[Key], left: Callable[[float | None], None] = lambda seconds: None) -> None:
+        """Measure what isn't measured yet. ``left`` is told the seconds left, None while they can't be known."""
+        for private, public in dict.fromkeys((private, public) for private, public, _, _ in keys):
+            self._task(private)  # a missing task is said before hours of work
+            self._set(public)
+        missing = self.results.missing(keys)
+        while missing:
+            left(self.results.seconds_left(missing))
+            self.results.add(self.measure(missing[0]))
+            missing = missing[1:]
+
+    def measure(self, key: Key) -> Figure:
+        """One figure: make the prompt, or take the one made earlier, and score it on the private test set."""
+        private, public, method, seed = key
+        plain = method.removesuffix("_dp")
+        if plain == "zero_shot":
+            (accuracy, seconds), settings = self._zero_shot(private), dict[str, Any]()
+        else:
+            model = self._student(public) if plain == "compressed" else self.target
+            prompt, made, settings = self._prompt_of(key)
+            accuracy, seconds = self._measure(model, private, prompt)
+            seconds += made
+        epsilon = self.config.epsilon if method.endswith("_dp") else None
+        n_test = len(self._test(private))
+        return Figure(private, public, method, seed, accuracy, n_test, round(seconds, 2), epsilon, settings)
+
+    # --- what a method does ---------------------------------------------------------------------------
+
+    def _prompt_of(self, key: Key) -> tuple[Tensor, float, dict[str, Any]]:
+        """(prompt, seconds that this method spent on it, its settings)."""
+        private, public, method, seed = key
+        plain, secret = method.removesuffix("_dp"), method.endswith("_dp")
+        if plain == "upper_bound":
+            config = self._seeded(self.config.upper, seed)
+            return (*self._tuned("target", self.target, private, config, secret=secret), asdict(config))
+        config = self._seeded(self.config.private if secret else self.config.plain, seed)
+        prompt, seconds = self._tuned(public, self._student(public), private, config, secret=secret)
+        if plain == "compressed":
+            return prompt, seconds, asdict(config)
+        if plain == "direct":
+            return prompt, 0.0, asdict(config)
+        moving = self._moving(plain, seed)
+        return (*self._transferred(prompt, private, public, moving, secret=secret), asdict(moving))
+
+    def _tuned(
+        self, where: str, model: LanguageModel, private: str, config: TuneConfig, *, secret: bool
+    ) -> tuple[Tensor, float]:
+        task, rows = self._task(private), self._set(private).train
+        privacy = PrivacyConfig(epsilon=self.config.epsilon) if secret else None
+        name = f"tuned-{private}-on-{where}{'-dp' if secret else ''}"
+
+        def make(report: Reporter, checkpoint: Path) -> Tensor:
+            return tune(
+                model, task, rows, config, privacy=privacy, report=report, checkpoint=checkpoint
+            ).prompt.embeddings
+
+        return self._once(name, fingerprint(config, privacy, model.model), make)
+
+    def _transferred(
+        self, prompt: Tensor, private: str, public: str, config: TransferConfig, *, secret: bool
+    ) -> tuple[Tensor, float]:
+        from post_shared.soft_prompt import SoftPrompt
+
+        task, texts, student = self._task(private), self._set(public).texts, self._student(public)
+        name = f"{config.method}-{private}-by-{public}{'-dp' if secret else ''}"
+
+        def make(report: Reporter, checkpoint: Path) -> Tensor:
+            moved = transfer(
+                self.target, student, task, SoftPrompt(prompt), texts, config, report=report, checkpoint=checkpoint
+            )
+            return moved.prompt.embeddings
+
+        return self._once(name, fingerprint(config, prompt, self.target.model), make)
+
+    def _once(self, name: str, work: str, make: Callable[[Reporter, Path], Tensor]) -> tuple[Tensor, float]:
+        """(what ``make`` makes, its seconds), from ``work`` if it was made before."""
+        path = self.work / f"{name}-{work[:12]}.safetensors"
+        if not path.exists():
+            began = time.monotonic()
+            prompt = make(lambda progress: self.tell(name, progress), path.with_suffix(".checkpoint"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".part")
+            save_file({"prompt": prompt.contiguous()}, aside, {"seconds": repr(time.monotonic() - began)})
+            aside.replace(path)
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("prompt"), float(file.metadata()["seconds"])
+
+    def _make_student(self, public: str) -> LanguageModel:
+        """The student of a provider whose public text is the prose and the public set: no private text is in it."""
+        if self.given is not None:
+            return self.given
+        config = self.config.distil
+        folder = self.work / f"student-{public}-{fingerprint(config, self.target.model)[:12]}"
+        if not (folder / "model.safetensors").exists():
+            began = time.monotonic()
+            last: dict[str, float] = {}
+
+            def report(progress: Progress) -> None:
+                last.update(progress.metrics)
+                self.tell(f"student-{public}", progress)
+
+            corpus = read_prose(self.data) + self._set(public).texts
+            student = distil(self.target, corpus, config, report=report, checkpoint=folder.with_suffix(".checkpoint"))
+            student.save(folder)
+            self.results.students[public] = {"seconds": time.monotonic() - began, **last}
+            self.results.save()
+        return LanguageModel.load(folder, device=str(self.target.device), dtype=self.target.dtype)
+
+    # --- small things ---------------------------------------------------------------------------------
+
+    def _measure(self, model: LanguageModel, private: str, prompt: Tensor | None) -> tuple[float, float]:
+        """(accuracy, seconds) on the private test rows."""
+        began = time.monotonic()
+        self.tell(f"evaluate-{private}", Progress(0, 1, "evaluate"))
+        found = evaluate(model, self._task(private), self._test(private), prompt, max_length=self.config.max_length)
+        return found.accuracy, time.monotonic() - began
+
+    def _test(self, private: str) -> tuple[Row, ...]:
+        return self._set(private).test[: self.config.test_rows]
+
+    def _task(self, name: str) -> Task:
+        some: LabelledSet = self._set(name)
+        return task_of(self.data, some, self.tasks)
+
+    def _seeded(self, config: TuneConfig, seed: int) -> TuneConfig:
+        return TuneConfig(**asdict(config) | {"seed": seed, "max_length": self.config.max_length})
+
+    def _moving(self, method: str, seed: int) -> TransferConfig:
+        chosen = asdict(self.config.transfer) | {"seed": seed, "max_length": self.config.max_length}
+        return TransferConfig(**chosen | ({"method": "paper"} if method == "paper" else {}))
+
+
+def wanted(pairs: list[tuple[str, str]], methods: list[str], seeds: int) -> list[Key]:
+    """Every figure, in an order in which early ones already compare: all methods of a pair and seed, then the next.
+
+    Raises:
+        InvalidInput: an unknown method, or no seed.
+    """
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown:
+        raise InvalidInput(f"there is no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
+    if seeds < 1:
+        raise InvalidInput("--seeds is at least 1")
+    names = [name for name in METHODS if name in methods]
+    return [(*pair, method, seed) for seed in range(seeds) for pair in pairs for method in names]

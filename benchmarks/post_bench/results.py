@@ -1,0 +1,188 @@
+"""The figures of a benchmark: rows in a JSON file that is also its state, so that a run stopped anywhere goes on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from post_client.cli.console import write_file
+from post_shared.errors import DataInvalid
+
+METHODS: dict[str, str] = {
+    "zero_shot": "large model, no prompt",
+    "direct": "the student's prompt on the large model as it is",
+    "compressed": "prompted student",
+    "paper": "transferred by the paper's loss",
+    "post": "POST",
+    "upper_bound": "prompt tuned on the large model (forbidden)",
+    "direct_dp": "direct, DP",
+    "compressed_dp": "prompted student, DP",
+    "paper_dp": "the paper's loss, DP",
+    "post_dp": "POST, DP",
+}
+"""Every method and what it is, in the order of the tables."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One accuracy on a private test set. ``seconds`` is what this method itself took, evaluation included."""
+
+    private: str
+    public: str
+    method: str
+    seed: int
+    accuracy: float
+    n_test: int
+    seconds: float
+    epsilon: float | None
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.private, self.public, self.method, self.seed
+
+
+@dataclass
+class Results:
+    """The rows in ``path``; rows made with other settings are not ours and are refused, never mixed in."""
+
+    path: Path
+    about: dict[str, Any]
+    rows: list[Figure] = field(default_factory=list)
+    students: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, about: dict[str, Any]) -> Results:
+        """Read what is there, if it is of the same ``about`` (target, data and settings).
+
+        Raises:
+            DataInvalid: the file is something else, or of other settings.
+        """
+        if not path.exists():
+            return cls(path, about)
+        try:
+            document = json.loads(path.read_text("utf-8"))
+            found = cls(path, document["about"], [Figure(**row) for row in document["rows"]], document["students"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataInvalid(f"{path} holds no results of this benchmark ({error}); name another file") from error
+        if found.about != about:
+            other = sorted(name for name in about | found.about if about.get(name) != found.about.get(name))
+            raise DataInvalid(f"{path} was made with other settings ({', '.join(other)}); name another file")
+        return found
+
+    def add(self, figure: Figure) -> None:
+        self.rows.append(figure)
+        self.save()
+
+    def save(self) -> None:
+        rows = [asdict(row) for row in self.rows]
+        document = {"about": self.about, "students": self.students, "rows": rows, "summary": summary(self.rows)}
+        write_file(self.path, (json.dumps(document, indent=1) + "\n").encode())
+
+    def missing(self, wanted: Iterable[tuple[str, str, str, int]]) -> list[tuple[str, str, str, int]]:
+        done = {row.key for row in self.rows}
+        return [key for key in wanted if key not in done]
+
+    def seconds_left(self, missing: Iterable[tuple[str, str, str, int]]) -> float | None:
+        """What the missing rows will take by the mean of their methods so far; None while a method is unknown."""
+        known: dict[str, list[float]] = {}
+        for row in self.rows:
+            known.setdefault(row.method, []).append(row.seconds)
+        total = 0.0
+        for _, _, method, _ in missing:
+            if method not in known:
+                return None
+            total += statistics.fmean(known[method])
+        return total
+
+
+def gap_share(accuracy: float, zero_shot: float | None, upper_bound: float | None) -> float | None:
+    """Share of the way from zero-shot to the upper bound: the paper's measure of how much a transfer is worth."""
+    if zero_shot is None or upper_bound is None or upper_bound <= zero_shot:
+        return None
+    return (accuracy - zero_shot) / (upper_bound - zero_shot)
+
+
+def summary(rows: Sequence[Figure]) -> list[dict[str, Any]]:
+    """Mean over seeds of each pair and method: accuracy, its standard deviation, seconds, share of the gap closed."""
+    cells: dict[tuple[str, str], dict[str, list[Figure]]] = {}
+    for row in rows:
+        cells.setdefault((row.private, row.public), {}).setdefault(row.method, []).append(row)
+    found = []
+    for (private, public), methods in cells.items():
+        means = {name: statistics.fmean(row.accuracy for row in some) for name, some in methods.items()}
+        for method in (name for name in METHODS if name in methods):
+            some = methods[method]
+            spread = statistics.stdev(row.accuracy for row in some) if len(some) > 1 else None
+            found.append(
+                {
+                    "private": private,
+                    "public": public,
+                    "method": method,
+                    "accuracy": means[method],
+                    "deviation": spread,
+                    "seeds": len(some),
+                    "n_test": some[0].n_test,
+                    "seconds": statistics.fmean(row.seconds for row in some),
+                    "gap_share": gap_share(means[method], means.get("zero_shot"), means.get("upper_bound")),
+                }
+            )
+    return found
+
+
+def table(rows: Sequence[Figure]) -> str:
+    """The summary as a Markdown table: one line a method, one column a pair."""
+    cells = {(each["private"], each["public"], each["method"]): each for each in summary(rows)}
+    columns = list(dict.fromkeys((private, public) for private, public, _ in cells))
+    lines = ["| private ← public | " + " | ".join(f"{a} ← {b}" for a, b in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    show: Callable[[dict[str, Any] | None], str] = lambda each: _cell(each) if each else ""  # noqa: E731
+    for method, what in METHODS.items():
+        if any((*column, method) in cells for column in columns):
+            values = [show(cells.get((*column, method))) for column in columns]
+            lines.append(f"| {what} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(each: dict[str, Any]) -> str:
+    spread = f" ± {each['deviation']:.3f}" if each["deviation"] is not None else ""
+    gap = f" ({each['gap_share']:.2f})" if each["gap_share"] is not None and "post" in each["method"] else ""
+    return f"{each['accuracy']:.3f}{spread}{gap}"
+
+
+def draw(rows: Sequence[Figure], path: Path) -> None:
+    """One group of bars a pair, one bar a method, with the spread over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    cells = summary(rows)
+    columns = list(dict.fromkeys((each["private"], each["public"]) for each in cells))
+    methods = [name for name in METHODS if any(each["method"] == name for each in cells)]
+    canvas = Canvas(figsize=(2 + 2.4 * len(columns), 4.2), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.add_subplot()
+    width = 0.8 / len(methods)
+    for at, method in enumerate(methods):
+        some = {(each["private"], each["public"]): each for each in cells if each["method"] == method}
+        places = [place + at * width for place, column in enumerate(columns) if column in some]
+        chosen = [some[column] for column in columns if column in some]
+        axes.bar(
+            places,
+            [each["accuracy"] for each in chosen],
+            width,
+            yerr=[each["deviation"] or 0.0 for each in chosen],
+            label=METHODS[method],
+            color=f"C{at}",
+        )
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(columns))])
+    axes.set_xticklabels([f"{private}\n← {public}" for private, public in columns])
+    axes.set_ylabel("accuracy on the private test set")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=150)

@@ -1,0 +1,104 @@
+"""Labelled sets in a folder: ``<name>/train.jsonl`` and ``<name>/test.jsonl`` (``.gz`` too), and a corpus of prose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from post_shared.data import Row, read_corpus, read_rows
+from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
+from post_shared.tasks import Task, preset_names
+
+CORPUS = "corpus.txt"
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """``train`` is what an owner tunes on, or whose texts a provider transfers with; ``test`` only measures."""
+
+    name: str
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+    @property
+    def labels(self) -> set[str]:
+        return {str(row.label) for row in self.train + self.test}
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of ``train``, without repeats: a public set as the transfer sees it."""
+        return list(dict.fromkeys(row.text for row in self.train))
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """``folder/name``, plain or gzipped."""
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def read_set(folder: Path, name: str) -> LabelledSet:
+    """The set ``name`` under ``folder``.
+
+    Raises:
+        DataInvalid: a file is missing or can't be read, or a row has no label.
+    """
+    parts = []
+    for part in ("train", "test"):
+        path = find(folder / name, f"{part}.jsonl")
+        if path is None:
+            there = sorted(each.parent.name for each in folder.glob("*/train.jsonl*"))
+            raise DataInvalid(f"{folder / name} has no {part}.jsonl; sets there: {', '.join(there) or 'none'}")
+        rows = tuple(read_rows(path, format="jsonl"))
+        if any(row.label is None for row in rows):
+            raise DataInvalid(f"{path}: a row has no label; both parts are labelled, as accuracy is measured")
+        parts.append(rows)
+    return LabelledSet(name, *parts)
+
+
+def read_prose(folder: Path) -> list[str]:
+    """The paragraphs of ``folder/corpus.txt`` (or ``.gz``).
+
+    Raises:
+        DataInvalid: there is none.
+    """
+    path = find(folder, CORPUS)
+    if path is None:
+        raise DataInvalid(f"{folder} has no {CORPUS} (or {CORPUS}.gz): plain prose, one paragraph a line, to distil on")
+    return read_corpus(path, format="txt")
+
+
+def task_of(folder: Path, some: LabelledSet, chosen: Mapping[str, str]) -> Task:
+    """The task of a set: what ``chosen`` says (a preset or a file), the set's own task.json, its namesake among the
+    presets, or the first preset with the same labels.
+
+    Raises:
+        TaskInvalid: none of these.
+    """
+    if some.name in chosen:
+        value = chosen[some.name]
+        return Task.preset(value) if value in preset_names() else Task.load(value)
+    own = folder / some.name / TASK_FILE
+    if own.is_file():
+        return Task.load(own)
+    names = sorted(preset_names(), key=lambda preset: preset != some.name)
+    for preset in names:
+        task = Task.preset(preset)
+        if set(task.labels) == some.labels:
+            return task
+    raise TaskInvalid(
+        f"no preset has the labels of {some.name} ({', '.join(sorted(some.labels))}); write {own} with template and "
+        f"label_words, or pass --task {some.name}=PRESET_OR_FILE"
+    )
+
+
+def pairs(private: list[str], public: list[str]) -> list[tuple[str, str]]:
+    """Every private set with every public one but itself.
+
+    Raises:
+        InvalidInput: nothing is left.
+    """
+    found = [(mine, theirs) for mine in dict.fromkeys(private) for theirs in dict.fromkeys(public) if mine != theirs]
+    if not found:
+        raise InvalidInput("a private set needs a public one other than itself")
+    return found

@@ -1,0 +1,174 @@
+"""``post bench quality`` on a tiny model: every method, resumable, never mixing settings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from post_bench.quality import Bench, QualityConfig, wanted
+from post_bench.results import Figure, Results, gap_share, summary, table
+from post_bench.sets import LabelledSet, pairs, read_prose, read_set, task_of
+from post_client.tuning import TuneConfig
+from post_server.ml.distillation import DistilConfig
+from post_server.ml.transfer import TransferConfig
+from post_shared.cli import build_app, run
+from post_shared.data import Row
+from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
+from tests.models import LABELS, TEXTS, tiny_model
+
+ALL = ("zero_shot", "direct", "compressed", "paper", "post", "upper_bound", "compressed_dp", "post_dp")
+SMALL = QualityConfig(
+    distil=DistilConfig(keep_layers=2, steps=2, batch_tokens=32, sequence_length=16),
+    plain=TuneConfig(length=3, steps=2, batch_size=4),
+    private=TuneConfig(length=3, steps=2, batch_size=4),
+    upper=TuneConfig(length=3, steps=2, batch_size=4),
+    transfer=TransferConfig(steps=2, batch_size=4),
+    max_length=32,
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    for name, word in (("films", ""), ("products", "this phone: ")):
+        (folder / name).mkdir(parents=True)
+        lines = [json.dumps({"text": word + text, "label": label}) for text, label in zip(TEXTS, LABELS, strict=True)]
+        (folder / name / "train.jsonl").write_text("\n".join(lines * 3), encoding="utf-8")
+        with gzip.open(folder / name / "test.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+    (folder / "corpus.txt").write_text("\n".join(text * 3 for text in TEXTS * 4), encoding="utf-8")
+    return folder
+
+
+def _bench(data: Path, out: Path, **more: object) -> Bench:
+    results = Results.open(out / "q.json", {"settings": "small"})
+    return Bench(tiny_model("llama", layers=3), data, out / "work", SMALL, results, **more)  # type: ignore[arg-type]
+
+
+def test_every_method_has_its_figure(data: Path, tmp_path: Path) -> None:
+    bench = _bench(data, tmp_path)
+    keys = wanted([("films", "products")], list(ALL), seeds=2)
+    bench.run(keys)
+    rows = json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"]
+    assert {(row["method"], row["seed"]) for row in rows} == {(method, seed) for method in ALL for seed in (0, 1)}
+    assert all(0 <= row["accuracy"] <= 1 and row["n_test"] == len(TEXTS) and row["seconds"] > 0 for row in rows)
+    assert all((row["epsilon"] == 8.0) == row["method"].endswith("_dp") for row in rows)
+    paper = next(row for row in rows if row["method"] == "paper")
+    assert paper["settings"]["method"] == "paper"
+    assert {row["settings"]["method"] for row in rows if row["method"].startswith("post")} == {SMALL.transfer.method}
+
+
+def test_a_stopped_run_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures that are there aren't made again, and neither are the models and prompts behind missing ones."""
+    keys = wanted([("films", "products")], ["compressed", "post"], seeds=1)
+    _bench(data, tmp_path).run(keys[:1])
+    before = (tmp_path / "q.json").read_text("utf-8")
+    monkeypatch.setattr("post_bench.quality.distil", lambda *_, **__: pytest.fail("distilled again"))
+    monkeypatch.setattr("post_bench.quality.tune", lambda *_, **__: pytest.fail("tuned again"))
+    bench, seen = _bench(data, tmp_path), []
+    bench.run(keys, seen.append)
+    rows = json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"]
+    assert rows[0] == json.loads(before)["rows"][0]
+    assert [row["method"] for row in rows] == ["compressed", "post"]
+    assert seen == [None], "no transfer was timed before, so the time left can't be known"
+
+
+def test_the_student_never_sees_the_private_set(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("post_bench.quality.distil", lambda target, corpus, *_, **__: seen.extend(corpus) or target)
+    _bench(data, tmp_path).run(wanted([("films", "products")], ["compressed"], seeds=1))
+    assert not set(seen) & {row.text for row in read_set(data, "films").train}
+    assert {row.text for row in read_set(data, "products").train} <= set(seen)
+
+
+def test_figures_of_other_settings_are_refused(data: Path, tmp_path: Path) -> None:
+    _bench(data, tmp_path).run(wanted([("films", "products")], ["zero_shot"], seeds=1))
+    with pytest.raises(DataInvalid, match="other settings"):
+        Results.open(tmp_path / "q.json", {"settings": "large"})
+    (tmp_path / "other.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(DataInvalid, match="no results"):
+        Results.open(tmp_path / "other.json", {})
+
+
+def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As typed: a saved model, one pair, JSON, table and picture."""
+    tiny_model("llama", layers=3).save(tmp_path / "target")
+    out = tmp_path / "out" / "q.json"
+    out.parent.mkdir()
+    command = ["bench", "quality", "--data", str(data), "--private", "films", "--public", "products"]
+    command += ["--json", str(out), "--target", str(tmp_path / "target"), "--student", str(tmp_path / "target")]
+    command += ["--seeds", "1", "--methods", "zero_shot,compressed", "--tune-steps", "2", "--test-rows", "6"]
+    command += ["--max-length", "32"]
+    assert run(build_app(), command) == 0
+    document = json.loads(out.read_text("utf-8"))
+    assert [row["method"] for row in document["rows"]] == ["zero_shot", "compressed"]
+    assert {row["n_test"] for row in document["rows"]} == {6}
+    assert "| prompted student |" in out.with_suffix(".md").read_text("utf-8")
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert run(build_app(), [*command[:-1], "31"]) == 1, "another setting isn't mixed in"
+    assert "other settings (config)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(["--private", "nothing"], "films, products"), (["--methods", "magic"], "magic"), (["--seeds", "0"], "seeds")],
+)
+def test_bad_input_is_named(data: Path, tmp_path: Path, change: list[str], message: str, capsys: object) -> None:
+    tiny_model("llama", layers=3).save(tmp_path / "target")
+    command = ["bench", "quality", "--data", str(data), "--public", "products", "--json", str(tmp_path / "q.json")]
+    command += ["--target", str(tmp_path / "target"), *change]
+    command += [] if "--private" in change else ["--private", "films"]
+    assert run(build_app(), command) == 1
+    assert message in capsys.readouterr().err  # type: ignore[attr-defined]
+
+
+# --- the parts ----------------------------------------------------------------------------------------
+
+
+def test_sets_and_tasks(data: Path) -> None:
+    films = read_set(data, "films")
+    assert (len(films.train), len(films.test), len(films.texts)) == (24, 8, 8)
+    assert len(read_prose(data)) == 32
+    assert set(task_of(data, films, {}).labels) == {"negative", "positive"}
+    assert task_of(data, films, {"films": "imdb"}) != "agnews"
+    odd = LabelledSet("odd", (Row("a", "left"), Row("b", "right")), ())
+    with pytest.raises(TaskInvalid, match="left, right"):
+        task_of(data, odd, {})
+    (data / "odd").mkdir()
+    form = {"template": "{text}", "label_words": {"left": ["bad"], "right": ["good"]}}
+    (data / "odd" / "task.json").write_text(json.dumps(form), encoding="utf-8")
+    assert task_of(data, odd, {}).labels == ("left", "right")
+
+
+def test_pairs_leave_a_set_with_itself_out() -> None:
+    assert pairs(["a", "b"], ["a", "c"]) == [("a", "c"), ("b", "a"), ("b", "c")]
+    with pytest.raises(InvalidInput):
+        pairs(["a"], ["a"])
+
+
+def _figure(method: str, seed: int, accuracy: float) -> Figure:
+    return Figure("films", "products", method, seed, accuracy, 400, 10.0, None, {})
+
+
+def test_summary_is_the_mean_over_seeds() -> None:
+    rows = [
+        _figure("zero_shot", 0, 0.5),
+        _figure("zero_shot", 1, 0.5),
+        _figure("post", 0, 0.7),
+        _figure("post", 1, 0.8),
+    ]
+    rows += [_figure("upper_bound", 0, 0.9), _figure("upper_bound", 1, 0.9)]
+    post = next(each for each in summary(rows) if each["method"] == "post")
+    assert post["accuracy"] == pytest.approx(0.75)
+    assert post["deviation"] == pytest.approx(0.0707, abs=1e-4)
+    assert post["gap_share"] == pytest.approx(0.625)
+    assert "| POST | 0.750 ± 0.071 (0.62) |" in table(rows)
+
+
+def test_gap_share_needs_a_gap() -> None:
+    assert gap_share(0.8, 0.5, 0.9) == pytest.approx(0.75)
+    assert gap_share(0.8, None, 0.9) is None
+    assert gap_share(0.8, 0.5, 0.5) is None
