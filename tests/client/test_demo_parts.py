@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from dataclasses import replace
@@ -195,3 +196,17 @@ def test_the_display_times_stages_even_failing_ones(terminal: bool, tmp_path: Pa
     shown = console.export_text()
     assert "first [thing]" in shown
     assert "3/10 [x]" in shown
+
+
+@pytest.mark.parametrize("where", ["note", "stage"])
+def test_an_interrupt_lost_in_a_library_is_raised_at_the_next_sign_of_life(where: str) -> None:
+    asked: list[bool] = []
+    with Display(Console(file=io.StringIO()), lambda: bool(asked)) as display, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with display.stage("one", "owner", "first") as note:
+            note("1/2")
+            if where == "note":
+                asked.append(True)
+            note("2/2")
+        asked.append(True)
+        with display.stage("two", "owner", "second"):
+            pytest.fail("went on")

@@ -36,10 +36,15 @@ class Stage:
 
 
 class Display:
-    """``with display: with display.stage(...) as note: ... note("3/10")``"""
+    """``with display: with display.stage(...) as note: ... note("3/10")``
 
-    def __init__(self, console: Console) -> None:
+    A KeyboardInterrupt that a signal handler raises can be lost in whatever library code it lands in, so both
+    ``stage`` and ``note`` raise it again once ``stopped()`` is true.
+    """
+
+    def __init__(self, console: Console, stopped: Callable[[], bool] = lambda: False) -> None:
         self.console = console
+        self.stopped = stopped
         self.stages: list[Stage] = []
         self._spinner = Spinner("dots")
         self._live: AbstractContextManager[object] = (
@@ -63,6 +68,7 @@ class Display:
     @contextmanager
     def stage(self, name: str, side: str, what: str) -> Iterator[Callable[[str], None]]:
         """Time a stage; the yielded function notes how it stands."""
+        self._stop_if_asked()
         stage = Stage(name, side, what)
         self.stages.append(stage)
         self._say(f"{side:8}  {what} …")
@@ -70,6 +76,7 @@ class Display:
 
         def note(text: str) -> None:
             nonlocal said
+            self._stop_if_asked()
             stage.note = text
             if time.monotonic() - said >= QUIET_SECONDS:
                 said = time.monotonic()
@@ -84,6 +91,10 @@ class Display:
             stage.seconds = stage.elapsed
             how = "failed" if stage.failed else "done"
             self._say(f"{'':8}  {stage.name} {how} in {stage.seconds:.1f} s  {stage.note}")
+
+    def _stop_if_asked(self) -> None:
+        if self.stopped():
+            raise KeyboardInterrupt
 
     def _say(self, line: str) -> None:
         if not self.console.is_terminal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ def run_demo(
     provider.home.mkdir(parents=True, exist_ok=True)
     console.print(f"Everything of this run is in {folder}", highlight=False, markup=False, soft_wrap=True)
     try:
-        with _signals_as_interrupt(), Display(console) as display:
+        with _signals_as_interrupt() as stopped, Display(console, stopped) as display:
             report = Journey(settings, folder, provider, display).run()
     except KeyboardInterrupt:
         _tidy(folder, keep or home is not None, console)
@@ -225,15 +225,17 @@ def _tidy(folder: Path, keep: bool, console: Console) -> None:
 
 
 @contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """A closed terminal or a ``kill`` stops the server child as Ctrl-C does."""
+def _signals_as_interrupt() -> Iterator[Callable[[], bool]]:
+    """A closed terminal or a ``kill`` stops the server child as Ctrl-C does. Yields whether a signal came."""
+    came: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGHUP)}
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield lambda: bool(came)
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
