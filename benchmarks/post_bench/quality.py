@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from torch import Tensor
 from post_bench.results import METHODS, Figure, Results
 from post_bench.sets import LabelledSet, read_prose, read_set, task_of
 from post_client.privacy import PrivacyConfig
-from post_client.tuning import PLAIN, PRIVATE, TuneConfig, tune
+from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
 from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.transfer import TransferConfig, transfer
 from post_shared.data import Row
-from post_shared.errors import InvalidInput
+from post_shared.errors import InvalidInput, TaskInvalid
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
-from post_shared.tasks import Task
+from post_shared.tasks import Task, preset_names
 from post_shared.training import Progress, Reporter, fingerprint
 
 Key = tuple[str, str, str, int]
@@ -110,9 +110,13 @@ class Bench:
         plain, secret = method.removesuffix("_dp"), method.endswith("_dp")
         if plain == "upper_bound":
             config = self._seeded(self.config.upper, seed)
-            return (*self._tuned("target", self.target, private, config, secret=secret), asdict(config))
+            return (*self._tuned("target", self.target, private, config, public, secret=secret), asdict(config))
         config = self._seeded(self.config.private if secret else self.config.plain, seed)
-        prompt, seconds = self._tuned(public, self._student(public), private, config, secret=secret)
+        if plain == "untuned":  # the control: what the transfer brings by itself
+            start = starting_prompt(self._student(public), self._task(private), config).embeddings
+            moving = self._moving("post", seed)
+            return (*self._transferred(start, private, public, moving, secret=False), asdict(moving))
+        prompt, seconds = self._tuned(public, self._student(public), private, config, public, secret=secret)
         if plain == "compressed":
             return prompt, seconds, asdict(config)
         if plain == "direct":
@@ -121,16 +125,19 @@ class Bench:
         return (*self._transferred(prompt, private, public, moving, secret=secret), asdict(moving))
 
     def _tuned(
-        self, where: str, model: LanguageModel, private: str, config: TuneConfig, *, secret: bool
+        self, where: str, model: LanguageModel, private: str, config: TuneConfig, public: str, *, secret: bool
     ) -> tuple[Tensor, float]:
+        """An owner's prompt; a private run is helped by the public texts, as ``post tune --public`` does."""
         task, rows = self._task(private), self._set(private).train
         privacy = PrivacyConfig(epsilon=self.config.epsilon) if secret else None
+        texts = self._set(public).texts if secret else None
         name = f"tuned-{private}-on-{where}{'-dp' if secret else ''}"
 
         def make(report: Reporter, checkpoint: Path) -> Tensor:
-            return tune(
-                model, task, rows, config, privacy=privacy, report=report, checkpoint=checkpoint
-            ).prompt.embeddings
+            result = tune(
+                model, task, rows, config, privacy=privacy, public=texts, report=report, checkpoint=checkpoint
+            )
+            return result.prompt.embeddings
 
         return self._once(name, fingerprint(config, privacy, model.model), make)
 
@@ -167,7 +174,7 @@ class Bench:
         """The student of a provider whose public text is the prose and the public set: no private text is in it."""
         if self.given is not None:
             return self.given
-        config = self.config.distil
+        config = replace(self.config.distil, answer_forms=self._forms(public))
         folder = self.work / f"student-{public}-{fingerprint(config, self.target.model)[:12]}"
         if not (folder / "model.safetensors").exists():
             began = time.monotonic()
@@ -183,6 +190,20 @@ class Bench:
             self.results.students[public] = {"seconds": time.monotonic() - began, **last}
             self.results.save()
         return LanguageModel.load(folder, device=str(self.target.device), dtype=self.target.dtype)
+
+    def _forms(self, public: str) -> tuple[str, ...]:
+        """The provider knows families of tasks, not the owner's task: half of the texts stand in the template of its
+        own set's task, the others in those of the presets."""
+        presets = [Task.preset(name) for name in preset_names()]
+        every = dict.fromkeys(task.template_for("causal") for task in presets if not task.is_generation)
+        if self.target.kind != "causal":
+            return ()
+        try:
+            own = self._task(public).template_for("causal")
+        except TaskInvalid:  # its labels are no preset's; the transfer doesn't need them
+            return tuple(every)
+        others = [form for form in every if form != own]
+        return tuple([own] * max(1, len(others)) + others)
 
     # --- small things ---------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "zero_shot": "large model, no prompt",
     "direct": "the student's prompt on the large model as it is",
     "compressed": "prompted student",
+    "untuned": "POST with a prompt that saw no private data",
     "paper": "transferred by the paper's loss",
     "post": "POST",
     "upper_bound": "prompt tuned on the large model (forbidden)",

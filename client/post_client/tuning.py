@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from post_client.lean import LeanFreeLoss
 from post_client.privacy import PrivacyConfig, PrivacyStatement
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
@@ -31,6 +32,8 @@ from post_shared.training import (
 )
 
 STARTS = ("task", "random")
+PUBLIC_BATCH = 32
+"""Public texts on which the lean is measured in each step."""
 
 
 @dataclass(frozen=True)
@@ -142,18 +145,23 @@ def tune(
     config: TuneConfig,
     *,
     privacy: PrivacyConfig | None,
+    public: Sequence[str] | None = None,
     report: Reporter = ignore,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> TuneResult:
     """Tune a prompt for ``task`` on the frozen ``student``; with ``privacy`` by PromptDPSGD.
 
+    ``public`` are texts that anyone may know, of the kind of the private ones, without labels. They show what the
+    prompt leans to whatever the text (:mod:`post_client.lean`); with that taken off, far more is learnt for the same ε.
+
     A private run has its number of steps fixed in advance and returns its last iterate: choosing a step by a
     private score would cost budget. With a ``checkpoint`` folder, a killed run goes on where it was; the folder
     stays on this machine.
 
     Raises:
-        DataInvalid: empty, unlabelled or foreign rows, or a single class.
+        DataInvalid: empty, unlabelled or foreign rows, or a single class; too few public texts.
+        InvalidInput: public texts for a generation task.
         TaskInvalid: label words that this model's tokenizer can't tell apart.
         ModelUnsafe: the student's tokenizer has tokens that the student doesn't.
         PrivacyInvalid: (ε, δ) that give no guarantee for so many rows.
@@ -166,7 +174,7 @@ def tune(
     kept = None
     if checkpoint:
         work = fingerprint(
-            config, privacy, task.form().model_dump(), list(map(asdict, rows)), *student.model.parameters()
+            config, privacy, task.form().model_dump(), public, list(map(asdict, rows)), *student.model.parameters()
         )
         kept = Checkpoint(checkpoint, work, checkpoint_seconds)
     optimizer: PromptOptimizer = PromptAdam(prompt, config.learning_rate)
@@ -180,9 +188,12 @@ def tune(
         batches = lambda step: encoded.batch(sampler.draw(step).tolist())  # noqa: E731
         spent = lambda step: {"epsilon": plan.epsilon_after(step)}  # noqa: E731
         steps, statement = plan.steps, plan.statement()
+    objective = tuning_objective(student, task)
+    if public is not None:
+        objective, batches = _free_of_lean(student, task, public, config, prompt, batches)
     tuned = train_prompt(
         optimizer,
-        tuning_objective(student, task),
+        objective,
         batches,
         steps=steps,
         learning_rate=config.learning_rate,
@@ -192,3 +203,21 @@ def tune(
         also=spent,
     )
     return TuneResult(SoftPrompt(tuned), statement)
+
+
+def _free_of_lean(
+    model: LanguageModel,
+    task: Task,
+    texts: Sequence[str],
+    config: TuneConfig,
+    prompt: Tensor,
+    batches: Callable[[int], Batch],
+) -> tuple[Loss, Callable[[int], Batch]]:
+    """The loss without the lean, and batches before each of which the lean of ``prompt`` is measured anew."""
+    loss = LeanFreeLoss(model, task, texts, batch_size=PUBLIC_BATCH, max_length=config.max_length, room=config.length)
+
+    def batch(step: int) -> Batch:
+        loss.look(step, prompt)
+        return batches(step)
+
+    return loss, batch

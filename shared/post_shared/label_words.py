@@ -31,16 +31,25 @@ class LabelWords:
 def label_words(model: LanguageModel, task: Task) -> LabelWords:
     """Find each label word's token, as it stands after the template.
 
+    A word that this model's tokenizer cuts into several tokens, or doesn't know, is left out, as long as each label
+    keeps another one: a task can name many words and still fit many models. A student has the target's tokenizer, so
+    both sides leave out the same.
+
     Raises:
-        TaskInvalid: a word takes several tokens, is unknown, or shares its token with another label's word.
+        TaskInvalid: a label keeps no word, or shares a token with another label.
     """
     words = task.label_words or {}
     owner: dict[int, tuple[str, str]] = {}
     columns: list[list[int]] = []
     for label, some in words.items():
-        column = []
+        column: list[int] = []
+        refused: list[TaskInvalid] = []
         for word in some:
-            token = _single_token(model, label, word)
+            try:
+                token = _single_token(model, label, word)
+            except TaskInvalid as error:
+                refused.append(error)
+                continue
             other = owner.setdefault(token, (label, word))
             if other[0] != label:
                 raise TaskInvalid(
@@ -49,6 +58,8 @@ def label_words(model: LanguageModel, task: Task) -> LabelWords:
                 )
             if token not in column:
                 column.append(token)
+        if not column:
+            raise refused[0]
         columns.append(column)
     tokens = list(owner)
     weights = torch.zeros(len(columns), len(tokens))
@@ -67,7 +78,7 @@ def _single_token(model: LanguageModel, label: str, word: str) -> int:
     if len(ids) != 1:
         raise TaskInvalid(
             f"label word {word!r} of label {label!r} takes {len(ids)} tokens {pieces} of this model's tokenizer; "
-            "a label word must be a single token: choose a shorter or more common word"
+            "at least one of the label's words must be a single token: choose a shorter or more common word"
         )
     if ids[0] == tokenizer.unk_token_id:
         raise TaskInvalid(f"label word {word!r} of label {label!r} is unknown to this model's tokenizer")

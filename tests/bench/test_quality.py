@@ -19,7 +19,7 @@ from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
 from tests.models import LABELS, TEXTS, tiny_model
 
-ALL = ("zero_shot", "direct", "compressed", "paper", "post", "upper_bound", "compressed_dp", "post_dp")
+ALL = ("zero_shot", "direct", "compressed", "untuned", "paper", "post", "upper_bound", "compressed_dp", "post_dp")
 SMALL = QualityConfig(
     distil=DistilConfig(keep_layers=2, steps=2, batch_tokens=32, sequence_length=16),
     plain=TuneConfig(length=3, steps=2, batch_size=4),

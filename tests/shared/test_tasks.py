@@ -89,6 +89,11 @@ def test_label_words_of_several_tokens_and_colliding_ones_are_refused() -> None:
     with pytest.raises(TaskInvalid, match=r"'cinematography' of label 'a' takes \d+ tokens"):
         label_words(model, Task("{text}", {"a": ("cinematography",), "b": ("good",)}))
 
+    fitting = label_words(model, Task("{text}", {"a": ("cinematography", "great"), "b": ("good", "cinematographer")}))
+    plain = label_words(model, Task("{text}", {"a": ("great",), "b": ("good",)}))
+    assert torch.equal(fitting.token_ids, plain.token_ids), "what doesn't fit is left out while a word remains"
+    assert torch.equal(fitting.weights, plain.weights)
+
     class Folding:  # a tokenizer that lowers case, as BERT's does
         def __getattr__(self, name: str) -> object:
             return getattr(model.tokenizer, name)

@@ -41,6 +41,10 @@ def tune(
     student: Annotated[Path, typer.Option("--student", help="Folder of the student model (post pull).")],
     data: Annotated[Path, typer.Option("--data", help="Private rows: JSONL, CSV, TSV or Parquet. They stay here.")],
     to: Annotated[Path, typer.Option("--out", help="The prompt file to be.")],
+    public: Annotated[
+        Path | None,
+        typer.Option(help="Public texts of the same kind, labels unread: far more is learnt for the same epsilon."),
+    ] = None,
     task: TaskName = None,
     template: Template = None,
     label_word: LabelWords = None,
@@ -85,7 +89,7 @@ def tune(
     }
     result, digest = _tune(
         student, data, (text_column, label_column), chosen, settings, None if no_dp else (epsilon, delta, clip),
-        checkpoint, device,
+        public, checkpoint, device,
     )  # fmt: skip
     size = _write(result, digest, chosen, to)
     if result.statement is not None and statement is not None:
@@ -109,6 +113,7 @@ def _tune(
     task: Task,
     settings: dict[str, Any],
     privacy: tuple[float | None, float | None, float | None] | None,
+    public: Path | None,
     checkpoint: Path | None,
     device: str,
 ) -> tuple[TuneResult, str]:
@@ -127,6 +132,9 @@ def _tune(
     budget = None if privacy is None else _privacy(*privacy)
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
     check_rows(task, rows)
+    known = (
+        None if public is None else [row.text for row in read_rows(public, text_column=columns[0], label_column=None)]
+    )
     digest = student_hash(student)
     err.print(f"Loading {escape(str(student))} …")
     model = LanguageModel.load(student, device=device)
@@ -138,7 +146,9 @@ def _tune(
                 raise Cancelled("stopped by Ctrl-C")
 
         try:
-            result = tune_prompt(model, task, rows, config, privacy=budget, report=report, checkpoint=checkpoint)
+            result = tune_prompt(
+                model, task, rows, config, privacy=budget, public=known, report=report, checkpoint=checkpoint
+            )
         except Cancelled:
             kept = f"; the same command goes on from {checkpoint}" if checkpoint else "; nothing was kept"
             err.print(f"Stopped{escape(kept)}.")

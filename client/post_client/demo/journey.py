@@ -149,7 +149,7 @@ class Journey:
             folder = self.folder / "owner" / "student"
             folder.parent.mkdir(exist_ok=True)
             client.models.download(STUDENT, folder, progress=lambda done, total: note(f"{done:,} of {total:,} bytes"))
-            owner = Owner.with_student(folder, data.train, data.test, s)
+            owner = Owner.with_student(folder, data, s)
         with stage("tune", "owner", "tune a prompt, no privacy guarantee") as note:
             plain = owner.tune(note)
         with stage("tune_dp", "owner", f"tune a prompt with differential privacy, ε = {s.epsilon:g}") as note:

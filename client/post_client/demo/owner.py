@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from post_client.client import Client
 from post_client.demo.settings import DemoSettings
+from post_client.demo.texts import DemoTexts
 from post_client.outbound import OutboundRequest, build_upload
 from post_client.prompt_making import prompt_file
 from post_client.student_store import student_hash
@@ -26,23 +27,25 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Owner:
-    """Holds the private rows and the student."""
+    """Holds the private rows and the student; ``public`` texts are those that anyone may read."""
 
     task: Task
     train: Sequence[Row]
     test: Sequence[Row]
+    public: Sequence[str]
     student: LanguageModel
     student_hash: str
     settings: DemoSettings
 
     @classmethod
-    def with_student(cls, folder: Path, train: Sequence[Row], test: Sequence[Row], settings: DemoSettings) -> Owner:
+    def with_student(cls, folder: Path, data: DemoTexts, settings: DemoSettings) -> Owner:
         """Load the student that was pulled into ``folder``."""
         from post_shared.language_model import LanguageModel
         from post_shared.tasks import Task
 
         student = LanguageModel.load(folder, device=settings.device)
-        return cls(Task.preset(settings.task), train, test, student, student_hash(folder), settings)
+        public = [row.text for row in data.public]
+        return cls(Task.preset(settings.task), data.train, data.test, public, student, student_hash(folder), settings)
 
     def tune(self, note: Note) -> TuneResult:
         """A prompt without differential privacy."""
@@ -62,7 +65,9 @@ class Owner:
         s = self.settings
         config = TuneConfig(s.prompt_length, s.dp_steps, s.dp_batch_size, s.dp_learning_rate, s.max_length, s.seed)
         privacy = PrivacyConfig(epsilon=s.epsilon, clip_norm=s.dp_clip_norm)
-        return tune(self.student, self.task, self.train, config, privacy=privacy, report=reporter(note))
+        return tune(
+            self.student, self.task, self.train, config, privacy=privacy, public=self.public, report=reporter(note)
+        )
 
     def upload(self, result: TuneResult) -> OutboundRequest:
         """The request that carries a prompt, whole."""

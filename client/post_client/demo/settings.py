@@ -35,7 +35,7 @@ class DemoSettings:
     distil_learning_rate: float = 1e-3
     distil_batch_tokens: int = 512
     sequence_length: int = 64
-    answer_forms: tuple[str, ...] = ("{text}, it was",)
+    answer_forms: tuple[str, ...] = ("{text} It was",)
     """The provider knows the family of tasks that its customers have, not their tasks."""
 
     # tune

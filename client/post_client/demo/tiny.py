@@ -56,7 +56,7 @@ def tiny_model(folder: Path, texts: Sequence[str], seed: int) -> Path:
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=special, initial_alphabet=alphabet)
-    spoken = [f"{text}, it was {word}" for text in texts for word in ("great", "good", "terrible", "bad")]
+    spoken = [f"{text} It was {word}" for text in texts for word in ("great", "good", "terrible", "bad")]
     core.train_from_iterator(spoken, trainer)
     named = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)

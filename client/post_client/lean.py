@@ -1,0 +1,84 @@
+"""What a prompt leans to, measured on public text, and tuning that is freed of it.
+
+At first a prompt changes mostly one thing: how far *every* text leans to some classes. Measured on a student of eight
+layers, 95 % of the energy of the class scores' gradients lies in that one direction. With differential privacy this
+is fatal: a row's gradient is clipped as a whole, so what tells classes apart drowns in the noise. But the lean is
+no secret. It shows on public text, so it can be taken off every row's gradient *before* clipping, at no privacy cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from post_shared.batches import Batch, ShuffledBatches, encode_rows
+from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.label_words import label_words
+from post_shared.language_model import LanguageModel
+from post_shared.losses import label_word_loss
+from post_shared.tasks import Task
+
+LEAST_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class Lean:
+    """Mean class scores over public texts, to first order around ``prompt``."""
+
+    prompt: Tensor
+    """(l, d)"""
+    scores: Tensor
+    """(C,), centred over the classes"""
+    gradient: Tensor
+    """(C, l, d)"""
+
+    def of(self, prompts: Tensor) -> Tensor:
+        """The lean at other prompts: (l, d) -> (1, C) or, one per row, (B, l, d) -> (B, C)."""
+        moved = (prompts - self.prompt).reshape(-1, self.prompt.numel())
+        return self.scores + moved @ self.gradient.flatten(1).T
+
+
+class LeanFreeLoss:
+    """Cross-entropy of the class scores less the lean, plus the KL of the lean's classes from all being alike.
+
+    The first term learns what tells the classes apart, the second takes the lean itself to zero. A row's value depends
+    on that row, the prompt and public text, and on no other private row: per-row gradients stay per-row.
+    """
+
+    def __init__(
+        self, model: LanguageModel, task: Task, texts: Sequence[str], *, batch_size: int, max_length: int, room: int
+    ) -> None:
+        """
+        Raises:
+            InvalidInput: a generation task.
+            DataInvalid: fewer than :data:`LEAST_TEXTS` public texts.
+        """
+        if task.is_generation:
+            raise InvalidInput("public texts help with classes; a generation task has none: leave them out")
+        chosen = list(dict.fromkeys(texts))
+        if len(chosen) < LEAST_TEXTS:
+            raise DataInvalid(f"{len(chosen)} different public texts are too few; give {LEAST_TEXTS} or more")
+        self.model, self.words = model, label_words(model, task)
+        encoded = encode_rows(model, task, chosen, max_length, room=room)
+        self.batches = ShuffledBatches(encoded, batch_size, seed=0)
+        self.lean: Lean | None = None
+
+    def look(self, step: int, prompt: Tensor) -> None:
+        """Measure the lean of ``prompt`` (l, d) on the public texts of ``step``: C - 1 backward passes of one batch."""
+        leaf = prompt.detach().clone().requires_grad_()
+        scores = self.words.scores(self.model.answer_logits_shared(self.batches(step), leaf))  # (B, C)
+        mean = (scores - scores.mean(1, keepdim=True)).mean(0)  # (C,)
+        known = torch.stack([torch.autograd.grad(each, leaf, retain_graph=True)[0] for each in mean[:-1]])
+        last = -known.sum(0, keepdim=True)  # centred scores add up to 0
+        self.lean = Lean(leaf.detach(), mean.detach(), torch.cat([known, last]))
+
+    def __call__(self, prompt: Tensor, batch: Batch) -> Tensor:
+        if self.lean is None:
+            raise RuntimeError("look() comes before the first loss")
+        scores = self.words.scores(self.model.answer_logits(batch, prompt))  # (B, C)
+        lean = self.lean.of(prompt)
+        uniform = -(lean.log_softmax(-1).mean(-1) + torch.tensor(float(lean.shape[-1])).log())  # KL(uniform || lean)
+        return label_word_loss(scores - lean, batch.labels.to(scores.device)) + uniform

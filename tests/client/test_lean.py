@@ -1,0 +1,129 @@
+"""Laws of tuning without the lean: what is taken off is public, and per-row gradients stay per-row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from post_client.lean import LEAST_TEXTS, LeanFreeLoss
+from post_client.privacy import PrivacyConfig
+from post_client.privacy.optimizer import PromptDPSGD
+from post_client.privacy.sampling import SeededRandomness
+from post_client.tuning import TuneConfig, tune, tuning_objective
+from post_shared.batches import encode_rows
+from post_shared.data import Row
+from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.label_words import label_words
+from post_shared.language_model import LanguageModel
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from tests.models import LABELS, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "neutral": ("fine",), "positive": ("good", "great")})
+PUBLIC = [f"{text} {word}" for text in TEXTS for word in ("plot", "nice")]
+ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
+
+
+@pytest.fixture(params=["llama", "roberta"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return tiny_model(request.param)
+
+
+def lean_free(model: LanguageModel, prompt: torch.Tensor) -> LeanFreeLoss:
+    loss = LeanFreeLoss(model, TASK, PUBLIC, batch_size=len(PUBLIC), max_length=64, room=4)
+    loss.look(0, prompt)
+    return loss
+
+
+def mean_scores(model: LanguageModel, prompt: torch.Tensor) -> torch.Tensor:
+    """The slow path: centred class scores of every public text, averaged."""
+    encoded = encode_rows(model, TASK, PUBLIC, 64, room=4)
+    scores = label_words(model, TASK).scores(model.answer_logits(encoded.batch(range(len(PUBLIC))), prompt))
+    return (scores - scores.mean(1, keepdim=True)).mean(0)
+
+
+def test_the_lean_and_its_gradient_are_those_of_public_text(model: LanguageModel) -> None:
+    prompt = SoftPrompt.random(model, 4, seed=1).embeddings
+    lean = lean_free(model, prompt).lean
+    assert lean is not None
+    torch.testing.assert_close(lean.of(prompt)[0], mean_scores(model, prompt), rtol=1e-3, atol=1e-4)
+    step = 1e-2 * torch.randn(prompt.shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        lean.of(prompt + step)[0] - lean.of(prompt)[0],
+        mean_scores(model, prompt + step) - mean_scores(model, prompt),
+        rtol=0.1,
+        atol=1e-3,
+    )
+
+
+def test_gradients_are_those_of_the_loss_written_out(model: LanguageModel) -> None:
+    """Cross-entropy of scores less the public mean, plus KL(uniform || mean), differentiated through both."""
+    batch = encode_rows(model, TASK, TEXTS, 64, labels=LABELS, room=4).batch(range(8))
+    ours, slow = (SoftPrompt.random(model, 4, seed=1).embeddings.clone().requires_grad_() for _ in range(2))
+    lean_free(model, ours)(ours, batch).sum().backward()
+    mean = mean_scores(model, slow)
+    scores = label_words(model, TASK).scores(model.answer_logits(batch, slow)) - mean
+    uniform = torch.nn.functional.kl_div(mean.log_softmax(0), torch.full((3,), 1 / 3), reduction="sum")
+    (torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum") + 8 * uniform).backward()
+    assert ours.grad is not None
+    assert slow.grad is not None
+    torch.testing.assert_close(ours.grad, slow.grad, rtol=1e-2, atol=1e-3 * float(slow.grad.abs().max()))
+
+
+def test_a_rows_gradient_depends_on_no_other_row(model: LanguageModel) -> None:
+    prompt = torch.nn.Parameter(SoftPrompt.random(model, 4, seed=1).embeddings.clone())
+    loss = lean_free(model, prompt)
+    optimizer = PromptDPSGD(
+        prompt,
+        0.1,
+        noise_multiplier=1.0,
+        clip_norm=1.0,
+        expected_batch_size=4.0,
+        micro_batch_size=8,
+        randomness=SeededRandomness(0),
+    )
+    encoded = encode_rows(model, TASK, TEXTS, 64, labels=LABELS, room=4)
+    _, together = optimizer.per_row_gradients(loss, encoded.batch(range(8)))
+    for at in range(8):
+        _, alone = optimizer.per_row_gradients(loss, encoded.batch([at]))
+        torch.testing.assert_close(together[at], alone[0], rtol=1e-3, atol=1e-4 * float(together.abs().max()))
+
+
+def test_what_all_rows_share_is_gone_before_clipping() -> None:
+    """The point of it: with the lean taken off and even, the rows' gradients no longer add up along the lean."""
+    model = tiny_model()
+    prompt = SoftPrompt.random(model, 4, seed=1).embeddings
+    loss = lean_free(model, prompt)
+    assert loss.lean is not None
+    loss.lean = type(loss.lean)(loss.lean.prompt, torch.zeros(3), loss.lean.gradient)  # balanced, so no pull to even
+    batch = encode_rows(model, TASK, PUBLIC, 64, labels=["positive"] * len(PUBLIC), room=4).batch(range(len(PUBLIC)))
+
+    def along(some: object) -> float:
+        leaf = prompt.expand(len(batch), -1, -1).clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(some(leaf, batch).sum(), leaf)  # type: ignore[operator]
+        direction = loss.lean.gradient[2].flatten()  # type: ignore[union-attr]
+        return abs(float(gradient.flatten(1).mean(0) @ direction))
+
+    assert along(loss) < 0.3 * along(tuning_objective(model, TASK))
+
+
+@pytest.mark.parametrize("privacy", [None, PrivacyConfig(epsilon=8, seed=0)])
+def test_tuning_with_public_texts(privacy: PrivacyConfig | None) -> None:
+    model, config = tiny_model(), TuneConfig(length=4, steps=3, batch_size=4, max_length=32)
+    rows = ROWS * 20
+    found = [tune(model, TASK, rows, config, privacy=privacy, public=public) for public in (None, PUBLIC, PUBLIC[::-1])]
+    prompts = [each.prompt.embeddings for each in found]
+    assert all(torch.isfinite(each).all() for each in prompts)
+    assert not torch.equal(prompts[0], prompts[1]), "public texts take part"
+    if privacy is not None:
+        assert found[1].statement is not None
+        assert found[0].statement is not None
+        assert found[1].statement.epsilon_spent == found[0].statement.epsilon_spent, "at no privacy cost"
+
+
+def test_public_texts_that_cannot_help_are_refused() -> None:
+    model, config = tiny_model(), TuneConfig(length=4, steps=1, max_length=32)
+    with pytest.raises(DataInvalid, match=str(LEAST_TEXTS)):
+        tune(model, TASK, ROWS, config, privacy=None, public=["one text"] * 100)
+    with pytest.raises(InvalidInput, match="generation"):
+        tune(model, Task("{text} Answer:"), ROWS, config, privacy=None, public=PUBLIC)
