@@ -35,8 +35,11 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     for name, word in (("films", ""), ("products", "this phone: ")):
         (folder / name).mkdir(parents=True)
-        lines = [json.dumps({"text": word + text, "label": label}) for text, label in zip(TEXTS, LABELS, strict=True)]
-        (folder / name / "train.jsonl").write_text("\n".join(lines * 3), encoding="utf-8")
+        lines, more = [], []
+        for text, label in zip(TEXTS, LABELS, strict=True):
+            lines.append(json.dumps({"text": word + text, "label": label}))
+            more += [json.dumps({"text": f"{word}{text} {end}", "label": label}) for end in ("plot", "film", "story")]
+        (folder / name / "train.jsonl").write_text("\n".join(more), encoding="utf-8")
         with gzip.open(folder / name / "test.jsonl.gz", "wt", encoding="utf-8") as file:
             file.write("\n".join(lines))
     (folder / "corpus.txt").write_text("\n".join(text * 3 for text in TEXTS * 4), encoding="utf-8")
@@ -130,7 +133,7 @@ def test_bad_input_is_named(data: Path, tmp_path: Path, change: list[str], messa
 
 def test_sets_and_tasks(data: Path) -> None:
     films = read_set(data, "films")
-    assert (len(films.train), len(films.test), len(films.texts)) == (24, 8, 8)
+    assert (len(films.train), len(films.test), len(films.texts)) == (24, 8, 24)
     assert len(read_prose(data)) == 32
     assert set(task_of(data, films, {}).labels) == {"negative", "positive"}
     assert task_of(data, films, {"films": "imdb"}) != "agnews"
