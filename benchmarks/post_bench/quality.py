@@ -31,7 +31,7 @@ from post_shared.tasks import Task, preset_names
 from post_shared.training import Progress, Reporter, fingerprint
 
 Key = tuple[str, str, str, int]
-UPPER = TuneConfig(steps=300, learning_rate=0.01)
+UPPER = TuneConfig(steps=300, batch_size=16, learning_rate=0.01)
 """Tuning on the large model itself: it learns at a lower rate than a student does."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from post_client.lean import LeanFreeLoss
+from post_client.lean import LEAST_TEXTS, LeanFreeLoss
 from post_client.privacy import PrivacyConfig, PrivacyStatement
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
@@ -33,7 +33,7 @@ from post_shared.training import (
 
 STARTS = ("task", "random")
 PUBLIC_BATCH = 32
-"""Public texts on which the lean is measured in each step."""
+"""Texts on which the lean is measured in each step."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class TuneConfig:
     """How to tune. ``learning_rate`` falls linearly to 0; on a small student it matters more than all else."""
 
     length: int = 20
-    steps: int = 300
-    batch_size: int = 16
-    learning_rate: float = 0.05
+    steps: int = 200
+    batch_size: int = 32
+    learning_rate: float = 0.02
     max_length: int = 128
     seed: int = 0
     start: str = "task"
@@ -62,7 +62,7 @@ class TuneConfig:
 PLAIN = TuneConfig()
 PRIVATE = TuneConfig(steps=80, batch_size=64, learning_rate=0.015)
 """Defaults with differential privacy. The noise of a step is shared by its batch, so fewer, larger batches carry less
-of it for about the same number of rows seen; at the plain learning rate, noise outweighs what is learnt."""
+of it for about the same number of rows seen."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def tune(
 
     ``public`` are texts that anyone may know, of the kind of the private ones, without labels. They show what the
     prompt leans to whatever the text (:mod:`post_client.lean`); with that taken off, far more is learnt for the same ε.
+    Without ``privacy``, and without ``public``, the private texts themselves show it.
 
     A private run has its number of steps fixed in advance and returns its last iterate: choosing a step by a
     private score would cost budget. With a ``checkpoint`` folder, a killed run goes on where it was; the folder
@@ -189,6 +190,8 @@ def tune(
         spent = lambda step: {"epsilon": plan.epsilon_after(step)}  # noqa: E731
         steps, statement = plan.steps, plan.statement()
     objective = tuning_objective(student, task)
+    if public is None and privacy is None:
+        public = _own_texts(task, rows)
     if public is not None:
         objective, batches = _free_of_lean(student, task, public, config, prompt, batches)
     tuned = train_prompt(
@@ -203,6 +206,12 @@ def tune(
         also=spent,
     )
     return TuneResult(SoftPrompt(tuned), statement)
+
+
+def _own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:
+    """The private texts in the place of public ones, where no privacy is promised; None if they can't help."""
+    texts = list(dict.fromkeys(row.text for row in rows))
+    return None if task.is_generation or len(texts) < LEAST_TEXTS else texts
 
 
 def _free_of_lean(

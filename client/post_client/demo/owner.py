@@ -111,7 +111,7 @@ def upper_bound(source: Path, train: Sequence[Row], test: Sequence[Row], setting
     s = settings
     target, task = LanguageModel.load(source, device=s.device), Task.preset(s.task)
     config: TuneConfig = TuneConfig(
-        s.prompt_length, s.upper_steps, s.tune_batch_size, s.upper_learning_rate, s.max_length, s.seed
+        s.prompt_length, s.upper_steps, s.upper_batch_size, s.upper_learning_rate, s.max_length, s.seed
     )
     result = tune(target, task, train, config, privacy=None, report=reporter(note))
     return score_here(target, task, test, result, s)

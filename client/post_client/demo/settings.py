@@ -41,9 +41,9 @@ class DemoSettings:
     # tune
     prompt_length: int = 20
     max_length: int = 64
-    tune_steps: int = 220
-    tune_batch_size: int = 16
-    tune_learning_rate: float = 0.05
+    tune_steps: int = 100
+    tune_batch_size: int = 32
+    tune_learning_rate: float = 0.02
 
     # tune with differential privacy
     epsilon: float = 8.0
@@ -53,14 +53,15 @@ class DemoSettings:
     dp_clip_norm: float = 0.1
 
     # transfer
-    transfer_steps: int = 90
+    transfer_steps: int = 100
     transfer_batch_size: int = 16
     transfer_learning_rate: float = 0.03
-    transfer_rows: int = 256
+    transfer_rows: int = 512
     alpha: float = 0.7
 
     # the forbidden upper bound: a prompt tuned on the target model itself
     upper_steps: int = 150
+    upper_batch_size: int = 16
     upper_learning_rate: float = 0.01
 
     # predictions
