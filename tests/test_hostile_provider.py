@@ -12,6 +12,7 @@ from torch import nn
 
 from post_client._http import LONGEST_WAIT, Http
 from post_client.privacy import PrivacyConfig
+from post_client.student_checks import check_rows_are_apart
 from post_client.tuning import TuneConfig, encode_private, tune
 from post_shared.cli import build_app, print_error, run
 from post_shared.data import Row
@@ -19,8 +20,9 @@ from post_shared.errors import InvalidInput, ModelUnsafe, Unavailable, from_prob
 from post_shared.language_model import LanguageModel
 from post_shared.model_files import check_safe
 from post_shared.schemas import Health
+from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
-from tests.models import LABELS, TEXTS, tiny_model
+from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
 
 TASK = Task("{text}, it was", {"negative": ("bad",), "positive": ("good",)})
 ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
@@ -65,6 +67,44 @@ def test_a_private_row_changes_no_other_row_before_it_is_clipped() -> None:
     with_one = encode_private(model, task, [*some, Row("a film", " ".join(["good"] * 12))], config)
     assert with_one.rows[: len(some)] == without.rows
     assert max(len(row.token_ids) for row in with_one.rows) <= 24
+
+
+def _rope(kind: str, **more: object) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+HALF = 4
+"""Half of a head's width in the tiny models."""
+SHIFTY: dict[str, dict[str, object]] = {
+    "sees padding": {"is_causal": False},
+    "positions by length": _rope(
+        "longrope",
+        factor=8.0,
+        original_max_position_embeddings=20,
+        short_factor=[1.0] * HALF,
+        long_factor=[9.0] * HALF,
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SHIFTY.values(), ids=SHIFTY)
+def test_a_student_whose_rows_are_not_apart_is_refused_in_private_runs(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    """A long row pads the others; a configuration can make them feel it, and one row then moves every gradient."""
+    tiny_model("llama", layers=2).save(tmp_path)
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | change))
+    student = LanguageModel.load(tmp_path, device="cpu")
+    config = TuneConfig(length=4, steps=1, batch_size=8, max_length=36)
+    with pytest.raises(ModelUnsafe, match="depends on the texts beside it"):
+        tune(student, TASK, ROWS, config, privacy=PRIVACY)
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *MASKED])
+def test_sound_students_of_every_family_keep_rows_apart(family: str) -> None:
+    student = tiny_model(family)
+    check_rows_are_apart(student, SoftPrompt.random(student, 4).embeddings, 64)
 
 
 @pytest.mark.parametrize("member", ["_attn_implementation_internal", "_experts_implementation_internal"])

@@ -82,7 +82,7 @@ def quality(
     quiet_libraries()
     model = _target(target, device)
     small = LanguageModel.load(student, device=device) if student else None
-    about = _about(config, model, target, student, data)
+    about = _about(config, model, target, small, data, private + public, tasks)
     found = figures.Results.open(json, about)
     console = Console(stderr=True)
     display = _Display(console)
@@ -132,7 +132,13 @@ def _target(source: str | None, device: str) -> LanguageModel:
 
 
 def _about(
-    config: QualityConfig, model: LanguageModel, target: str | None, student: str | None, data: Path
+    config: QualityConfig,
+    model: LanguageModel,
+    target: str | None,
+    small: LanguageModel | None,
+    data: Path,
+    names: list[str],
+    tasks: dict[str, str],
 ) -> dict[str, Any]:
     """What the figures are of: rows made under another ``about`` are never mixed with these."""
     from post_client.demo.report import versions
@@ -140,11 +146,19 @@ def _about(
 
     return {
         "target": {"name": target or "SmolLM2-135M-Instruct", "fingerprint": fingerprint(model.model)[:16]},
-        "student": student,
-        "data": data.resolve().name,
+        "student": fingerprint(small.model)[:16] if small else None,
+        "data": {"name": data.resolve().name, "bytes": _sizes(data, set(names))},
+        "tasks": dict(sorted(tasks.items())),
         "config": loads(dumps(asdict(config))),  # as JSON reads it back
         "versions": versions(),
     }
+
+
+def _sizes(data: Path, names: set[str]) -> dict[str, int]:
+    """Bytes of the files that are read: cheap to know, and other data has others."""
+    folders = [data / name for name in names]
+    files = sorted(path for folder in [data, *folders] for path in folder.glob("*.*") if path.is_file())
+    return {str(path.relative_to(data)): path.stat().st_size for path in files}
 
 
 class _Display:

@@ -6,8 +6,9 @@ the threat model forbids is only *measured* here: private test rows choose nothi
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
 from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.transfer import TransferConfig, transfer
 from post_shared.data import Row
-from post_shared.errors import InvalidInput, TaskInvalid
+from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
 from post_shared.tasks import Task, preset_names
@@ -79,8 +80,8 @@ class Bench:
     def run(self, keys: list[Key], left: Callable[[float | None], None] = lambda seconds: None) -> None:
         """Measure what isn't measured yet. ``left`` is told the seconds left, None while they can't be known."""
         for private, public in dict.fromkeys((private, public) for private, public, _, _ in keys):
-            self._task(private)  # a missing task is said before hours of work
-            self._set(public)
+            self._task(private)  # what is missing is said before hours of work
+            self._check_apart(private, public)
         missing = self.results.missing(keys)
         while missing:
             left(self.results.seconds_left(missing))
@@ -139,7 +140,7 @@ class Bench:
             )
             return result.prompt.embeddings
 
-        return self._once(name, fingerprint(config, privacy, model.model), make)
+        return self._once(name, fingerprint(config, privacy, model.model, _plain(task, rows), texts), make)
 
     def _transferred(
         self, prompt: Tensor, private: str, public: str, config: TransferConfig, *, secret: bool
@@ -155,7 +156,8 @@ class Bench:
             )
             return moved.prompt.embeddings
 
-        return self._once(name, fingerprint(config, prompt, self.target.model), make)
+        work = fingerprint(config, prompt, self.target.model, student.model, _plain(task, ()), texts)
+        return self._once(name, work, make)
 
     def _once(self, name: str, work: str, make: Callable[[Reporter, Path], Tensor]) -> tuple[Tensor, float]:
         """(what ``make`` makes, its seconds), from ``work`` if it was made before."""
@@ -175,7 +177,8 @@ class Bench:
         if self.given is not None:
             return self.given
         config = replace(self.config.distil, answer_forms=self._forms(public))
-        folder = self.work / f"student-{public}-{fingerprint(config, self.target.model)[:12]}"
+        corpus = read_prose(self.data) + self._set(public).texts
+        folder = self.work / f"student-{public}-{fingerprint(config, self.target.model, corpus)[:12]}"
         if not (folder / "model.safetensors").exists():
             began = time.monotonic()
             last: dict[str, float] = {}
@@ -184,9 +187,11 @@ class Bench:
                 last.update(progress.metrics)
                 self.tell(f"student-{public}", progress)
 
-            corpus = read_prose(self.data) + self._set(public).texts
             student = distil(self.target, corpus, config, report=report, checkpoint=folder.with_suffix(".checkpoint"))
-            student.save(folder)
+            aside = folder.with_suffix(".part")
+            shutil.rmtree(aside, ignore_errors=True)
+            student.save(aside)
+            aside.replace(folder)
             self.results.students[public] = {"seconds": time.monotonic() - began, **last}
             self.results.save()
         return LanguageModel.load(folder, device=str(self.target.device), dtype=self.target.dtype)
@@ -204,6 +209,13 @@ class Bench:
             return tuple(every)
         others = [form for form in every if form != own]
         return tuple([own] * max(1, len(others)) + others)
+
+    def _check_apart(self, private: str, public: str) -> None:
+        """Raise :class:`DataInvalid` when public text holds a private one: what came of it would mean nothing."""
+        mine = {row.text for row in self._set(private).train + self._set(private).test}
+        shared = mine & set(self._set(public).texts)
+        if shared:
+            raise DataInvalid(f"{len(shared)} texts of {private} are also in {public}; take them out of one of the two")
 
     # --- small things ---------------------------------------------------------------------------------
 
@@ -227,6 +239,11 @@ class Bench:
     def _moving(self, method: str, seed: int) -> TransferConfig:
         chosen = asdict(self.config.transfer) | {"seed": seed, "max_length": self.config.max_length}
         return TransferConfig(**chosen | ({"method": "paper"} if method == "paper" else {}))
+
+
+def _plain(task: Task, rows: Sequence[Row]) -> list[Any]:
+    """A task and rows as :func:`fingerprint` takes them."""
+    return [task.form().model_dump(), task.description, *([row.text, row.label] for row in rows)]
 
 
 def wanted(pairs: list[tuple[str, str]], methods: list[str], seeds: int) -> list[Key]:

@@ -67,11 +67,17 @@ class LeanFreeLoss:
         self.lean: Lean | None = None
 
     def look(self, step: int, prompt: Tensor) -> None:
-        """Measure the lean of ``prompt`` (l, d) on the public texts of ``step``: C - 1 backward passes of one batch."""
+        """Measure the lean of ``prompt`` (l, d) on the public texts of ``step``: C - 1 backward passes of one batch.
+
+        Raises:
+            InvalidInput: the answers to public texts are no numbers.
+        """
         leaf = prompt.detach().clone().requires_grad_()
         scores = self.words.scores(self.model.answer_logits_shared(self.batches(step), leaf))  # (B, C)
         mean = (scores - scores.mean(1, keepdim=True)).mean(0)  # (C,)
         known = torch.stack([torch.autograd.grad(each, leaf, retain_graph=True)[0] for each in mean[:-1]])
+        if not (torch.isfinite(mean).all() and torch.isfinite(known).all()):  # says nothing of private rows
+            raise InvalidInput("the student's answers to the public texts are no numbers; leave those texts out")
         last = -known.sum(0, keepdim=True)  # centred scores add up to 0
         self.lean = Lean(leaf.detach(), mean.detach(), torch.cat([known, last]))
 

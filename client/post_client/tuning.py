@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from post_client.lean import LEAST_TEXTS, LeanFreeLoss
 from post_client.privacy import PrivacyConfig, PrivacyStatement
+from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
-from post_shared.errors import DataInvalid, InvalidInput, ModelUnsafe
+from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.evaluation import check_labels
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
@@ -119,19 +120,6 @@ def check_rows(task: Task, rows: Sequence[Row]) -> None:
             )
 
 
-def check_vocabulary(student: LanguageModel) -> None:
-    """Raise :class:`ModelUnsafe` on a tokenizer with tokens that the student can't embed.
-
-    The first row with such a token would end a private run: that row would show in whether a prompt comes out.
-    """
-    largest = max(student.tokenizer.get_vocab().values())
-    if largest >= student.vocabulary:
-        raise ModelUnsafe(
-            f"the student's tokenizer has a token {largest}, but the student embeds only {student.vocabulary} tokens; "
-            "ask the provider for a sound student"
-        )
-
-
 def encode_private(model: LanguageModel, task: Task, rows: Sequence[Row], config: TuneConfig) -> EncodedRows:
     """The private rows as token ids, with room for the prompt."""
     texts, labels = [row.text for row in rows], [row.label for row in rows]
@@ -164,7 +152,8 @@ def tune(
         DataInvalid: empty, unlabelled or foreign rows, or a single class; too few public texts.
         InvalidInput: public texts for a generation task.
         TaskInvalid: label words that this model's tokenizer can't tell apart.
-        ModelUnsafe: the student's tokenizer has tokens that the student doesn't.
+        ModelUnsafe: the student's tokenizer has tokens that the student doesn't, or (with ``privacy``) its answer to
+            a text depends on the texts beside it.
         PrivacyInvalid: (ε, δ) that give no guarantee for so many rows.
         Cancelled: raised by ``report``; the state is kept first.
     """
@@ -183,6 +172,7 @@ def tune(
     spent: Callable[[int], Mapping[str, float]] = lambda step: {}  # noqa: E731
     steps, statement = config.steps, None
     if privacy is not None:
+        check_rows_are_apart(student, prompt.detach(), config.max_length)
         plan = privacy.plan(len(rows), batch_size=config.batch_size, steps=config.steps)
         sampler = plan.sampler()
         optimizer = plan.optimizer(prompt, config.learning_rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,11 +14,12 @@ from post_client.privacy.sampling import SeededRandomness
 from post_client.tuning import TuneConfig, tune, tuning_objective
 from post_shared.batches import encode_rows
 from post_shared.data import Row
-from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.errors import Cancelled, DataInvalid, InvalidInput
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
+from post_shared.training import Progress
 from tests.models import LABELS, TEXTS, tiny_model
 
 TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "neutral": ("fine",), "positive": ("good", "great")})
@@ -111,7 +114,7 @@ def test_what_all_rows_share_is_gone_before_clipping() -> None:
 def test_tuning_with_public_texts(privacy: PrivacyConfig | None) -> None:
     model, config = tiny_model(), TuneConfig(length=4, steps=3, batch_size=4, max_length=32)
     rows = ROWS * 20
-    found = [tune(model, TASK, rows, config, privacy=privacy, public=public) for public in (None, PUBLIC, PUBLIC[::-1])]
+    found = [tune(model, TASK, rows, config, privacy=privacy, public=public) for public in (None, PUBLIC)]
     prompts = [each.prompt.embeddings for each in found]
     assert all(torch.isfinite(each).all() for each in prompts)
     assert not torch.equal(prompts[0], prompts[1]), "public texts take part"
@@ -127,3 +130,26 @@ def test_public_texts_that_cannot_help_are_refused() -> None:
         tune(model, TASK, ROWS, config, privacy=None, public=["one text"] * 100)
     with pytest.raises(InvalidInput, match="generation"):
         tune(model, Task("{text} Answer:"), ROWS, config, privacy=None, public=PUBLIC)
+
+
+def test_answers_to_public_texts_that_are_no_numbers_are_said() -> None:
+    """A private run would otherwise end with noise alone and a claim that holds for nothing worth having."""
+    model = tiny_model()
+    model.model.get_input_embeddings().weight.data[model.tokenizer(" plot").input_ids[0]] = torch.nan
+    with pytest.raises(InvalidInput, match="public texts are no numbers"):
+        lean_free(model, torch.zeros(4, model.hidden_size))
+
+
+@pytest.mark.parametrize("privacy", [None, PrivacyConfig(epsilon=8, seed=0)])
+def test_a_stopped_run_with_public_texts_goes_on_as_undisturbed(privacy: PrivacyConfig | None, tmp_path: Path) -> None:
+    model, config = tiny_model(), TuneConfig(length=4, steps=6, batch_size=4, max_length=32)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        tune(model, TASK, ROWS * 9, config, privacy=privacy, public=PUBLIC, report=stop, checkpoint=tmp_path)
+    resumed = tune(model, TASK, ROWS * 9, config, privacy=privacy, public=PUBLIC, checkpoint=tmp_path)
+    undisturbed = tune(model, TASK, ROWS * 9, config, privacy=privacy, public=PUBLIC)
+    assert torch.equal(resumed.prompt.embeddings, undisturbed.prompt.embeddings)

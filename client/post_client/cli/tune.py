@@ -71,6 +71,8 @@ def tune(
     """Tune a soft prompt on private rows, on this machine, with differential privacy unless --no-dp."""
     if no_dp and any(value is not None for value in (epsilon, delta, clip, statement)):
         usage_error("--no-dp goes with none of --epsilon, --delta, --clip and --statement.")
+    if public is not None and public.exists() and data.exists() and public.samefile(data):
+        usage_error("--public is the private file itself: public texts enter without noise.")
     chosen = task_from(task, template, label_word)
     _check_outside(student, (to, statement, checkpoint, data))
     for path in (to, statement):

@@ -17,6 +17,7 @@ NOT_COVERED = (
     "after comparing scores",
     "the number of uploads and when they happen; uploading this same prompt again costs nothing more",
     "the number of rows, which sets the sampling rate and delta and is taken as known",
+    "public texts given to the run, which enter without noise: no private text may be among them",
     "a person who wrote several rows: the unit is one row",
 )
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from post_shared.errors import InvalidInput
+
 ROUNDS = 200
 TOLERANCE = 1e-4
 
@@ -20,7 +22,12 @@ def ensemble(student: Tensor, target: Tensor, alpha: float) -> Tensor:
 
     Both are centred and brought to the same spread, added with weights 1 and α (α̃ of Eq. 6: how far the target is to
     be trusted), and spread as the student's: no more certain than who has learnt the task.
+
+    Raises:
+        InvalidInput: a score is no finite number.
     """
+    if not (torch.isfinite(student).all() and torch.isfinite(target).all()):
+        raise InvalidInput("answers to public texts are no numbers: a prompt of far too large ones, or a broken model")
     known, own = _standard(student), _standard(target)
     both = known + alpha * own
     return balanced(_standard(both) * _spread(student))

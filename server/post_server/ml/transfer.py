@@ -73,7 +73,7 @@ class Constants:
     student: Tensor
     """Φs(p_s + x)"""
     student_plain: Tensor
-    """Φs(x)"""
+    """Φs(x); left empty with class scores"""
     target_plain: Tensor
     """Φt(x)"""
     first: Tensor
@@ -122,7 +122,8 @@ def constants(
     for step, batch in enumerate(batches, 1):
         at = kept.of(batch)
         kept.student[at] = view(student.answer_logits_shared(batch, prompt.embeddings)).cpu()
-        kept.student_plain[at] = view(student.answer_logits(batch)).cpu()
+        if words is None:  # only Eq. 5 looks at it
+            kept.student_plain[at] = view(student.answer_logits(batch)).cpu()
         kept.target_plain[at] = view(target.answer_logits(batch)).cpu()
         report(Progress(step, len(batches), "constants"))
     return kept
@@ -185,6 +186,8 @@ def transfer(
         raise DataInvalid("the public dataset has no texts")
     encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
     words = label_words(target, task) if config.method == "ensemble" and not task.is_generation else None
+    if words and not torch.equal(words.token_ids, label_words(student, task).token_ids):
+        raise PromptMismatch("student and target cut the task's label words into different tokens")
     known = constants(target, student, prompt, encoded, words, report=report)
     if words:
         objective = ensemble_objective(target, known, config.alpha, words)
