@@ -67,7 +67,7 @@ def quality(
     """Accuracy of every method over private × public pairs and seeds: JSON, a Markdown table and a picture."""
     from post_bench import results as figures
     from post_bench.quality import Bench, QualityConfig, wanted
-    from post_bench.sets import pairs
+    from post_bench.sets import pairs, read_set
     from post_client.cli.console import check_writable, quiet_libraries
     from post_shared.language_model import LanguageModel
 
@@ -79,6 +79,8 @@ def quality(
     config = _with_steps(config, tune_steps, dp_steps, transfer_steps, upper_steps)
     config = replace(config, distil=replace(config.distil, minutes=minutes, keep_layers=keep_layers))
     tasks = dict(_assignment(each) for each in task or [])
+    for name in (*private, *public):
+        read_set(data, name)  # what is missing is said before a model is loaded
     quiet_libraries()
     model = _target(target, device)
     small = LanguageModel.load(student, device=device) if student else None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from post_bench.results import METHODS, Figure, Results
 from post_bench.sets import LabelledSet, read_prose, read_set, task_of
+from post_client.lean import check_public
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
 from post_server.ml.distillation import DistilConfig, distil
@@ -81,6 +82,7 @@ class Bench:
         """Measure what isn't measured yet. ``left`` is told the seconds left, None while they can't be known."""
         for private, public in dict.fromkeys((private, public) for private, public, _, _ in keys):
             self._task(private)  # what is missing is said before hours of work
+            check_public(self._set(public).texts, public)
             self._check_apart(private, public)
         missing = self.results.missing(keys)
         while missing:

@@ -47,11 +47,14 @@ def read_set(folder: Path, name: str) -> LabelledSet:
     for part in ("train", "test"):
         path = find(folder / name, f"{part}.jsonl")
         if path is None:
+            if not folder.is_dir():
+                raise DataInvalid(f"there is no folder {folder}")
             there = sorted(each.parent.name for each in folder.glob("*/train.jsonl*"))
             raise DataInvalid(f"{folder / name} has no {part}.jsonl; sets there: {', '.join(there) or 'none'}")
         rows = tuple(read_rows(path, format="jsonl"))
-        if any(row.label is None for row in rows):
-            raise DataInvalid(f"{path}: a row has no label; both parts are labelled, as accuracy is measured")
+        bare = next((at for at, row in enumerate(rows, 1) if row.label is None), None)
+        if bare:
+            raise DataInvalid(f"{path}: row {bare} has no label; both parts are labelled, as accuracy is measured")
         parts.append(rows)
     return LabelledSet(name, *parts)
 

@@ -24,6 +24,13 @@ from post_shared.tasks import Task
 LEAST_TEXTS = 16
 
 
+def check_public(texts: Sequence[str], where: str = "the public set") -> None:
+    """Raise :class:`DataInvalid` when there are too few different texts to measure a lean on."""
+    count = len(set(texts))
+    if count < LEAST_TEXTS:
+        raise DataInvalid(f"{where} has {count} different texts; {LEAST_TEXTS} are the least")
+
+
 @dataclass(frozen=True)
 class Lean:
     """Mean class scores over public texts, to first order around ``prompt``."""
@@ -58,9 +65,8 @@ class LeanFreeLoss:
         """
         if task.is_generation:
             raise InvalidInput("public texts help with classes; a generation task has none: leave them out")
+        check_public(texts)
         chosen = list(dict.fromkeys(texts))
-        if len(chosen) < LEAST_TEXTS:
-            raise DataInvalid(f"{len(chosen)} different public texts are too few; give {LEAST_TEXTS} or more")
         self.model, self.words = model, label_words(model, task)
         encoded = encode_rows(model, task, chosen, max_length, room=room)
         self.batches = ShuffledBatches(encoded, batch_size, seed=0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from post_shared.errors import Conflict, InvalidInput
 from post_shared.schemas import DatasetKind, ModelRole, Role
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def add_model_(
         _refuse_taken_name(database, name)
         from post_shared.language_model import LanguageModel
 
+        if not Path(source).exists() and (source.count("/") != 1 or source.startswith(("/", ".", "~"))):
+            raise InvalidInput(f"there is no folder or file {source!r}, and a hub id has the form owner/name")
         typer.echo(f"Loading {source} …", err=True)
         model = LanguageModel.load(source, device="cpu", gguf_file=gguf_file)
         model.save(Path(folder))
@@ -223,7 +226,6 @@ def _parts() -> Iterator[tuple[Settings, Database, BlobStore]]:
 def _check_name(name: str) -> None:
     from pydantic import TypeAdapter, ValidationError
 
-    from post_shared.errors import InvalidInput
     from post_shared.schemas import Name
 
     try:
@@ -233,7 +235,6 @@ def _check_name(name: str) -> None:
 
 
 def _check_label(name: str) -> None:
-    from post_shared.errors import InvalidInput
 
     if not 1 <= len(name) <= 64 or not name.isprintable():
         raise InvalidInput("The name of a key has 1 to 64 printable characters.")
@@ -244,7 +245,6 @@ def _refuse_taken_name(database: Database, name: str) -> None:
     from sqlalchemy import select
 
     from post_server.records import ModelRow
-    from post_shared.errors import Conflict
 
     with database.read() as session:
         if session.scalar(select(ModelRow.id).where(ModelRow.name == name)) is not None:

@@ -121,7 +121,10 @@ def _check_layers(kept: list[int] | int, target: ModelRow) -> None:
     """A student has some of the target's layers, never all: with all of them it would be the target."""
     count = kept if isinstance(kept, int) else len(kept)
     if not 1 <= count < target.layers:
-        raise InvalidInput(f"Keep at least 1 and fewer than the {target.layers} layers of {target.name}.")
+        raise InvalidInput(
+            f"A student can't keep {count} of the {target.layers} layers of {target.name}: give keep_layers "
+            f"(--keep-layers) from 1 to {target.layers - 1}."
+        )
     if not isinstance(kept, int) and (kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= target.layers):
         raise InvalidInput(f"keep_layers lists each layer once, in order, from 0 to {target.layers - 1}.")
 

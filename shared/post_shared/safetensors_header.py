@@ -64,7 +64,9 @@ def header_length(prefix: bytes, total: int, limit: int) -> int:
         raise HeaderInvalid(f"the file has {len(prefix)} bytes; a safetensors file starts with {PREFIX}")
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > limit:
-        raise HeaderInvalid(f"it announces a header of {length} bytes; at most {limit} are allowed")
+        raise HeaderInvalid(
+            f"it announces a header of {length} bytes, of which at most {limit} are allowed: is it a safetensors file?"
+        )
     if length > total - PREFIX:
         raise HeaderInvalid(f"it announces a header of {length} bytes, but only {total - PREFIX} follow: cut off?")
     return length

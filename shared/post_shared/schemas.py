@@ -197,7 +197,7 @@ class JobEvent(Document):
     data: dict[str, Any]
 
 
-Form = Annotated[str, Field(max_length=200, description="Such as '{text}, it was'. Causal models only.")]
+Form = Annotated[str, Field(max_length=200, pattern=r"^[^{}]*\{text\}[^{}]*$", description="Such as '{text} It was'.")]
 
 
 class DistillationCreate(Document):

@@ -299,3 +299,46 @@ def test_pull_fetches_and_checks(
     assert post("pull", "small", "--to", tmp_path / "other", "--hash", "0" * 64) == 1
     assert post("pull", "large", "--to", tmp_path / "other") == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_what_predict_could_not_use_is_said_before_a_text_leaves(
+    front: Front, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, student = front.add_pair()
+    (tmp_path / "p").write_bytes(prompt_bytes(student.hash))
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine", "label": "sideways"}\n')
+    (tmp_path / "good.jsonl").write_text('{"text": "fine", "label": "positive"}\n')
+    monkeypatch.setenv("POST_URL", front.url)
+    monkeypatch.setenv("POST_API_KEY", front.keys["alice"])
+    post("push", tmp_path / "p", "--yes")
+    prompt_id = capsys.readouterr().out.strip()
+    monkeypatch.setattr("post_client.resources.predictions.Predictions.create", lambda *_, **__: pytest.fail("sent"))
+    ask = ("predict", "--model", target.name)
+    assert post(*ask, "--prompt", prompt_id, "--data", tmp_path / "rows.jsonl") == 1
+    shown = capsys.readouterr().err
+    assert "sideways" in shown
+    assert "Nothing was sent" in shown
+    assert "source prompt" in shown
+    assert post(*ask, "--task", "sst2", "--data", tmp_path / "rows.jsonl") == 1
+    assert post(*ask, "--task", "sst2", "--data", tmp_path / "good.jsonl", "--out", "/proc/x.jsonl") == 1
+    assert "/proc/x.jsonl" in capsys.readouterr().err
+
+
+def test_public_texts_help_a_private_run_and_private_ones_among_them_are_named(
+    student: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    public = tmp_path / "public.jsonl"
+    public.write_text("\n".join(json.dumps({"text": f"{text} {at}"}) for text in TEXTS for at in range(3)))
+    assert tune(student, data, tmp_path / "p", "--public", public) == 0
+    shown = capsys.readouterr()
+    assert "private rows too" not in shown.err
+    assert "no private text may be among them" in shown.out
+    assert tune(student, data, tmp_path / "p", "--public", data) == 2, "the private file itself"
+    with public.open("a") as file:
+        file.write("\n" + json.dumps({"text": TEXTS[0]}))
+    capsys.readouterr()
+    assert tune(student, data, tmp_path / "p", "--public", public) == 0
+    assert "1 texts of" in capsys.readouterr().err
+    public.write_text(json.dumps({"text": "one"}))
+    assert tune(student, data, tmp_path / "p", "--public", public) == 1
+    assert "public.jsonl has 1 different texts" in capsys.readouterr().err

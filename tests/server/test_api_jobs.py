@@ -75,6 +75,7 @@ class TestOrders:
             ({"seed": -1}, (422, "invalid_input")),
             ({"learning_rate": "NaN"}, (422, "invalid_input")),
             ({"stpes": 5}, (422, "invalid_input")),
+            ({"answer_forms": ["It was"]}, (422, "invalid_input")),
         ],
     )
     def test_a_distillation_must_fit(

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from post_client.cli.console import AsJson, Url, bar, connect, err, print_json, usage_error, write_file
+from post_client.cli.console import AsJson, Url, bar, check_writable, connect, err, print_json, usage_error, write_file
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
+from post_shared.errors import DataInvalid
+from post_shared.schemas import PromptRole
 
 if TYPE_CHECKING:
+    from post_client.client import Client
     from post_shared.data import Row
-    from post_shared.schemas import Prediction
+    from post_shared.schemas import Prediction, TaskForm
 
 
 def predict(
@@ -39,6 +42,10 @@ def predict(
         usage_error("A prompt brings its own task: give either --prompt or a task.")
     form = None if prompt else task_from(task, template, label_word).form()
     rows = _rows(text, data, text_column, label_column)
+    if to is not None:
+        check_writable(to)
+    with connect(url) as client:
+        _check_labels(rows, form or _form_of(client, str(prompt)))
     with connect(url) as client, bar(f"predict {model}") as show:
         found = client.predictions.create(
             model=model,
@@ -58,6 +65,25 @@ def _rows(text: list[str] | None, data: Path | None, text_column: str, label_col
     if data is None:
         return [Row(each, None) for each in text or []]
     return read_rows(data, text_column=text_column, label_column=label_column)
+
+
+def _form_of(client: Client, prompt: str) -> TaskForm:
+    """The task of a prompt; says so if it was never transferred."""
+    found = client.prompts.get(prompt)
+    if found.role == PromptRole.SOURCE:
+        err.print(f"{found.id} is a source prompt, tuned on a student: it is put on the model without a transfer.")
+    return found.task
+
+
+def _check_labels(rows: Sequence[Row], form: TaskForm) -> None:
+    """Before any text leaves: labels that the task doesn't have could never be right."""
+    known = form.label_words
+    unknown = sorted({row.label for row in rows if row.label is not None} - set(known or ())) if known else []
+    if unknown:
+        raise DataInvalid(
+            f"the data has labels that the task doesn't: {', '.join(unknown[:5])}; the task's labels are: "
+            f"{', '.join(known or ())}. Nothing was sent"
+        )
 
 
 def score_locally(rows: Sequence[Row], found: Sequence[Prediction]) -> float | None:

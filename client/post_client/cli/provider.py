@@ -14,7 +14,9 @@ def distil(
     target: Annotated[str, typer.Option("--target", help="Name or id of the target model.")],
     corpus: Annotated[list[str], typer.Option("--corpus", help="Name or id of a public dataset; repeat for more.")],
     name: Annotated[str, typer.Option("--name", help="Name of the student to be.")],
-    keep_layers: Annotated[str | None, typer.Option(help="How many layers to keep, or which: 0,1,28,29.")] = None,
+    keep_layers: Annotated[
+        str | None, typer.Option(help="How many layers to keep (8 unless said), or which: 0,1,28,29.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="fold (closed form) or copy.")] = None,
     answer_form: Annotated[
         list[str] | None,

@@ -134,9 +134,7 @@ def _tune(
     budget = None if privacy is None else _privacy(*privacy)
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
     check_rows(task, rows)
-    known = (
-        None if public is None else [row.text for row in read_rows(public, text_column=columns[0], label_column=None)]
-    )
+    known = None if public is None else _public_texts(public, columns[0], {row.text for row in rows})
     digest = student_hash(student)
     err.print(f"Loading {escape(str(student))} …")
     model = LanguageModel.load(student, device=device)
@@ -156,6 +154,22 @@ def _tune(
             err.print(f"Stopped{escape(kept)}.")
             raise typer.Exit(130) from None
     return result, digest
+
+
+def _public_texts(public: Path, column: str, private: set[str]) -> list[str]:
+    """The texts of ``public``. A warning for these eyes only when private ones are among them."""
+    from post_client.lean import check_public
+    from post_shared.data import read_rows
+
+    texts = [row.text for row in read_rows(public, text_column=column, label_column=None)]
+    check_public(texts, str(public))
+    shared = len(private & set(texts))
+    if shared:
+        err.print(
+            f"[bold yellow]{shared} texts of {escape(str(public))} are private rows too. Public texts enter without "
+            "noise: for those rows nothing is promised. Take them out.[/]"
+        )
+    return texts
 
 
 def _privacy(epsilon: float | None, delta: float | None, clip: float | None) -> PrivacyConfig:
