@@ -30,7 +30,7 @@ class DemoSettings:
 
     # distil
     keep_layers: int = 8
-    distil_minutes: float = 6.5
+    distil_minutes: float = 6.0
     distil_steps: int | None = None
     distil_learning_rate: float = 1e-3
     distil_batch_tokens: int = 512
@@ -47,7 +47,7 @@ class DemoSettings:
 
     # tune with differential privacy
     epsilon: float = 8.0
-    dp_steps: int = 64
+    dp_steps: int = 60
     dp_batch_size: int = 64
     dp_learning_rate: float = 0.015
     dp_clip_norm: float = 0.1
