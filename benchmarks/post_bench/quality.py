@@ -29,6 +29,7 @@ from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
+from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task, preset_names
 from post_shared.training import Progress, Reporter, fingerprint
 
@@ -147,8 +148,6 @@ class Bench:
     def _transferred(
         self, prompt: Tensor, private: str, public: str, config: TransferConfig, *, secret: bool
     ) -> tuple[Tensor, float]:
-        from post_shared.soft_prompt import SoftPrompt
-
         task, texts, student = self._task(private), self._set(public).texts, self._student(public)
         name = f"{config.method}-{private}-by-{public}{'-dp' if secret else ''}"
 

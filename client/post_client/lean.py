@@ -18,7 +18,7 @@ from post_shared.batches import Batch, ShuffledBatches, encode_rows
 from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
-from post_shared.losses import label_word_loss
+from post_shared.losses import divergence, label_word_loss
 from post_shared.tasks import Task
 
 LEAST_TEXTS = 16
@@ -92,5 +92,6 @@ class LeanFreeLoss:
             raise RuntimeError("look() comes before the first loss")
         scores = self.words.scores(self.model.answer_logits(batch, prompt))  # (B, C)
         lean = self.lean.of(prompt)
-        uniform = -(lean.log_softmax(-1).mean(-1) + torch.tensor(float(lean.shape[-1])).log())  # KL(uniform || lean)
-        return label_word_loss(scores - lean, batch.labels.to(scores.device)) + uniform
+        even = torch.zeros_like(lean).log_softmax(-1)
+        pull = divergence(even, lean.log_softmax(-1))  # KL(even || lean), (B,)
+        return label_word_loss(scores - lean, batch.labels.to(scores.device)) + pull

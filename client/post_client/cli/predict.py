@@ -46,16 +46,16 @@ def predict(
         check_writable(to)
     with connect(url) as client:
         _check_labels(rows, form or _form_of(client, str(prompt)))
-    with connect(url) as client, bar(f"predict {model}") as show:
-        found = client.predictions.create(
-            model=model,
-            prompt=prompt,
-            task=form,
-            texts=[row.text for row in rows],
-            max_new_tokens=max_new_tokens,
-            texts_per_request=32,
-            progress=lambda done, count: show(done, count, f"{done} of {count}"),
-        )
+        with bar(f"predict {model}") as show:
+            found = client.predictions.create(
+                model=model,
+                prompt=prompt,
+                task=form,
+                texts=[row.text for row in rows],
+                max_new_tokens=max_new_tokens,
+                texts_per_request=32,
+                progress=lambda done, count: show(done, count, f"{done} of {count}"),
+            )
     _print(rows, found, to, json)
 
 
