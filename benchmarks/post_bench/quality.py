@@ -26,7 +26,7 @@ from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
 from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.transfer import TransferConfig, transfer
 from post_shared.data import Row
-from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
+from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
@@ -204,10 +204,7 @@ class Bench:
         every = dict.fromkeys(task.template_for("causal") for task in presets if not task.is_generation)
         if self.target.kind != "causal":
             return ()
-        try:
-            own = self._task(public).template_for("causal")
-        except TaskInvalid:  # its labels are no preset's; the transfer doesn't need them
-            return tuple(every)
+        own = self._task(public).template_for("causal")
         others = [form for form in every if form != own]
         return tuple([own] * max(1, len(others)) + others)
 

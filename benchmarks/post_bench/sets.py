@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from post_shared.data import Row, read_corpus, read_rows
-from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
+from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.tasks import Task, preset_names
 
 CORPUS = "corpus.txt"
 TASK_FILE = "task.json"
+NAMED = "{text} This is about"
+"""The template of a task that is known by the names of its labels only."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ def read_prose(folder: Path) -> list[str]:
 
 def task_of(folder: Path, some: LabelledSet, chosen: Mapping[str, str]) -> Task:
     """The task of a set: what ``chosen`` says (a preset or a file), the set's own task.json, its namesake among the
-    presets, or the first preset with the same labels.
+    presets, the first preset with the same labels, or else the labels' own names as label words.
 
     Raises:
-        TaskInvalid: none of these.
+        TaskInvalid: labels whose names can't be told apart.
     """
     if some.name in chosen:
         value = chosen[some.name]
@@ -89,10 +92,16 @@ def task_of(folder: Path, some: LabelledSet, chosen: Mapping[str, str]) -> Task:
         task = Task.preset(preset)
         if set(task.labels) == some.labels:
             return task
-    raise TaskInvalid(
-        f"no preset has the labels of {some.name} ({', '.join(sorted(some.labels))}); write {own} with template and "
-        f"label_words, or pass --task {some.name}=PRESET_OR_FILE"
-    )
+    return Task(NAMED, {label: _words_of(label) for label in sorted(some.labels)})
+
+
+def _words_of(label: str) -> tuple[str, ...]:
+    """A label's name and, where it is made of several, its words.
+
+    >>> _words_of("Sci/Tech")
+    ('Sci/Tech', 'Sci', 'Tech')
+    """
+    return tuple(dict.fromkeys([label, *re.findall(r"[^\W_]+", label)]))
 
 
 def pairs(private: list[str], public: list[str]) -> list[tuple[str, str]]:

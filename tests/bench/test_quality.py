@@ -16,7 +16,7 @@ from post_server.ml.distillation import DistilConfig
 from post_server.ml.transfer import TransferConfig
 from post_shared.cli import build_app, run
 from post_shared.data import Row
-from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
+from post_shared.errors import DataInvalid, InvalidInput
 from tests.models import LABELS, TEXTS, tiny_model
 
 ALL = ("zero_shot", "direct", "compressed", "untuned", "paper", "post", "upper_bound", "compressed_dp", "post_dp")
@@ -137,13 +137,12 @@ def test_sets_and_tasks(data: Path) -> None:
     assert len(read_prose(data)) == 32
     assert set(task_of(data, films, {}).labels) == {"negative", "positive"}
     assert task_of(data, films, {"films": "imdb"}) != "agnews"
-    odd = LabelledSet("odd", (Row("a", "left"), Row("b", "right")), ())
-    with pytest.raises(TaskInvalid, match="left, right"):
-        task_of(data, odd, {})
+    odd = LabelledSet("odd", (Row("a", "left"), Row("b", "right/wrong")), ())
+    assert task_of(data, odd, {}).label_words == {"left": ("left",), "right/wrong": ("right/wrong", "right", "wrong")}
     (data / "odd").mkdir()
-    form = {"template": "{text}", "label_words": {"left": ["bad"], "right": ["good"]}}
+    form = {"template": "{text}", "label_words": {"left": ["bad"], "right/wrong": ["good"]}}
     (data / "odd" / "task.json").write_text(json.dumps(form), encoding="utf-8")
-    assert task_of(data, odd, {}).labels == ("left", "right")
+    assert task_of(data, odd, {}).labels == ("left", "right/wrong")
 
 
 def test_pairs_leave_a_set_with_itself_out() -> None:
