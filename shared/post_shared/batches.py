@@ -118,18 +118,19 @@ class ShuffledBatches:
     """Batch ``step`` of endless seeded epochs; a function of (seed, step), so a resumed run sees the same.
 
     Rows of similar length share a batch: a window of eight batches is drawn at random, sorted by length, cut,
-    and its batches shuffled.
+    and its batches shuffled. With ``rows``, only these are used.
     """
 
     WINDOW = 8
 
-    def __init__(self, encoded: EncodedRows, batch_size: int, seed: int) -> None:
-        if not len(encoded):
+    def __init__(self, encoded: EncodedRows, batch_size: int, seed: int, *, rows: Sequence[int] | None = None) -> None:
+        self.rows = list(range(len(encoded))) if rows is None else list(rows)
+        if not self.rows:
             raise InvalidInput("there are no rows to make batches of")
         self.encoded = encoded
-        self.batch_size = min(batch_size, len(encoded))
+        self.batch_size = min(batch_size, len(self.rows))
         self.seed = seed
-        self.per_epoch = len(encoded) // self.batch_size
+        self.per_epoch = len(self.rows) // self.batch_size
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __call__(self, step: int) -> Batch:
@@ -140,7 +141,7 @@ class ShuffledBatches:
 
     def _plan(self, epoch: int) -> list[list[int]]:
         generator = random.Random(f"{self.seed}/{epoch}")  # noqa: S311  not a secret: plain tuning and public data
-        order = list(range(len(self.encoded)))
+        order = list(self.rows)
         generator.shuffle(order)
         order = order[: self.per_epoch * self.batch_size]
         batches: list[list[int]] = []

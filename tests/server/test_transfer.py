@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from post_server.ml.ensemble import balanced, ensemble
+from post_server.ml.held_out import BestStep, hold_out
 from post_server.ml.start import copy_student
 from post_server.ml.transfer import (
     TransferConfig,
@@ -19,14 +20,14 @@ from post_server.ml.transfer import (
     transfer,
 )
 from post_shared import losses
-from post_shared.batches import encode_rows
+from post_shared.batches import ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, PromptMismatch
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
-from post_shared.training import Progress
+from post_shared.training import Progress, PromptAdam
 from tests.models import LABELS, TEXTS, tiny_model
 
 TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
@@ -133,8 +134,9 @@ def test_transfer_lowers_its_loss(pair: tuple[LanguageModel, LanguageModel], met
     assert result.prompt.embeddings.shape == prompt.embeddings.shape
 
 
-def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
-    target = tiny_model()
+@pytest.mark.parametrize("count", [8, 70])
+def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path, count: int) -> None:
+    target, texts = tiny_model(), many_texts(count)
     student, prompt = copy_student(target, [0, 3]), SoftPrompt.random(target, 4, seed=1)
     config = TransferConfig(steps=8, batch_size=4)
 
@@ -143,9 +145,10 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
             raise Cancelled("enough")
 
     with pytest.raises(Cancelled):
-        transfer(target, student, TASK, prompt, TEXTS, config, report=stop, checkpoint=tmp_path)
-    resumed = transfer(target, student, TASK, prompt, TEXTS, config, checkpoint=tmp_path)
-    undisturbed = transfer(target, student, TASK, prompt, TEXTS, config)
+        transfer(target, student, TASK, prompt, texts, config, report=stop, checkpoint=tmp_path)
+    resumed = transfer(target, student, TASK, prompt, texts, config, checkpoint=tmp_path)
+    undisturbed = transfer(target, student, TASK, prompt, texts, config)
+    assert (resumed.chosen_step, resumed.held_out_loss) == (undisturbed.chosen_step, undisturbed.held_out_loss)
     assert torch.equal(resumed.prompt.embeddings, undisturbed.prompt.embeddings)
 
 
@@ -261,3 +264,52 @@ def test_a_student_with_another_tokenizer_is_refused() -> None:
 
     with pytest.raises(PromptMismatch, match="different tokens"):
         transfer(target, LanguageModel(student.model, Other()), TASK, prompt, TEXTS, TransferConfig(steps=1))
+
+
+# --- the chosen step ----------------------------------------------------------------------------------
+
+
+def many_texts(count: int) -> list[str]:
+    return [f"{text} {number}" for number in range(-(-count // len(TEXTS))) for text in TEXTS][:count]
+
+
+def test_rows_are_left_out_of_many_only_and_never_trained_on() -> None:
+    assert hold_out(63, seed=0) == (list(range(63)), [])
+    trained, left_out = hold_out(1000, seed=0)
+    assert len(left_out) == 64
+    assert sorted(trained + left_out) == list(range(1000))
+    assert hold_out(1000, seed=1)[1] != left_out
+    encoded = encode_rows(tiny_model(), TASK, many_texts(80))
+    batches = ShuffledBatches(encoded, 8, 0, rows=range(0, 80, 2))
+    assert {row for step in range(20) for row in batches(step).index} == set(range(0, 80, 2))
+
+
+def test_the_step_that_does_best_on_held_out_rows_is_chosen() -> None:
+    batch = encode_rows(tiny_model(), TASK, TEXTS).batch(range(4))
+    adam = PromptAdam(torch.nn.Parameter(torch.zeros(1, 1)), 0.1)
+    best = BestStep(
+        adam, lambda prompt, rows: (prompt - 0.52).square().expand(4, 1)[:, 0], batch, batch_size=2, steps=10
+    )
+    for _ in range(10):
+        best.update(lambda prompt, rows: -prompt.expand(4, 1)[:, 0], batch)  # training runs on past the best place
+    prompt, step, loss = best.chosen
+    assert step == 5
+    assert prompt.item() == pytest.approx(0.5, abs=1e-3)
+    assert loss == pytest.approx(0.0004, abs=1e-4)
+
+
+def test_a_transfer_reports_the_held_out_loss_of_the_prompt_that_it_returns() -> None:
+    target = tiny_model()
+    student, prompt = copy_student(target, [0, 3]), SoftPrompt.random(target, 4, seed=1)
+    seen: dict[int, float] = {}
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == "transfer" and "held_out_loss" in progress.metrics:
+            seen[progress.step] = progress.metrics["held_out_loss"]
+
+    config = TransferConfig(steps=20, batch_size=8)
+    result = transfer(target, student, TASK, prompt, many_texts(80), config, report=watch)
+    assert result.held_out_loss == min(seen.values())
+    assert seen[result.chosen_step] == result.held_out_loss
+    fewer = transfer(target, student, TASK, prompt, many_texts(40), config)
+    assert (fewer.chosen_step, fewer.held_out_loss) == (20, None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from post_server.ml.ensemble import ensemble
+from post_server.ml.held_out import BestStep, hold_out
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, PromptMismatch
@@ -62,8 +63,12 @@ class TransferResult:
     prompt: SoftPrompt
     alpha: float
     steps: int
+    """Steps made; the prompt is that of ``chosen_step``."""
     first_loss: float
     last_loss: float
+    chosen_step: int
+    held_out_loss: float | None
+    """Mean loss at the chosen step on public rows that weren't trained on; None if there were too few to leave out."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,8 @@ def transfer(
 ) -> TransferResult:
     """p_s -> p_t: start where p_s is, and follow the method's loss on public texts. Labels are never looked at.
 
+    Of enough public texts some are left out of training, and the step at which these are imitated best is chosen.
+
     A generation task has no classes: it is transferred by the paper's loss, where the answer begins.
 
     Raises:
@@ -200,18 +207,23 @@ def transfer(
         losses.append(progress.metrics["loss"])
         report(progress)
 
-    moved = train_prompt(
-        PromptAdam(nn.Parameter(prompt.embeddings.clone().to(target.device)), config.learning_rate),
+    adam = PromptAdam(nn.Parameter(prompt.embeddings.clone().to(target.device)), config.learning_rate)
+    trained, left_out = hold_out(len(encoded), config.seed)
+    best = BestStep(adam, objective, encoded.batch(left_out), batch_size=config.batch_size, steps=config.steps)
+    train_prompt(
+        best,
         objective,
-        ShuffledBatches(encoded, config.batch_size, config.seed),
+        ShuffledBatches(encoded, config.batch_size, config.seed, rows=trained),
         steps=config.steps,
         learning_rate=config.learning_rate,
         stage="transfer",
         report=watch,
         checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None,
+        also=lambda step: best.latest,
     )
+    moved, step, held_out_loss = best.chosen
     first, last = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
-    return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last)
+    return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last, step, held_out_loss)
 
 
 def choose_alpha(

@@ -154,7 +154,8 @@ def _save_target_prompt(
     )
     losses = {"first_loss": moved.first_loss, "last_loss": moved.last_loss}  # none when all steps were done before
     known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-    return {"prompt_id": row.id, "alpha": moved.alpha, "steps": moved.steps, **known}
+    chosen = {"chosen_step": moved.chosen_step, "held_out_loss": moved.held_out_loss}
+    return {"prompt_id": row.id, "alpha": moved.alpha, "steps": moved.steps, **known, **chosen}
 
 
 def run_evaluate(work: Work) -> Outcome:
