@@ -56,7 +56,7 @@ def quality(
     student: Annotated[
         str | None, typer.Option(help="Take this student and distil none.", rich_help_panel=STUDENT)
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Of distillation per public set.", rich_help_panel=STUDENT)] = 20.0,
+    minutes: Annotated[float, typer.Option(help="Of distillation.", rich_help_panel=STUDENT)] = 20.0,
     keep_layers: Annotated[int, typer.Option(help="Layers of the student.", rich_help_panel=STUDENT)] = 8,
     tune_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
     dp_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
@@ -84,13 +84,12 @@ def quality(
     quiet_libraries()
     model = _target(target, device)
     small = LanguageModel.load(student, device=device) if student else None
-    about = _about(config, model, target, small, data, private + public, tasks)
+    about = _about(config, model, target, small, data, private, public, tasks)
     found = figures.Results.open(json, about)
     console = Console(stderr=True)
     display = _Display(console)
-    bench = Bench(
-        model, data, work or json.with_suffix(".work"), config, found, tasks=tasks, student=small, report=display.report
-    )
+    made = work or json.with_suffix(".work")
+    bench = Bench(model, data, made, config, found, public=public, tasks=tasks, student=small, report=display.report)
     with display:
         bench.run(keys, display.left)
     chosen = [row for row in found.rows if row.key in set(keys)]
@@ -139,7 +138,8 @@ def _about(
     target: str | None,
     small: LanguageModel | None,
     data: Path,
-    names: list[str],
+    private: list[str],
+    public: list[str],
     tasks: dict[str, str],
 ) -> dict[str, Any]:
     """What the figures are of: rows made under another ``about`` are never mixed with these."""
@@ -149,7 +149,8 @@ def _about(
     return {
         "target": {"name": target or "SmolLM2-135M-Instruct", "fingerprint": fingerprint(model.model)[:16]},
         "student": fingerprint(small.model)[:16] if small else None,
-        "data": {"name": data.resolve().name, "bytes": _sizes(data, set(names))},
+        "public": sorted(set(public)),  # the student is made with all of them
+        "data": {"name": data.resolve().name, "bytes": _sizes(data, {*private, *public})},
         "tasks": dict(sorted(tasks.items())),
         "config": loads(dumps(asdict(config))),  # as JSON reads it back
         "versions": versions(),

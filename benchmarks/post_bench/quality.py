@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from post_bench.results import METHODS, Figure, Results
-from post_bench.sets import LabelledSet, read_prose, read_set, task_of
+from post_bench.sets import LabelledSet, read_prose, read_set, some_prose, task_of
 from post_client.lean import check_public
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
@@ -36,6 +36,8 @@ from post_shared.training import Progress, Reporter, fingerprint
 Key = tuple[str, str, str, int]
 UPPER = TuneConfig(steps=300, batch_size=16, learning_rate=0.01)
 """Tuning on the large model itself: it learns at a lower rate than a student does."""
+PROSE = 500_000
+"""Letters of prose that a student reads at least; it reads as many as the public sets have, if these have more."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,17 @@ class Bench:
         config: QualityConfig,
         results: Results,
         *,
+        public: Sequence[str],
         tasks: Mapping[str, str] | None = None,
         student: LanguageModel | None = None,
         report: Callable[[str, Progress], None] = lambda what, progress: None,
     ) -> None:
         self.target, self.data, self.work, self.config, self.results = target, data, work, config, results
-        self.tasks = tasks or {}
+        self.public, self.tasks = tuple(dict.fromkeys(public)), tasks or {}
         self.given = student
         self.tell = report
         self._set = lru_cache(maxsize=None)(lambda name: read_set(data, name))
-        self._student = lru_cache(maxsize=1)(self._make_student)
+        self._student = lru_cache(maxsize=1)(lambda private: self._make_student(self._others(private)))
         self._zero_shot = lru_cache(maxsize=None)(lambda name: self._measure(self.target, name, None))
 
     def run(self, keys: list[Key], left: Callable[[float | None], None] = lambda seconds: None) -> None:
@@ -84,7 +87,8 @@ class Bench:
         for private, public in dict.fromkeys((private, public) for private, public, _, _ in keys):
             self._task(private)  # what is missing is said before hours of work
             check_public(self._set(public).texts, public)
-            self._check_apart(private, public)
+            for other in dict.fromkeys((public, *self._others(private))):
+                self._check_apart(private, other)
         missing = self.results.missing(keys)
         while missing:
             left(self.results.seconds_left(missing))
@@ -98,7 +102,7 @@ class Bench:
         if plain == "zero_shot":
             (accuracy, seconds), settings = self._zero_shot(private), dict[str, Any]()
         else:
-            model = self._student(public) if plain == "compressed" else self.target
+            model = self._student(private) if plain == "compressed" else self.target
             prompt, made, settings = self._prompt_of(key)
             accuracy, seconds = self._measure(model, private, prompt)
             seconds += made
@@ -117,10 +121,10 @@ class Bench:
             return (*self._tuned("target", self.target, private, config, public, secret=secret), asdict(config))
         config = self._seeded(self.config.private if secret else self.config.plain, seed)
         if plain == "untuned":  # the control: what the transfer brings by itself
-            start = starting_prompt(self._student(public), self._task(private), config).embeddings
+            start = starting_prompt(self._student(private), self._task(private), config).embeddings
             moving = self._moving("post", seed)
             return (*self._transferred(start, private, public, moving, secret=False), asdict(moving))
-        prompt, seconds = self._tuned(public, self._student(public), private, config, public, secret=secret)
+        prompt, seconds = self._tuned("student", self._student(private), private, config, public, secret=secret)
         if plain == "compressed":
             return prompt, seconds, asdict(config)
         if plain == "direct":
@@ -148,7 +152,7 @@ class Bench:
     def _transferred(
         self, prompt: Tensor, private: str, public: str, config: TransferConfig, *, secret: bool
     ) -> tuple[Tensor, float]:
-        task, texts, student = self._task(private), self._set(public).texts, self._student(public)
+        task, texts, student = self._task(private), self._set(public).texts, self._student(private)
         name = f"{config.method}-{private}-by-{public}{'-dp' if secret else ''}"
 
         def make(report: Reporter, checkpoint: Path) -> Tensor:
@@ -173,40 +177,46 @@ class Bench:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("prompt"), float(file.metadata()["seconds"])
 
-    def _make_student(self, public: str) -> LanguageModel:
-        """The student of a provider whose public text is the prose and the public set: no private text is in it."""
+    def _others(self, private: str) -> tuple[str, ...]:
+        """The public sets of this run that the provider's student is made with: all but the private one."""
+        return tuple(name for name in self.public if name != private)
+
+    def _make_student(self, public: tuple[str, ...]) -> LanguageModel:
+        """The student of a provider whose public text is prose and the public sets: no private text is in it."""
         if self.given is not None:
             return self.given
+        texts = list(dict.fromkeys(text for name in public for text in self._set(name).texts))
+        corpus = some_prose(read_prose(self.data), max(PROSE, sum(map(len, texts)))) + texts
         config = replace(self.config.distil, answer_forms=self._forms(public))
-        corpus = read_prose(self.data) + self._set(public).texts
-        folder = self.work / f"student-{public}-{fingerprint(config, self.target.model, corpus)[:12]}"
+        name = "-".join(("student", *public))
+        folder = self.work / f"{name}-{fingerprint(config, self.target.model, corpus)[:12]}"
         if not (folder / "model.safetensors").exists():
             began = time.monotonic()
             last: dict[str, float] = {}
 
             def report(progress: Progress) -> None:
                 last.update(progress.metrics)
-                self.tell(f"student-{public}", progress)
+                self.tell(name, progress)
 
             student = distil(self.target, corpus, config, report=report, checkpoint=folder.with_suffix(".checkpoint"))
             aside = folder.with_suffix(".part")
             shutil.rmtree(aside, ignore_errors=True)
             student.save(aside)
             aside.replace(folder)
-            self.results.students[public] = {"seconds": time.monotonic() - began, **last}
+            self.results.students[name] = {"seconds": time.monotonic() - began, **last}
             self.results.save()
         return LanguageModel.load(folder, device=str(self.target.device), dtype=self.target.dtype)
 
-    def _forms(self, public: str) -> tuple[str, ...]:
-        """The provider knows families of tasks, not the owner's task: half of the texts stand in the template of its
-        own set's task, the others in those of the presets."""
-        presets = [Task.preset(name) for name in preset_names()]
-        every = dict.fromkeys(task.template_for("causal") for task in presets if not task.is_generation)
+    def _forms(self, public: tuple[str, ...]) -> tuple[str, ...]:
+        """The provider knows families of tasks, not the owner's task: half of the texts stand in the templates of its
+        own sets' tasks, the others in those of the presets."""
         if self.target.kind != "causal":
             return ()
-        own = self._task(public).template_for("causal")
-        others = [form for form in every if form != own]
-        return tuple([own] * max(1, len(others)) + others)
+        presets = [Task.preset(name) for name in preset_names()]
+        every = dict.fromkeys(task.template_for("causal") for task in presets if not task.is_generation)
+        own = list(dict.fromkeys(self._task(name).template_for("causal") for name in public))
+        others = [form for form in every if form not in own]
+        return tuple(own * max(1, len(others)) + others * len(own))
 
     def _check_apart(self, private: str, public: str) -> None:
         """Raise :class:`DataInvalid` when public text holds a private one: what came of it would mean nothing."""

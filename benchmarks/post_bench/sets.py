@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from post_shared.data import Row, read_corpus, read_rows
@@ -72,6 +75,13 @@ def read_prose(folder: Path) -> list[str]:
     if path is None:
         raise DataInvalid(f"{folder} has no {CORPUS} (or {CORPUS}.gz): plain prose, one paragraph a line, to distil on")
     return read_corpus(path, format="txt")
+
+
+def some_prose(paragraphs: Sequence[str], letters: int) -> list[str]:
+    """Paragraphs drawn at random (seed 0) until they have ``letters`` letters, or all of them."""
+    order = random.Random(0).sample(range(len(paragraphs)), len(paragraphs))
+    until = bisect_left(list(accumulate(len(paragraphs[at]) for at in order)), letters)
+    return [paragraphs[at] for at in order[: until + 1]]
 
 
 def task_of(folder: Path, some: LabelledSet, chosen: Mapping[str, str]) -> Task:

@@ -10,7 +10,7 @@ import pytest
 
 from post_bench.quality import Bench, QualityConfig, wanted
 from post_bench.results import Figure, Results, gap_share, summary, table
-from post_bench.sets import LabelledSet, pairs, read_prose, read_set, task_of
+from post_bench.sets import LabelledSet, pairs, read_prose, read_set, some_prose, task_of
 from post_client.tuning import TuneConfig
 from post_server.ml.distillation import DistilConfig
 from post_server.ml.transfer import TransferConfig
@@ -48,7 +48,7 @@ def data(tmp_path: Path) -> Path:
 
 def _bench(data: Path, out: Path, **more: object) -> Bench:
     results = Results.open(out / "q.json", {"settings": "small"})
-    return Bench(tiny_model("llama", layers=3), data, out / "work", SMALL, results, **more)  # type: ignore[arg-type]
+    return Bench(tiny_model("llama", layers=3), data, out / "work", SMALL, results, **{"public": ["products"]} | more)  # type: ignore[arg-type]
 
 
 def test_every_method_has_its_figure(data: Path, tmp_path: Path) -> None:
@@ -82,7 +82,8 @@ def test_a_stopped_run_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_the_student_never_sees_the_private_set(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr("post_bench.quality.distil", lambda target, corpus, *_, **__: seen.extend(corpus) or target)
-    _bench(data, tmp_path).run(wanted([("films", "products")], ["compressed"], seeds=1))
+    bench = _bench(data, tmp_path, public=["products", "films"])  # another pair of the run could have films in public
+    bench.run(wanted([("films", "products")], ["compressed"], seeds=1))
     assert not set(seen) & {row.text for row in read_set(data, "films").train}
     assert {row.text for row in read_set(data, "products").train} <= set(seen)
 
@@ -143,6 +144,14 @@ def test_sets_and_tasks(data: Path) -> None:
     form = {"template": "{text}", "label_words": {"left": ["bad"], "right/wrong": ["good"]}}
     (data / "odd" / "task.json").write_text(json.dumps(form), encoding="utf-8")
     assert task_of(data, odd, {}).labels == ("left", "right/wrong")
+
+
+def test_prose_is_drawn_until_there_is_enough() -> None:
+    paragraphs = [str(number) * 10 for number in range(10)]
+    some = some_prose(paragraphs, 35)
+    assert len(some) == 4
+    assert some == some_prose(paragraphs, 31) != paragraphs[:4]
+    assert sorted(some_prose(paragraphs, 1000)) == paragraphs
 
 
 def test_pairs_leave_a_set_with_itself_out() -> None:
