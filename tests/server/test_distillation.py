@@ -11,8 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from post_server.ml.corpus import Corpus, _order, in_answer_forms, masked_tokens, next_token, prepare_corpus
-from post_server.ml.distillation import DistilConfig, Plateau, distil, distillation_losses
-from post_server.ml.start import chosen_layers, copy_student, fold
+from post_server.ml.descent import Plateau
+from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.layers import chosen_layers, copy_student
+from post_server.ml.objective import distillation_losses
+from post_server.ml.start import TargetStates, fold
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
 from post_shared.language_model import LanguageModel
 from post_shared.losses import OPEN, language_model_loss
@@ -61,14 +64,14 @@ def test_the_fold_brings_the_student_closer_than_the_copy(family: str) -> None:
     block = corpus.batch(0, 16, 0)
     kept = [0, 1, 5]
     plain, folded = copy_student(target, kept), copy_student(target, kept)
-    fold(target, folded, kept, [block])
+    fold(folded, kept, TargetStates(target, [block]))
 
     def gap(student: LanguageModel) -> float:
         return float((student.hidden(block) - target.hidden(block)).norm())
 
     assert gap(folded) < gap(plain)
     with pytest.raises(InvalidInput, match="keep the last layer"):
-        fold(target, copy_student(target, [0, 1]), [0, 1], [block])
+        fold(copy_student(target, [0, 1]), [0, 1], TargetStates(target, [block]))
 
 
 def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
@@ -78,7 +81,7 @@ def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
         weight.data.zero_()
     student = copy_student(target, [0, 2])
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 16, 0)
-    fold(target, student, [0, 2], [block])
+    fold(student, [0, 2], TargetStates(target, [block]))
     torch.testing.assert_close(student.hidden(block), target.hidden(block), rtol=0.05, atol=0.05)
 
 
@@ -86,7 +89,7 @@ def test_a_model_whose_layers_normalise_after_adding_says_that_it_cannot_fold() 
     target = tiny_model("bert")
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 4, 0)
     with pytest.raises(InvalidInput, match="start='copy'"):
-        fold(target, copy_student(target, [0, 3]), [0, 3], [block])
+        fold(copy_student(target, [0, 3]), [0, 3], TargetStates(target, [block]))
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])

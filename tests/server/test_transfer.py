@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from post_server.ml.ensemble import balanced, ensemble
-from post_server.ml.start import copy_student
+from post_server.ml.layers import copy_student
 from post_server.ml.transfer import (
     TransferConfig,
     choose_alpha,
