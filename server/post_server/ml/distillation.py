@@ -60,6 +60,8 @@ class DistilConfig:
             raise InvalidInput("batch_tokens holds at least one sequence")
         if not 1 <= self.accumulate <= self.rows:
             raise InvalidInput(f"accumulate is 1 to {self.rows}: a batch has {self.rows} sequences to take in turn")
+        if self.alignment < 0:
+            raise InvalidInput(f"alignment is a weight of 0 or more, not {self.alignment}")
         if self.layer_pattern not in {*PATTERNS, "search"}:
             raise InvalidInput(f"layer_pattern is search or one of {', '.join(PATTERNS)}, not {self.layer_pattern!r}")
         if not isinstance(self.keep_layers, int) and self.layer_pattern != "ends":

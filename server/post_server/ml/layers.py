@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
 
-FRONT_POWER = 1.75
+FRONT_POWER = 1.95
 
 
 def ends(count: int, layers: int) -> list[int]:

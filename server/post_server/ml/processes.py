@@ -143,7 +143,7 @@ def followers(order: Path, size: int, *, cpu: bool = False) -> Iterator[Group]:
             for process in started:  # they were let go by the end of the work
                 process.wait(timeout=10)
     except RuntimeError as error:  # how a broken connection shows
-        gone = [process.returncode for process in started if process.poll()]
+        gone = [status for process in started if (status := _status(process))]
         if not gone:
             raise
         raise JobKilled(
@@ -153,6 +153,13 @@ def followers(order: Path, size: int, *, cpu: bool = False) -> Iterator[Group]:
         for process in started:
             process.kill()
             process.wait()
+
+
+def _status(process: subprocess.Popen[bytes]) -> int | None:
+    """How it ended; one that loses its connections first needs a moment."""
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout=5)
+    return None
 
 
 def _place(rank: int) -> dict[str, str]:

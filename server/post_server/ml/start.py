@@ -111,12 +111,15 @@ def _fitted(made: Tensor, residual: Tensor, wanted: Tensor) -> Tensor:
     width = made.shape[-1]
     gram = torch.zeros(width, width, dtype=torch.float64)
     cross = torch.zeros(width, width, dtype=torch.float64)
-    for some in zip(made.split(ROWS), residual.split(ROWS), wanted.split(ROWS), strict=True):
-        m, r, h = (part[:, SINKS:].reshape(-1, width).cpu().double() for part in some)
+    for at in range(0, len(made), ROWS):
+        m, r, h = (
+            states[at : at + ROWS, SINKS:].reshape(-1, width).cpu().double() for states in (made, residual, wanted)
+        )
         gram += m.T @ m
         cross += m.T @ (h - r)
     scale = float(gram.diagonal().mean())
-    return torch.linalg.solve(gram + RIDGE * scale * torch.eye(width, dtype=torch.float64), cross)
+    fitted: Tensor = torch.linalg.solve(gram + RIDGE * scale * torch.eye(width, dtype=torch.float64), cross)
+    return fitted
 
 
 def mlp_output(layer: nn.Module, width: int) -> nn.Module:
