@@ -84,6 +84,7 @@ class Descent:
     rows: int
     accumulate: int
     seed: int
+    share: float = HEAD_SHARE
 
     def __post_init__(self) -> None:
         rows = min(self.rows, len(self.corpus.blocks))
@@ -98,7 +99,7 @@ class Descent:
         weights, group = list(self.student.weights.values()), self.group
         group.share(weights)
         self.student.optimizer.zero_grad()
-        prediction = predictions(self.objective.target, self.corpus, step, self.rows, self.seed)
+        prediction = predictions(self.objective.target, self.corpus, step, self.rows, self.seed, self.share)
         blocks = self.corpus.numbers(step, self.rows, self.seed)
         sums: dict[str, Tensor] = {}
         for part in parts_of(prediction, blocks, group.size * self.accumulate)[group.rank :: group.size]:
@@ -112,9 +113,7 @@ class Descent:
         return {name: float(value) for name, value in sums.items()}
 
 
-def predictions(
-    target: LanguageModel, corpus: Corpus, step: int, rows: int, seed: int, share: float = HEAD_SHARE
-) -> Prediction:
+def predictions(target: LanguageModel, corpus: Corpus, step: int, rows: int, seed: int, share: float) -> Prediction:
     """What is asked in a step; of a causal model at that share of the positions, and where an answer form ends."""
     block = corpus.batch(step, rows, seed)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)

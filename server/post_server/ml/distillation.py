@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from post_server.ml.corpus import Corpus, prepare_corpus
-from post_server.ml.descent import Descent, Plateau, Student, predictions
+from post_server.ml.descent import Descent, Plateau, Student
 from post_server.ml.layer_search import LayerChoice, LayerSearch, SearchNotes, search_layers
 from post_server.ml.layers import PATTERNS, chosen_layers, copy_student
 from post_server.ml.objective import Objective
@@ -25,8 +25,6 @@ from post_shared.training import Checkpoint, Clock, Progress, Reporter, fingerpr
 WARM_UP = 0.05
 SEARCH_TOKENS = 4_096
 """Of a search: text that each candidate is fitted on, and as much that it is scored on."""
-SEARCH_SHARE = 0.1
-"""Share of the positions of the latter at which it is scored, besides those of answer forms."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,9 @@ def choose_layers(
     if config.layer_pattern != "search" or not isinstance(config.keep_layers, int):
         return LayerChoice(tuple(chosen_layers(_listed(config), target.layers, config.layer_pattern)))
     blocks = _first_blocks(corpus, config, SEARCH_TOKENS)
-    held = max(config.rows, SEARCH_TOKENS // config.sequence_length)
-    asked = predictions(target, corpus, 1, min(held, max(1, len(corpus.blocks) // 2)), config.seed, SEARCH_SHARE)
-    search = LayerSearch(target, config.start, blocks, asked, config.temperature)
+    rows = max(config.rows, SEARCH_TOKENS // config.sequence_length)
+    held = corpus.batch(1, min(rows, max(1, len(corpus.blocks) // 2)), config.seed)
+    search = LayerSearch(target, config.start, blocks, held)
     work = (config.keep_layers, config.start, config.seed, config.rows, corpus.digest, target.model)
     notes = SearchNotes(folder, *work) if folder else None
     return search_layers(

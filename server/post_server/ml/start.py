@@ -34,8 +34,11 @@ class TargetStates:
     Each is computed once, however many students are started from them.
     """
 
-    def __init__(self, target: LanguageModel, blocks: Sequence[Tensor], report: Reporter = ignore) -> None:
-        self.target, self._blocks, self._report = target, blocks, report
+    def __init__(
+        self, target: LanguageModel, blocks: Sequence[Tensor], report: Reporter = ignore, ahead: Sequence[int] = ()
+    ) -> None:
+        """``ahead`` are layers that will be asked for: the first pass takes them too."""
+        self.target, self._blocks, self._report, self._ahead = target, blocks, report, ahead
         self.tokens = torch.cat(list(blocks))  # (N, T)
         self._known: dict[int, Tensor] = {}
 
@@ -43,6 +46,7 @@ class TargetStates:
     def entering(self, layers: Sequence[int]) -> dict[int, Tensor]:
         """Layer -> (N, T, d), with one pass of the target for all of them that aren't known yet."""
         missing = [layer for layer in layers if layer not in self._known]
+        missing = sorted({*missing, *self._ahead} - set(self._known)) if missing else []
         parts: dict[int, list[Tensor]] = {layer: [] for layer in missing}
         for done, block in enumerate(self._blocks if missing else (), 1):
             with layer_inputs(self.target, missing, stop=True) as caught:

@@ -140,7 +140,7 @@ def _group(work: Work, target: ModelRow, config: DistilConfig) -> AbstractContex
 def _layers(choice: LayerChoice) -> dict[str, Any]:
     """The kept layers, and what a search found for each pattern, best first."""
     scores = sorted(choice.scores.items(), key=lambda pair: pair[1])
-    tried = [{"layers": list(kept), "ce": round(score, 4)} for kept, score in scores]
+    tried = [{"layers": list(kept), "cos": round(score, 4)} for kept, score in scores]
     return {"layers": list(choice.kept), **({"tried": tried} if tried else {})}
 
 
