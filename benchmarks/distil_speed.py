@@ -174,21 +174,15 @@ def table(found: dict[str, object], runs: dict[str, Run]) -> str:
         "L_ce then",
         "L_ce at the end",
         "steps",
-        "time to the paper recipe's lowest L_ce",
+        "time to the paper's lowest",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, one in runs.items():
         first, last = one.curve[0], one.curve[-1]
         there = found[f"{name}_seconds"]
         when = "not reached" if there is None else f"{there} s"
-        cells = [
-            f"{name}: {RECIPES[name]}",
-            f"{first[0]:.0f} s",
-            f"{first[1]:.2f}",
-            f"{last[1]:.2f}",
-            str(one.steps),
-            when,
-        ]
+        cells = [f"{name}: {RECIPES[name]}", f"{first[0]:.0f} s", f"{first[1]:.2f}", f"{last[1]:.2f}"]
+        cells += [str(one.steps), when]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
