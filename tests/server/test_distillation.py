@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from post_server.ml.corpus import Corpus, _order, in_answer_forms, masked_tokens, next_token, prepare_corpus
-from post_server.ml.descent import Plateau
+from post_server.ml.descent import Plateau, Student, Training
 from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.layers import chosen_layers, copy_student
 from post_server.ml.objective import distillation_losses
@@ -148,6 +149,8 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         distil(target, PARAGRAPHS, config, report=stop, checkpoint=tmp_path)
     steps: list[int] = []
+    with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+        assert len(file.get_tensor("losses")) == 3  # of the steps before, for the plateau
     resumed = distil(
         target,
         PARAGRAPHS,
@@ -196,9 +199,15 @@ def test_time_alone_ends_it_and_plateau_too() -> None:
     for loss in (3, 2, 1, 1, 1, 1):
         plateau.add(loss)
     assert not plateau.reached()  # 6 -> 3 fell
-    for loss in (1, 1, 1):
-        plateau.add(loss)
-    assert plateau.reached()
+    resumed, student = (
+        Plateau(window=3),
+        Student(tiny_model(), learning_rate=1.0, freeze_head=True, freeze_embeddings=True),
+    )
+    Training(student, resumed).load_state(Training(student, plateau).state())
+    for one in (plateau, resumed):
+        for loss in (1, 1, 1):
+            one.add(loss)
+        assert one.reached()
 
 
 def test_the_corpus_is_packed_without_padding_kept_and_read_back(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -59,18 +59,31 @@ class Plateau:
 
     window: int = 200
     share: float = 0.002
-
-    def __post_init__(self) -> None:
-        self._seen: list[float] = []
+    seen: list[float] = field(default_factory=list)
 
     def add(self, loss: float) -> None:
-        self._seen.append(loss)
+        self.seen.append(loss)
 
     def reached(self) -> bool:
-        if len(self._seen) < 2 * self.window or len(self._seen) % self.window:
+        if len(self.seen) < 2 * self.window or len(self.seen) % self.window:
             return False
-        before, now = self._seen[-2 * self.window : -self.window], self._seen[-self.window :]
+        before, now = self.seen[-2 * self.window : -self.window], self.seen[-self.window :]
         return sum(now) > (1.0 - self.share) * sum(before)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a checkpoint keeps: the student with its optimizer, and the losses that tell a plateau."""
+
+    student: Student
+    plateau: Plateau
+
+    def state(self) -> dict[str, Tensor]:
+        return self.student.state() | {"losses": torch.tensor(self.plateau.seen, dtype=torch.float64)}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.student.load_state(tensors)
+        self.plateau.seen[:] = tensors["losses"].tolist()
 
 
 @dataclass(frozen=True)
@@ -96,14 +109,14 @@ class Descent:
 
     def gradients(self, step: int) -> dict[str, float]:
         """Leave the gradients of the step's whole batch in the leader's weights; returns its losses there."""
-        weights, group = list(self.student.weights.values()), self.group
+        weights, group, place = list(self.student.weights.values()), self.group, self.objective.target.device.type
         group.share(weights)
         self.student.optimizer.zero_grad()
         prediction = predictions(self.objective.target, self.corpus, step, self.rows, self.seed, self.share)
         blocks = self.corpus.numbers(step, self.rows, self.seed)
         sums: dict[str, Tensor] = {}
         for part in parts_of(prediction, blocks, group.size * self.accumulate)[group.rank :: group.size]:
-            with torch.autocast(group.device.type, torch.bfloat16, enabled=group.device.type == "cuda"):
+            with torch.autocast(place, torch.bfloat16, enabled=place == "cuda"):
                 losses = self.objective.losses(part)
             losses["loss"] = self.objective.total(losses)
             losses["loss"].backward()  # type: ignore[no-untyped-call]

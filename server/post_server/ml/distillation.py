@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from post_server.ml.corpus import Corpus, prepare_corpus
-from post_server.ml.descent import Descent, Plateau, Student
+from post_server.ml.descent import Descent, Plateau, Student, Training
 from post_server.ml.layer_search import LayerChoice, LayerSearch, SearchNotes, search_layers
 from post_server.ml.layers import PATTERNS, chosen_layers, copy_student
 from post_server.ml.objective import Objective
@@ -160,7 +160,7 @@ def distil(
     group.begin(corpus, choice.kept)
     run_steps(
         _update(descent, config, plateau),
-        descent.student,
+        Training(descent.student, plateau),
         steps=config.steps,
         seconds=config.minutes * 60 if config.minutes else None,
         stage="distil",
