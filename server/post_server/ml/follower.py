@@ -35,8 +35,8 @@ def main(order_path: str) -> None:
     order = json.loads(Path(order_path).read_text("utf-8"))
     group = Group.join(cpu=order["cpu"])
     target = LanguageModel.load(order["target"], device=str(group.device))
-    plain: dict[str, Any] = order["config"]
-    config = DistilConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
+    options: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in order["config"].items()}
+    config = DistilConfig(**options)
     checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
     follow(target, config, group, checkpoint=checkpoint, room=CacheRoom(order["cache_bytes"]))
     torch.distributed.destroy_process_group()
