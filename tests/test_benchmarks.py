@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 from pathlib import Path
 
-from benchmarks.distil_speed import RECIPES, draw, first_reach, result, run, table
+import pytest
+from benchmarks.distil_speed import CLOCKS, RECIPES, draw, first_reach, result, run, table
 from benchmarks.dp_cost import measure, measure_runs
 
 from tests.models import TEXTS, tiny_model
@@ -18,7 +21,9 @@ def test_dp_cost_runs() -> None:
     assert measure_runs(tiny_model(), batch_size=4, steps=2, length=5, rounds=1) > 0
 
 
-def test_distil_speed_runs(tmp_path: Path) -> None:
+def test_distil_speed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at this clock is a second."""
+    monkeypatch.setitem(CLOCKS, "wall", partial(next, itertools.count()))
     runs = run(
         tiny_model(layers=6),
         [" ".join(TEXTS)] * 200,
@@ -26,8 +31,8 @@ def test_distil_speed_runs(tmp_path: Path) -> None:
         pattern="front",
         forms=["{text} It was"],
         length=32,
-        seconds=0.3,
-        slice_seconds=0.1,
+        seconds=10,
+        slice_seconds=4,
     )
     assert set(runs) == set(RECIPES)
     for one in runs.values():
