@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import PartialState
@@ -143,12 +144,21 @@ def test_two_processes_are_one_with_both_shares_and_resume_as_one(led: Path) -> 
 
 
 def test_a_follower_that_is_gone_ends_the_work(led: Path) -> None:
-    """It can't load its model; the leader hears of it at the first step, or when it tells of the work."""
+    """It can't load its model, so it never comes; or it falls away later."""
     target = LanguageModel.load(led / "target", device="cpu")
     path = order(led, CONFIG)
+    config = (led / "target" / "config.json").read_text()
     (led / "target" / "config.json").write_text("{}")
     with pytest.raises(JobKilled, match="another GPU ended"), followers(path, 2, cpu=True) as group:
-        distil(target, PARAGRAPHS, replace(CONFIG, steps=1000), group=group)
+        raise AssertionError(group)
+    (led / "target" / "config.json").write_text(config)
+
+    def kill(progress: Progress) -> None:
+        if progress.stage == "distil":
+            psutil.Process().children()[-1].kill()
+
+    with pytest.raises(JobKilled, match="ended with -9"), followers(path, 2, cpu=True) as group:
+        distil(target, PARAGRAPHS, replace(CONFIG, steps=1000), group=group, report=kill)
 
 
 def test_a_process_alone_needs_nobody() -> None:

@@ -184,10 +184,7 @@ def follow(
     room: CacheRoom | None = None,
 ) -> None:
     """Take part in the distillation that another process leads by :func:`distil`, until it is done."""
-    begun = group.begun(target, answers=bool(config.answer_forms))
-    if begun is None:
-        return
-    corpus, kept = begun
+    corpus, kept = group.begun(target, answers=bool(config.answer_forms))
     cache = _cache(target, corpus, config, checkpoint, room)
     descent = _descent(target, copy_student(target, kept), kept, corpus, config, group, cache)
     while (step := group.called()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from post_server.ml.distillation import DistilConfig, follow
-from post_server.ml.processes import Group
+from post_server.ml.processes import READY, Group
 from post_server.ml.teacher_cache import CacheRoom
 from post_server.worker import lifeline
 from post_server.worker.quiet import quiet_models
@@ -33,11 +34,12 @@ def main(order_path: str) -> None:
     lifeline.die_with_parent(GRACE)
     quiet_models()
     order = json.loads(Path(order_path).read_text("utf-8"))
-    group = Group.join(cpu=order["cpu"])
-    target = LanguageModel.load(order["target"], device=str(group.device))
+    target = LanguageModel.load(order["target"], device="cpu" if order["cpu"] else f"cuda:{os.environ['LOCAL_RANK']}")
     options: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in order["config"].items()}
     config = DistilConfig(**options)
     checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
+    print(READY.decode(), flush=True)
+    group = Group.join(cpu=order["cpu"])
     follow(target, config, group, checkpoint=checkpoint, room=CacheRoom(order["cache_bytes"]))
     torch.distributed.destroy_process_group()
 

@@ -27,6 +27,8 @@ from post_server.worker import lifeline
 from post_shared.errors import InvalidInput, JobKilled
 from post_shared.language_model import LanguageModel
 
+READY = b"ready"
+"""What a follower writes to its leader once it has its model."""
 _END = -1
 _PATIENCE = timedelta(days=1)
 """Followers wait this long for the next step: the leader may search or save meanwhile. They die with it anyway."""
@@ -56,7 +58,6 @@ class Group:
         """Tell the followers what the work is about."""
         if self.size > 1:
             count, length = corpus.blocks.shape
-            self.call(0)
             self._tell([count, length, len(kept)])
             self._tell(kept)
             self.share([torch.from_numpy(corpus.blocks)])
@@ -72,10 +73,8 @@ class Group:
 
     # --- the followers' side ----------------------------------------------------------------------------
 
-    def begun(self, target: LanguageModel, *, answers: bool) -> tuple[Corpus, list[int]] | None:
-        """What :meth:`begin` told: the corpus and the kept layers. None: it ended before it began."""
-        if self.called() is None:
-            return None
+    def begun(self, target: LanguageModel, *, answers: bool) -> tuple[Corpus, list[int]]:
+        """What :meth:`begin` told: the corpus and the kept layers."""
         count, length, layers = self._told(3)
         kept = self._told(layers)
         blocks = torch.empty(count, length, dtype=torch.int32)
@@ -123,6 +122,7 @@ def followers(order: Path, size: int, *, cpu: bool = False) -> Iterator[Group]:
 
     Raises:
         InvalidInput: fewer than two processes.
+        JobKilled: one of them ended before the work did.
     """
     if size < 2:
         raise InvalidInput("a leader needs at least one follower")
@@ -133,11 +133,14 @@ def followers(order: Path, size: int, *, cpu: bool = False) -> Iterator[Group]:
             [sys.executable, "-m", "post_server.ml.follower", str(order)],
             env={**os.environ, **names, **_place(rank), **lifeline.environment_for_child()},
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
         )
         for rank in range(1, size)
     ]
     os.environ.update({**names, **_place(0)})
     try:
+        for process in started:  # meeting one that has ended would take forever
+            _await_ready(process)
         yield Group.join(cpu=cpu)
         with suppress(subprocess.TimeoutExpired):
             for process in started:  # they were let go by the end of the work
@@ -146,13 +149,23 @@ def followers(order: Path, size: int, *, cpu: bool = False) -> Iterator[Group]:
         gone = [status for process in started if (status := _status(process))]
         if not gone:
             raise
-        raise JobKilled(
-            f"a process of the job on another GPU ended with {gone[0]}; see the worker's log", exit_status=gone[0]
-        ) from error
+        raise _ended(gone[0]) from error
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()
+
+
+def _await_ready(process: subprocess.Popen[bytes]) -> None:
+    lines = iter(process.stdout or ())
+    if not any(line.strip() == READY for line in lines):
+        raise _ended(process.wait())
+
+
+def _ended(status: int) -> JobKilled:
+    return JobKilled(
+        f"a process of the job on another GPU ended with {status}; see the worker's log", exit_status=status
+    )
 
 
 def _status(process: subprocess.Popen[bytes]) -> int | None:
