@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
+from pathlib import Path
 
+import pytest
+from benchmarks.distil_speed import CLOCKS, RECIPES, draw, first_reach, result, run, table
 from benchmarks.dp_cost import measure, measure_runs
 
-from tests.models import tiny_model
+from tests.models import TEXTS, tiny_model
 
 
 def test_dp_cost_runs() -> None:
@@ -14,3 +19,36 @@ def test_dp_cost_runs() -> None:
     assert set(result) == {"plain_seconds", "private_seconds", "ratio"}
     assert all(math.isfinite(value) and value > 0 for value in result.values())
     assert measure_runs(tiny_model(), batch_size=4, steps=2, length=5, rounds=1) > 0
+
+
+def test_distil_speed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at this clock is a second."""
+    monkeypatch.setitem(CLOCKS, "wall", partial(next, itertools.count()))
+    runs = run(
+        tiny_model(layers=6),
+        [" ".join(TEXTS)] * 200,
+        layers=3,
+        pattern="front",
+        forms=["{text} It was"],
+        length=32,
+        seconds=10,
+        slice_seconds=4,
+    )
+    assert set(runs) == set(RECIPES)
+    for one in runs.values():
+        assert one.steps > 0
+        assert len(one.curve) > 1
+        assert all(math.isfinite(loss) for _, loss in one.curve)
+    found = result(runs)
+    assert "paper_seconds" in found
+    assert table(found, runs).count("\n") == 2 + len(RECIPES)
+    draw(runs, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 0
+
+
+def test_the_time_to_a_loss_lies_between_two_measurements() -> None:
+    curve = [(0.0, 4.0), (10.0, 2.0), (20.0, 1.0)]
+    assert first_reach(curve, 5.0) == 0.0
+    assert first_reach(curve, 3.0) == 5.0
+    assert first_reach(curve, 1.0) == 20.0
+    assert first_reach(curve, 0.5) is None

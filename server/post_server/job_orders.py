@@ -108,7 +108,7 @@ def _check_distillation(session: Session, order: DistillationCreate) -> None:
     target = find_model(session, order.target, ModelRole.TARGET)
     for reference in order.corpus:
         find_dataset(session, reference)
-    _check_layers(order.keep_layers, target)
+    _check_layers(order, target)
     if session.scalar(select(ModelRow.id).where(ModelRow.name == order.name)) is not None:
         raise Conflict(f"There already is a model named {order.name!r}; choose another name.")
     pending = select(JobRow).where(JobRow.kind == JobKind.DISTIL, JobRow.state.not_in(ENDED))
@@ -117,8 +117,9 @@ def _check_distillation(session: Session, order: DistillationCreate) -> None:
             raise Conflict(f"The job {job.id} is making a student named {order.name!r}.", job=job.id)
 
 
-def _check_layers(kept: list[int] | int, target: ModelRow) -> None:
+def _check_layers(order: DistillationCreate, target: ModelRow) -> None:
     """A student has some of the target's layers, never all: with all of them it would be the target."""
+    kept = order.keep_layers
     count = kept if isinstance(kept, int) else len(kept)
     if not 1 <= count < target.layers:
         raise InvalidInput(
@@ -127,6 +128,10 @@ def _check_layers(kept: list[int] | int, target: ModelRow) -> None:
         )
     if not isinstance(kept, int) and (kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= target.layers):
         raise InvalidInput(f"keep_layers lists each layer once, in order, from 0 to {target.layers - 1}.")
+    if not isinstance(kept, int) and order.layer_pattern != "ends":
+        raise InvalidInput(
+            "layer_pattern (--layer-pattern) spreads a number of layers; keep_layers lists them already."
+        )
 
 
 def _check_transfer(session: Session, caller: ApiKeyRow, order: TransferCreate) -> None:

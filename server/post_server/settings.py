@@ -36,6 +36,11 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(default=60.0, gt=0, description="How often a job keeps a checkpoint.")
     cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
 
+    teacher_cache_bytes: int = Field(
+        default=2 * 2**30,
+        ge=0,
+        description="Disk that a distillation may use for the target's hidden states, for later passes of its corpus.",
+    )
     worker_jobs: int = Field(default=1, ge=1, description="Jobs that one worker runs at a time.")
     reconcile_seconds: float = Field(
         default=5.0, gt=0, description="How often a worker looks for lost and undelivered jobs."

@@ -180,7 +180,7 @@ class Job(Document):
     metrics: dict[str, float] = Field(default_factory=dict, description="The latest value of each series.")
     request: dict[str, Any] = Field(description="The document that created the job.")
     result: dict[str, Any] | None = Field(
-        default=None, description="distil: model_id; transfer: prompt_id, chosen_step; evaluate: accuracy and more."
+        default=None, description="distil: model_id, layers; transfer: prompt_id, chosen_step; evaluate: accuracy, …"
     )
     error: Problem | None = None
     created_at: datetime
@@ -206,12 +206,9 @@ class DistillationCreate(Document):
     target: Reference = Field(description="Id or name of the target model.")
     name: Name = Field(description="Name of the student to be.")
     corpus: list[Reference] = Field(min_length=1, max_length=100, description="Datasets; rows give their texts.")
-    keep_layers: list[int] | int = Field(
-        default=8, description="Indices of the layers to keep, or how many (half from each end)."
-    )
-    start: Literal["fold", "copy"] = Field(
-        default="fold", description="fold: closed-form least-squares start; copy: the layers as they are (paper)."
-    )
+    keep_layers: list[int] | int = Field(default=8, description="Indices of the layers to keep, or how many.")
+    layer_pattern: Literal["ends", "even", "front", "search"] = Field("ends", description="How a number is spread.")
+    start: Literal["fold", "copy"] = Field("fold", description="fold: closed-form start; copy: as they are (paper).")
     answer_forms: list[Form] = Field([], max_length=20, description="Short paragraphs are put into one of them.")
     freeze_head: bool = True
     freeze_embeddings: bool = True
@@ -219,7 +216,9 @@ class DistillationCreate(Document):
     minutes: float | None = Field(default=None, gt=0)
     plateau: bool = Field(default=False, description="Stop when the smoothed loss no longer falls.")
     learning_rate: float = Field(default=1e-3, gt=0, description="The paper: 2.5e-4, for 500,000 steps.")
+    alignment: float = Field(default=0.0, ge=0, description="Weight of the hidden states inside; not in the paper.")
     batch_tokens: int = Field(default=512, ge=32, le=2**24)
+    accumulate: int = Field(default=1, ge=1, le=2**16, description="Parts in which a batch is taken; less memory.")
     sequence_length: int = Field(default=64, ge=8, le=2**16)
     seed: Seed = 0
 

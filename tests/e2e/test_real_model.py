@@ -9,8 +9,9 @@ from post_client.demo import fetch, texts
 from post_client.demo.settings import DemoSettings
 from post_client.tuning import TuneConfig, tune
 from post_server.ml.corpus import next_token, prepare_corpus
-from post_server.ml.distillation import DistilConfig, distil, distillation_losses
-from post_server.ml.start import copy_student
+from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.layers import copy_student
+from post_server.ml.objective import distillation_losses
 from post_server.ml.transfer import TransferConfig, transfer
 from post_shared.batches import encode_rows
 from post_shared.evaluation import classify

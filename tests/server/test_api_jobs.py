@@ -71,6 +71,7 @@ class TestOrders:
             ({"keep_layers": [-1, 0]}, (422, "invalid_input")),
             ({"keep_layers": [1, 1]}, (422, "invalid_input")),
             ({"keep_layers": []}, (422, "invalid_input")),
+            ({"keep_layers": [0, 3], "layer_pattern": "even"}, (422, "invalid_input")),
             ({"steps": 0}, (422, "invalid_input")),
             ({"seed": -1}, (422, "invalid_input")),
             ({"learning_rate": "NaN"}, (422, "invalid_input")),

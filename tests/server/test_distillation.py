@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from post_server.ml.corpus import Corpus, _order, in_answer_forms, masked_tokens, next_token, prepare_corpus
-from post_server.ml.distillation import DistilConfig, Plateau, distil, distillation_losses
-from post_server.ml.start import chosen_layers, copy_student, fold
+from post_server.ml.descent import Plateau, Student, Training
+from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.layers import chosen_layers, copy_student
+from post_server.ml.objective import distillation_losses
+from post_server.ml.start import TargetStates, fold
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
 from post_shared.language_model import LanguageModel
 from post_shared.losses import OPEN, language_model_loss
@@ -61,14 +65,14 @@ def test_the_fold_brings_the_student_closer_than_the_copy(family: str) -> None:
     block = corpus.batch(0, 16, 0)
     kept = [0, 1, 5]
     plain, folded = copy_student(target, kept), copy_student(target, kept)
-    fold(target, folded, kept, [block])
+    fold(folded, kept, TargetStates(target, [block]))
 
     def gap(student: LanguageModel) -> float:
         return float((student.hidden(block) - target.hidden(block)).norm())
 
     assert gap(folded) < gap(plain)
     with pytest.raises(InvalidInput, match="keep the last layer"):
-        fold(target, copy_student(target, [0, 1]), [0, 1], [block])
+        fold(copy_student(target, [0, 1]), [0, 1], TargetStates(target, [block]))
 
 
 def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
@@ -78,7 +82,7 @@ def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
         weight.data.zero_()
     student = copy_student(target, [0, 2])
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 16, 0)
-    fold(target, student, [0, 2], [block])
+    fold(student, [0, 2], TargetStates(target, [block]))
     torch.testing.assert_close(student.hidden(block), target.hidden(block), rtol=0.05, atol=0.05)
 
 
@@ -86,7 +90,7 @@ def test_a_model_whose_layers_normalise_after_adding_says_that_it_cannot_fold() 
     target = tiny_model("bert")
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 4, 0)
     with pytest.raises(InvalidInput, match="start='copy'"):
-        fold(target, copy_student(target, [0, 3]), [0, 3], [block])
+        fold(copy_student(target, [0, 3]), [0, 3], TargetStates(target, [block]))
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
@@ -145,6 +149,8 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         distil(target, PARAGRAPHS, config, report=stop, checkpoint=tmp_path)
     steps: list[int] = []
+    with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+        assert len(file.get_tensor("losses")) == 3  # of the steps before, for the plateau
     resumed = distil(
         target,
         PARAGRAPHS,
@@ -193,9 +199,15 @@ def test_time_alone_ends_it_and_plateau_too() -> None:
     for loss in (3, 2, 1, 1, 1, 1):
         plateau.add(loss)
     assert not plateau.reached()  # 6 -> 3 fell
-    for loss in (1, 1, 1):
-        plateau.add(loss)
-    assert plateau.reached()
+    resumed, student = (
+        Plateau(window=3),
+        Student(tiny_model(), learning_rate=1.0, freeze_head=True, freeze_embeddings=True),
+    )
+    Training(student, resumed).load_state(Training(student, plateau).state())
+    for one in (plateau, resumed):
+        for loss in (1, 1, 1):
+            one.add(loss)
+        assert one.reached()
 
 
 def test_the_corpus_is_packed_without_padding_kept_and_read_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from post_server.ml.ensemble import balanced, ensemble
 from post_server.ml.held_out import BestStep, hold_out
-from post_server.ml.start import copy_student
+from post_server.ml.layers import copy_student
 from post_server.ml.transfer import (
     TransferConfig,
     choose_alpha,

@@ -12,6 +12,7 @@ from sqlalchemy import select
 
 from post_server.jobs import doorbell, states
 from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.teacher_cache import CacheRoom
 from post_server.model_store import materialise_model
 from post_server.records import JobRow, ModelRow
 from post_server.worker.supervisor import work_folder
@@ -41,7 +42,8 @@ def undisturbed(backstage: Backstage, job_id: str, folder: Path) -> str:
     model = LanguageModel.load(materialise_model(backstage.store, target, folder / "target"), device="cpu")
     corpus = folder / "corpus.txt"
     corpus.write_bytes(b"".join(backstage.store.open(backstage.add_corpus(name="again").sha256)))
-    distil(model, read_corpus(corpus), DistilConfig.from_request(request)).save(folder / "student")
+    config, room = DistilConfig.from_request(request), CacheRoom(backstage.settings.teacher_cache_bytes)
+    distil(model, read_corpus(corpus), config, checkpoint=folder / "work", room=room).save(folder / "student")
     return model_hash(manifest(folder / "student"))
 
 

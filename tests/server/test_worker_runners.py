@@ -101,6 +101,26 @@ def test_a_transfer_job_is_a_transfer(backstage: Backstage, tmp_path: Path, alph
     assert dataset.rows == len(ROWS)
 
 
+@pytest.mark.parametrize("pattern", ["even", "search"])
+def test_a_distillation_says_which_layers_it_kept_and_what_it_tried(backstage: Backstage, pattern: str) -> None:
+    backstage.add_target()
+    backstage.add_corpus()
+    more = {"layer_pattern": pattern, "start": "fold", "accumulate": 2, "alignment": 0.5}
+    _, job = run(backstage, backstage.add_distil(steps=2, **more))
+    assert job.error is None
+    assert job.result is not None
+    assert "align" in job.metrics
+    if pattern == "even":
+        assert (job.result["layers"], "tried" in job.result) == ([0, 3], False)
+    else:
+        tried = job.result["tried"]
+        assert tried[0]["layers"] == job.result["layers"]
+        assert tried == sorted(tried, key=lambda each: each["cos"])
+        assert len(tried) > 1
+        assert any(event.data.get("stage") == "search" for event in backstage.events(job.id))
+        assert "best_cos" in job.metrics
+
+
 @pytest.mark.parametrize("with_prompt", [False, True])
 def test_an_evaluation_job_is_an_evaluation(backstage: Backstage, tmp_path: Path, with_prompt: bool) -> None:
     target, _ = backstage.add_target(), backstage.add_rows()

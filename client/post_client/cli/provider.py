@@ -17,6 +17,9 @@ def distil(
     keep_layers: Annotated[
         str | None, typer.Option(help="How many layers to keep (8 unless said), or which: 0,1,28,29.")
     ] = None,
+    layer_pattern: Annotated[
+        str | None, typer.Option(help="How a number of layers is spread: ends, even, front, or search for the best.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="fold (closed form) or copy.")] = None,
     answer_form: Annotated[
         list[str] | None,
@@ -30,7 +33,9 @@ def distil(
     freeze_head: Annotated[bool | None, typer.Option("--freeze-head/--train-head")] = None,
     freeze_embeddings: Annotated[bool | None, typer.Option("--freeze-embeddings/--train-embeddings")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
+    alignment: Annotated[float | None, typer.Option(min=0, help="Weight of the hidden states inside.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=32)] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Take a batch in so many parts.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=8)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is done.")] = True,
@@ -42,6 +47,7 @@ def distil(
         usage_error("Say how long to distil: --minutes, --steps or both.")
     options: dict[str, Any] = {
         "keep_layers": None if keep_layers is None else _layers(keep_layers),
+        "layer_pattern": layer_pattern,
         "start": start,
         "answer_forms": answer_form or None,
         "minutes": minutes,
@@ -50,7 +56,9 @@ def distil(
         "freeze_head": freeze_head,
         "freeze_embeddings": freeze_embeddings,
         "learning_rate": learning_rate,
+        "alignment": alignment,
         "batch_tokens": batch_tokens,
+        "accumulate": accumulate,
         "sequence_length": sequence_length,
         "seed": seed,
     }

@@ -45,12 +45,15 @@ class Corpus:
     def digest(self) -> str:
         return hashlib.sha256(self.blocks.tobytes()).hexdigest()
 
-    def batch(self, step: int, rows: int, seed: int) -> Tensor:
-        """Block rows of ``step``, (rows, T): every epoch is a fresh permutation, a function of (seed, step)."""
+    def numbers(self, step: int, rows: int, seed: int) -> list[int]:
+        """The blocks of ``step``: every epoch is a fresh permutation, a function of (seed, step)."""
         rows = min(rows, len(self.blocks))
         epoch, place = divmod(step, len(self.blocks) // rows)
-        order = _order(len(self.blocks), seed, epoch)
-        return torch.from_numpy(self.blocks[order[place * rows : (place + 1) * rows]].astype(np.int64))
+        return _order(len(self.blocks), seed, epoch)[place * rows : (place + 1) * rows]
+
+    def batch(self, step: int, rows: int, seed: int) -> Tensor:
+        """Block rows of ``step``, (rows, T)."""
+        return torch.from_numpy(self.blocks[self.numbers(step, rows, seed)].astype(np.int64))
 
 
 @lru_cache(maxsize=2)
@@ -110,8 +113,13 @@ def prepare_corpus(
             with aside.open("wb") as file:
                 np.save(file, blocks, allow_pickle=False)
             aside.replace(path)
+    return corpus_of(model, blocks, answers=bool(answer_forms))
+
+
+def corpus_of(model: LanguageModel, blocks: NDArray[np.int32], *, answers: bool) -> Corpus:
+    """The corpus that was packed into ``blocks`` (N, T) for ``model``."""
     counts = np.bincount(blocks.ravel(), minlength=model.vocabulary).astype(np.int64)
-    return Corpus(blocks, counts, _end_token(model), answers=bool(answer_forms))
+    return Corpus(blocks, counts, _end_token(model), answers)
 
 
 def _pack(model: LanguageModel, paragraphs: Sequence[str], length: int) -> NDArray[np.int32]:

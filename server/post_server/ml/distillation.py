@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from post_server.ml.corpus import Corpus, Prediction, masked_tokens, next_token, prepare_corpus
-from post_server.ml.start import STARTS, chosen_layers, copy_student
+from post_server.ml.corpus import Corpus, prepare_corpus
+from post_server.ml.descent import Descent, Plateau, Student, Training
+from post_server.ml.layer_search import LayerChoice, LayerSearch, SearchNotes, search_layers
+from post_server.ml.layers import PATTERNS, chosen_layers, copy_student
+from post_server.ml.objective import Objective
+from post_server.ml.processes import ALONE, Group
+from post_server.ml.start import STARTS, TargetStates
+from post_server.ml.teacher_cache import CacheRoom, TeacherCache
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
-from post_shared.losses import cosine_loss, distillation_loss, language_model_loss, softened_cross_entropy
 from post_shared.schemas import DistillationCreate
-from post_shared.training import (
-    Checkpoint,
-    Clock,
-    Progress,
-    Reporter,
-    fingerprint,
-    ignore,
-    load_optimizer_state,
-    optimizer_state,
-    run_steps,
-    set_learning_rate,
-    warm_then_linear,
-)
+from post_shared.training import Checkpoint, Clock, Progress, Reporter, fingerprint, ignore, run_steps, warm_then_linear
 
 WARM_UP = 0.05
-GRADIENT_NORM = 5.0
-HEAD_SHARE = 0.25
-"""Share of the positions at which the vocabulary losses are taken; the cosine is taken at all of them."""
+SEARCH_TOKENS = 4_096
+"""Of a search: text that each candidate is fitted on, and as much that it is scored on."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,7 @@ class DistilConfig:
     """How to distil; the defaults are those of :class:`post_shared.schemas.DistillationCreate`."""
 
     keep_layers: tuple[int, ...] | int = 8
+    layer_pattern: str = "ends"
     start: str = "fold"
     answer_forms: tuple[str, ...] = ()
     freeze_head: bool = True
@@ -49,7 +41,9 @@ class DistilConfig:
     minutes: float | None = None
     plateau: bool = False
     learning_rate: float = 1e-3
+    alignment: float = 0.0
     batch_tokens: int = 512
+    accumulate: int = 1
     sequence_length: int = 64
     start_tokens: int = 15_000
     temperature: float = 2.0
@@ -62,6 +56,14 @@ class DistilConfig:
             raise InvalidInput("say how long to distil: steps, minutes or both")
         if self.sequence_length > self.batch_tokens:
             raise InvalidInput("batch_tokens holds at least one sequence")
+        if not 1 <= self.accumulate <= self.rows:
+            raise InvalidInput(f"accumulate is 1 to {self.rows}: a batch has {self.rows} sequences to take in turn")
+        if self.alignment < 0:
+            raise InvalidInput(f"alignment is a weight of 0 or more, not {self.alignment}")
+        if self.layer_pattern not in {*PATTERNS, "search"}:
+            raise InvalidInput(f"layer_pattern is search or one of {', '.join(PATTERNS)}, not {self.layer_pattern!r}")
+        if not isinstance(self.keep_layers, int) and self.layer_pattern != "ends":
+            raise InvalidInput("layer_pattern spreads a number of layers; keep_layers lists them already")
 
     @property
     def rows(self) -> int:
@@ -72,7 +74,7 @@ class DistilConfig:
     def from_request(cls, request: DistillationCreate) -> DistilConfig:
         keep = request.keep_layers
         names = ("start", "freeze_head", "freeze_embeddings", "steps", "minutes", "plateau", "learning_rate")
-        more = ("batch_tokens", "sequence_length", "seed")
+        more = ("layer_pattern", "alignment", "batch_tokens", "accumulate", "sequence_length", "seed")
         return cls(
             keep_layers=keep if isinstance(keep, int) else tuple(keep),
             answer_forms=tuple(request.answer_forms),
@@ -80,71 +82,45 @@ class DistilConfig:
         )
 
 
-class Student:
-    """The student's trained weights with their AdamW, as the training loop sees them."""
-
-    def __init__(self, model: LanguageModel, config: DistilConfig) -> None:
-        self.model = model
-        head, embeddings = model.model.get_output_embeddings(), model.model.get_input_embeddings()
-        frozen: set[nn.Parameter] = set()
-        frozen |= set(head.parameters()) if config.freeze_head and head is not None else set()
-        frozen |= set(embeddings.parameters()) if config.freeze_embeddings else set()  # one and the same when tied
-        self.weights = {name: p for name, p in model.model.named_parameters() if p not in frozen}
-        for weight in self.weights.values():
-            weight.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(list(self.weights.values()), lr=config.learning_rate)
-
-    def step(self, loss: Tensor, learning_rate: float) -> None:
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(list(self.weights.values()), GRADIENT_NORM)
-        self.optimizer.step()
-
-    def state(self) -> dict[str, Tensor]:
-        weights = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
-        return weights | optimizer_state(self.optimizer)
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(tensors[f"weight.{name}"])
-        load_optimizer_state(self.optimizer, tensors)
-
-
-@dataclass
-class Plateau:
-    """True once the loss, smoothed over ``window`` steps, no longer falls by ``share`` from one window to the next."""
-
-    window: int = 200
-    share: float = 0.002
-
-    def __post_init__(self) -> None:
-        self._seen: list[float] = []
-
-    def add(self, loss: float) -> None:
-        self._seen.append(loss)
-
-    def reached(self) -> bool:
-        if len(self._seen) < 2 * self.window or len(self._seen) % self.window:
-            return False
-        before, now = self._seen[-2 * self.window : -self.window], self._seen[-self.window :]
-        return sum(now) > (1.0 - self.share) * sum(before)
-
-
 def start_student(
-    target: LanguageModel, corpus: Corpus, config: DistilConfig, start: str, report: Reporter = ignore
+    target: LanguageModel,
+    corpus: Corpus,
+    config: DistilConfig,
+    start: str,
+    report: Reporter = ignore,
+    kept: Sequence[int] | None = None,
 ) -> LanguageModel:
-    """The student before distillation: layers chosen, copied, and prepared by the start of that name."""
-    keep = config.keep_layers if isinstance(config.keep_layers, int) else list(config.keep_layers)
-    kept = chosen_layers(keep, target.layers)
+    """The student before distillation: layers copied, and prepared by the start of that name.
+
+    ``kept`` are the layers, where they were searched for; else those of the configuration.
+    """
+    if kept is None:
+        kept = chosen_layers(_listed(config), target.layers, config.layer_pattern)
     student = copy_student(target, kept)
-    every = -(-len(corpus.blocks) // config.rows)
-    count = min(every, max(1, config.start_tokens // (config.rows * config.sequence_length)))
-    STARTS[start](
-        target, student, kept, [corpus.batch(step, config.rows, config.seed) for step in range(count)], report
-    )
+    STARTS[start](student, kept, TargetStates(target, _first_blocks(corpus, config, config.start_tokens), report))
     return student
+
+
+def choose_layers(
+    target: LanguageModel, corpus: Corpus, config: DistilConfig, report: Reporter = ignore, folder: Path | None = None
+) -> LayerChoice:
+    """The layers to keep; with ``folder``, an interrupted search goes on from what it found."""
+    if config.layer_pattern != "search" or not isinstance(config.keep_layers, int):
+        return LayerChoice(tuple(chosen_layers(_listed(config), target.layers, config.layer_pattern)))
+    blocks = _first_blocks(corpus, config, SEARCH_TOKENS)
+    rows = max(config.rows, SEARCH_TOKENS // config.sequence_length)
+    held = corpus.batch(1, min(rows, max(1, len(corpus.blocks) // 2)), config.seed)
+    search = LayerSearch(target, config.start, blocks, held)
+    work = (config.keep_layers, config.start, config.seed, config.rows, corpus.digest, target.model)
+    notes = SearchNotes(folder, *work) if folder else None
+    return search_layers(
+        search.score,
+        config.keep_layers,
+        target.layers,
+        known=notes.read() if notes else None,
+        keep=notes.write if notes else lambda _: None,
+        report=report,
+    )
 
 
 def distil(
@@ -155,8 +131,14 @@ def distil(
     report: Reporter = ignore,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
+    room: CacheRoom | None = None,
+    group: Group = ALONE,
+    chosen: Callable[[LayerChoice], None] = lambda choice: None,
 ) -> LanguageModel:
     """Train a student of ``target`` on public text by Eq. 1; returns it frozen.
+
+    ``room`` is for the target's hidden states, beside the checkpoint, when the corpus is passed more than once.
+    With a ``group``, this process leads it and the others call :func:`follow`. ``chosen`` hears which layers are kept.
 
     Raises:
         InvalidInput: layers, start or length that don't fit the model.
@@ -167,14 +149,18 @@ def distil(
     corpus = prepare_corpus(
         target, paragraphs, config.sequence_length, checkpoint, answer_forms=config.answer_forms, seed=config.seed
     )
-    work = fingerprint(config, corpus.digest, target.model)
+    choice = choose_layers(target, corpus, config, report, checkpoint)
+    chosen(choice)
+    work = fingerprint(config, choice.kept, corpus.digest, target.model)
     kept = Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None
     begun = kept is not None and kept.begun()  # its weights replace whatever the student would start from
-    model = start_student(target, corpus, config, "copy" if begun else config.start, report)
-    student, plateau = Student(model, config), Plateau()
+    model = start_student(target, corpus, config, "copy" if begun else config.start, report, choice.kept)
+    cache = _cache(target, corpus, config, checkpoint, room)
+    descent, plateau = _descent(target, model, choice.kept, corpus, config, group, cache), Plateau()
+    group.begin(corpus, choice.kept)
     run_steps(
-        _update(target, student, corpus, config, plateau),
-        student,
+        _update(descent, config, plateau),
+        Training(descent.student, plateau),
         steps=config.steps,
         seconds=config.minutes * 60 if config.minutes else None,
         stage="distil",
@@ -182,53 +168,81 @@ def distil(
         checkpoint=kept,
         converged=plateau.reached if config.plateau else lambda: False,
     )
+    group.end()
+    if cache:
+        cache.remove()
     model.model.requires_grad_(False)
     return model
 
 
-def _update(
-    target: LanguageModel, student: Student, corpus: Corpus, config: DistilConfig, plateau: Plateau
-) -> Callable[[Clock], dict[str, float]]:
+def follow(
+    target: LanguageModel,
+    config: DistilConfig,
+    group: Group,
+    *,
+    checkpoint: Path | None = None,
+    room: CacheRoom | None = None,
+) -> None:
+    """Take part in the distillation that another process leads by :func:`distil`, until it is done."""
+    corpus, kept = group.begun(target, answers=bool(config.answer_forms))
+    cache = _cache(target, corpus, config, checkpoint, room)
+    descent = _descent(target, copy_student(target, kept), kept, corpus, config, group, cache)
+    while (step := group.called()) is not None:
+        descent.gradients(step)
+
+
+def _descent(
+    target: LanguageModel,
+    model: LanguageModel,
+    kept: Sequence[int],
+    corpus: Corpus,
+    config: DistilConfig,
+    group: Group,
+    cache: TeacherCache | None,
+) -> Descent:
+    student = Student(
+        model,
+        learning_rate=config.learning_rate,
+        freeze_head=config.freeze_head,
+        freeze_embeddings=config.freeze_embeddings,
+    )
+    objective = Objective(target, model, config.temperature, kept=kept, alignment=config.alignment, cache=cache)
+    return Descent(student, objective, corpus, group, config.rows, config.accumulate, config.seed)
+
+
+def _cache(
+    target: LanguageModel, corpus: Corpus, config: DistilConfig, folder: Path | None, room: CacheRoom | None
+) -> TeacherCache | None:
+    """None where states would be of no use again: masked models read other tokens in each pass, alignment needs what
+    is inside the target, and so many steps may end before a second pass."""
+    once = config.steps is not None and config.steps * config.rows <= len(corpus.blocks)
+    if folder is None or room is None or once or target.kind == "masked" or config.alignment:
+        return None
+    return TeacherCache(folder, corpus.digest, corpus.blocks.shape, target, room)
+
+
+def _update(descent: Descent, config: DistilConfig, plateau: Plateau) -> Callable[[Clock], dict[str, float]]:
     """One step of distillation, as the training loop calls it; the loss also goes to ``plateau``."""
     began, tokens = time.monotonic(), 0
-    place = target.device.type
 
     def update(clock: Clock) -> dict[str, float]:
         nonlocal tokens
-        prediction = _prediction(target, corpus, clock.step, config.rows, config.seed)
-        with torch.autocast(place, torch.bfloat16, enabled=place == "cuda"):
-            losses = distillation_losses(target, student.model, prediction, config.temperature)
-        loss = distillation_loss(losses["ce"], losses["lm"], losses["cos"])
-        student.step(loss, config.learning_rate * warm_then_linear(max(clock.done, 1e-3), WARM_UP))
-        tokens += prediction.inputs.numel()
-        values = {name: float(value.detach()) for name, value in {"loss": loss, **losses}.items()}
+        descent.group.call(clock.step)
+        values = descent.gradients(clock.step)
+        descent.student.step(config.learning_rate * warm_then_linear(max(clock.done, 1e-3), WARM_UP))
+        tokens += min(config.rows, len(descent.corpus.blocks)) * config.sequence_length
         plateau.add(values["loss"])
         return {**values, "tokens_per_second": tokens / (time.monotonic() - began)}
 
     return update
 
 
-def distillation_losses(
-    target: LanguageModel, student: LanguageModel, prediction: Prediction, temperature: float
-) -> dict[str, Tensor]:
-    """The three terms of Eq. 1 on one batch, each a mean: {"ce", "lm", "cos"}."""
-    rows, positions = prediction.rows.to(target.device), prediction.positions.to(target.device)
-    with torch.no_grad():
-        right = target.hidden(prediction.inputs)  # (B, T, d)
-        teacher = target.head(right[rows, positions])  # (n, V)
-    hidden = student.hidden(prediction.inputs)  # (B, T, d)
-    logits = student.head(hidden[rows, positions])  # (n, V)
-    return {
-        "ce": softened_cross_entropy(teacher, logits, temperature).mean(),
-        "lm": language_model_loss(logits, prediction.tokens.to(target.device)).mean(),
-        "cos": cosine_loss(right, hidden).mean(),
-    }
+def _first_blocks(corpus: Corpus, config: DistilConfig, tokens: int) -> list[torch.Tensor]:
+    """The first batches, up to so many tokens; at least one."""
+    every = -(-len(corpus.blocks) // config.rows)
+    count = min(every, max(1, tokens // (config.rows * config.sequence_length)))
+    return [corpus.batch(step, config.rows, config.seed) for step in range(count)]
 
 
-def _prediction(target: LanguageModel, corpus: Corpus, step: int, rows: int, seed: int) -> Prediction:
-    block = corpus.batch(step, rows, seed)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    if target.kind == "masked":
-        mask = int(target.tokenizer.mask_token_id)
-        return masked_tokens(block, mask, target.vocabulary, corpus.counts, generator)
-    return next_token(block, HEAD_SHARE, generator, answer_end=corpus.end if corpus.answers else None)
+def _listed(config: DistilConfig) -> int | list[int]:
+    return config.keep_layers if isinstance(config.keep_layers, int) else list(config.keep_layers)

@@ -7,15 +7,16 @@ state entering the next kept layer. The student stays a plain model of the same 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from post_server.ml.layers import Enough, layer_inputs, layers_of
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
 from post_shared.training import Progress, Reporter, ignore
@@ -23,122 +24,106 @@ from post_shared.training import Progress, Reporter, ignore
 RIDGE = 1e-3
 SINKS = 2
 """First positions left out of the fit: their states are outliers (attention sinks)."""
+ROWS = 16
+"""Rows of hidden states that are multiplied in float64 at a time."""
 
 
-def chosen_layers(keep: int | Sequence[int], layers: int) -> list[int]:
-    """Indices of the kept layers. A number takes half from each end, the larger half from the front.
+class TargetStates:
+    """The hidden states that enter the target's layers on ``blocks`` (packed token ids without padding, B x T each).
 
-    >>> chosen_layers(4, 30)
-    [0, 1, 28, 29]
-
-    Raises:
-        InvalidInput: indices out of range, repeated or out of order, or nothing left to leave out.
+    Each is computed once, however many students are started from them.
     """
-    if isinstance(keep, int):
-        if not 1 <= keep <= layers:
-            raise InvalidInput(f"keep between 1 and {layers} layers, not {keep}")
-        front = (keep + 1) // 2
-        return [*range(front), *range(layers - (keep - front), layers)]
-    kept = list(keep)
-    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= layers:
-        raise InvalidInput(f"the layers to keep are rising indices in 0..{layers - 1}, not {kept}")
-    return kept
 
+    def __init__(
+        self, target: LanguageModel, blocks: Sequence[Tensor], report: Reporter = ignore, ahead: Sequence[int] = ()
+    ) -> None:
+        """``ahead`` are layers that will be asked for: the first pass takes them too."""
+        self.target, self._blocks, self._report, self._ahead = target, blocks, report, ahead
+        self.tokens = torch.cat(list(blocks))  # (N, T)
+        self._known: dict[int, Tensor] = {}
 
-def layers_of(model: LanguageModel) -> tuple[nn.Module, str]:
-    """The list of layers and its place: the module that owns it and the attribute's name.
-
-    Raises:
-        InvalidInput: the model doesn't keep its layers in one list.
-    """
-    for module in model.body.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == model.layers:
-                return module, name
-    raise InvalidInput(f"a {model.architecture} model doesn't keep its {model.layers} layers in one list")
-
-
-def copy_student(target: LanguageModel, kept: Sequence[int]) -> LanguageModel:
-    """A student of the kept layers with everything else as in the target; a copy, float32, on the same device."""
-    owner, name = layers_of(target)
-    every = getattr(owner, name)
-    rest = nn.ModuleList([every[at] for at in kept])
-    setattr(owner, name, rest)
-    try:
-        model = copy.deepcopy(target.model)
-    finally:
-        setattr(owner, name, every)
-    model.config.num_hidden_layers = len(kept)
-    types = getattr(model.config, "layer_types", None)
-    if types is not None:
-        model.config.layer_types = [types[at] for at in kept]
-    for at, layer in enumerate(getattr(*layers_of(_wrapped(model, target)))):
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = at
-    return _wrapped(model.float(), target)
-
-
-def _wrapped(model: Any, target: LanguageModel) -> LanguageModel:
-    return LanguageModel(model, target.tokenizer)
+    @torch.no_grad()
+    def entering(self, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Layer -> (N, T, d), with one pass of the target for all of them that aren't known yet."""
+        missing = [layer for layer in layers if layer not in self._known]
+        missing = sorted({*missing, *self._ahead} - set(self._known)) if missing else []
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in missing}
+        for done, block in enumerate(self._blocks if missing else (), 1):
+            with layer_inputs(self.target, missing, stop=True) as caught:
+                self.target.hidden(block)
+            for layer, state in caught.items():
+                parts[layer].append(state)
+            self._report(Progress(done, len(self._blocks), "start"))
+        self._known |= {layer: torch.cat(states) for layer, states in parts.items()}
+        return {layer: self._known[layer] for layer in layers}
 
 
 # --- the fold -----------------------------------------------------------------------------------------
 
 
-def fold(
-    target: LanguageModel,
-    student: LanguageModel,
-    kept: Sequence[int],
-    blocks: Sequence[Tensor],
-    report: Reporter = ignore,
-) -> None:
+def fold(student: LanguageModel, kept: Sequence[int], states: TargetStates) -> None:
     """Fold every gap between kept layers into the MLP output matrix of the layer before it, in place.
 
-    ``blocks`` are packed token ids (B, T) without padding. With m the MLP output (n, d), r the residual it is
-    added to, and H the hidden state that enters the next kept layer in the target, T solves
-    min ‖r + m·T − H‖² + ridge·‖T‖², in float64; then W ← Tᵀ·W (and the bias b ← b·T).
+    With m the MLP output (n, d), r the residual it is added to, and H the hidden state that enters the next kept
+    layer in the target, T solves min ‖r + m·T − H‖² + ridge·‖T‖², in float64; then W ← Tᵀ·W (and the bias b ← b·T).
+    One pass of the student does it: a fit sees what the folds before it made.
 
     Raises:
         InvalidInput: the layers aren't of the kind "residual + MLP output", so there is nothing to fold into.
     """
-    if kept[-1] != target.layers - 1:
+    if kept[-1] != states.target.layers - 1:
         raise InvalidInput("keep the last layer: the head reads its output")
-    gaps = [(place, after) for place, (layer, after) in enumerate(pairwise(kept)) if after != layer + 1]
-    for done, (place, entering) in enumerate(gaps):
+    gaps = {place: after for place, (layer, after) in enumerate(pairwise(kept)) if after != layer + 1}
+    if not gaps:
+        return
+    entering = states.entering(list(gaps.values()))
+    layers = getattr(*layers_of(student))
+    matrices = {place: mlp_output(layers[place], student.hidden_size) for place in gaps}
+    for place, matrix in matrices.items():
+        _check_adds(student, layers[place], matrix, states.tokens[:1])
+    with ExitStack() as hooks, torch.no_grad():
+        for place, after in gaps.items():
+            last = place == max(gaps)
+            for hook in _fold_when_run(layers[place], matrices[place], entering[after], last=last):
+                hooks.callback(hook.remove)
+        with suppress(Enough):
+            student.hidden(states.tokens)
 
-        def tell(block: int, done: int = done) -> None:
-            report(Progress(done * len(blocks) + block, len(gaps) * len(blocks), "start"))
 
-        _fold_gap(target, student, place, entering, blocks, tell)
+def _fold_when_run(layer: nn.Module, matrix: nn.Module, wanted: Tensor, *, last: bool) -> list[RemovableHandle]:
+    """Hooks that fit and fold the layer when it is run, and hand on the output that it has from then on."""
+    made: list[Tensor] = []
+
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
+        made.append(output)
+
+    def fit(_: nn.Module, __: Any, output: Any) -> Any:
+        whole = output[0] if isinstance(output, tuple) else output  # (N, T, d)
+        m = made.pop().reshape(whole.shape)  # some families flatten their rows
+        by = _fitted(m, whole - m, wanted)
+        _multiply_output(matrix, by)
+        if last:
+            raise Enough
+        folded = whole - m + m @ by.to(m)
+        return (folded, *output[1:]) if isinstance(output, tuple) else folded
+
+    return [matrix.register_forward_hook(note), layer.register_forward_hook(fit)]
 
 
-def _fold_gap(
-    target: LanguageModel,
-    student: LanguageModel,
-    place: int,
-    entering: int,
-    blocks: Sequence[Tensor],
-    tell: Callable[[int], None],
-) -> None:
-    """Fit on the student as it is now (earlier gaps folded), so that later gaps see what they will get."""
-    matrix = mlp_output(getattr(*layers_of(student))[place], student.hidden_size)
-    _check_adds(student, place, matrix, blocks[0])
-    width = student.hidden_size
+def _fitted(made: Tensor, residual: Tensor, wanted: Tensor) -> Tensor:
+    """T (d, d), float64: the ridge regression of ``wanted - residual`` on ``made``, (N, T, d) each."""
+    width = made.shape[-1]
     gram = torch.zeros(width, width, dtype=torch.float64)
     cross = torch.zeros(width, width, dtype=torch.float64)
-    for at, block in enumerate(blocks, 1):
-        wanted = _input_of(target, entering, block)
-        got, made = _output_of(student, place, matrix, block)
-        m = made[:, SINKS:].reshape(-1, width).double().cpu()
-        residual = got[:, SINKS:].reshape(-1, width).double().cpu() - m
-        h = wanted[:, SINKS:].reshape(-1, width).double().cpu()
+    for at in range(0, len(made), ROWS):
+        m, r, h = (
+            states[at : at + ROWS, SINKS:].reshape(-1, width).cpu().double() for states in (made, residual, wanted)
+        )
         gram += m.T @ m
-        cross += m.T @ (h - residual)
-        tell(at)
+        cross += m.T @ (h - r)
     scale = float(gram.diagonal().mean())
-    fitted = torch.linalg.solve(gram + RIDGE * scale * torch.eye(width, dtype=torch.float64), cross)  # (d, d)
-    _multiply_output(matrix, fitted)
+    fitted: Tensor = torch.linalg.solve(gram + RIDGE * scale * torch.eye(width, dtype=torch.float64), cross)
+    return fitted
 
 
 def mlp_output(layer: nn.Module, width: int) -> nn.Module:
@@ -164,12 +149,13 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]  # GPT-2's Conv1D keeps it transposed
 
 
-def _check_adds(student: LanguageModel, place: int, matrix: nn.Module, block: Tensor) -> None:
+@torch.no_grad()
+def _check_adds(student: LanguageModel, layer: nn.Module, matrix: nn.Module, row: Tensor) -> None:
     """The layer's output must be "residual + what the matrix gives": doubling the one adds it to the other."""
-    output, made = _output_of(student, place, matrix, block[:1])
+    output, made = _output_of(student, layer, matrix, row)
     doubled = matrix.register_forward_hook(lambda _, __, value: 2 * value)
     try:
-        output_of_double, _ = _output_of(student, place, matrix, block[:1])
+        output_of_double, _ = _output_of(student, layer, matrix, row)
     finally:
         doubled.remove()
     if not torch.allclose(output_of_double - output, made, rtol=1e-2, atol=1e-3 * float(made.abs().max())):
@@ -177,6 +163,25 @@ def _check_adds(student: LanguageModel, place: int, matrix: nn.Module, block: Te
             f"a layer of this {student.architecture} model isn't its residual plus its MLP's output, so nothing can be "
             "folded into it; use start='copy'"
         )
+
+
+def _output_of(model: LanguageModel, layer: nn.Module, matrix: nn.Module, row: Tensor) -> tuple[Tensor, Tensor]:
+    """(output of the layer, output of its MLP), (1, T, d) each; later layers aren't run."""
+    caught: list[Tensor] = []
+
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
+        caught.append(output)
+
+    def catch(_: nn.Module, __: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+        raise Enough
+
+    with ExitStack() as hooks, suppress(Enough):
+        hooks.callback(matrix.register_forward_hook(note).remove)
+        hooks.callback(layer.register_forward_hook(catch).remove)
+        model.hidden(row)
+    made, output = caught
+    return output.float(), made.float()
 
 
 @torch.no_grad()
@@ -192,63 +197,8 @@ def _multiply_output(matrix: nn.Module, by: Tensor) -> None:
         bias.copy_((bias.double() @ by).to(bias.dtype))
 
 
-class _Enough(Exception):
-    """Ends a forward pass once what was wanted is known."""
-
-
-@contextmanager
-def _stopping(module: nn.Module, hook: Callable[..., None], *, before: bool) -> Iterator[None]:
-    handle = (
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        if before
-        else module.register_forward_hook(hook, with_kwargs=True)
-    )
-    try:
-        yield
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def _input_of(model: LanguageModel, layer: int, block: Tensor) -> Tensor:
-    """The hidden state (B, T, d) that enters layer ``layer``; later layers aren't run."""
-    caught: list[Tensor] = []
-
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Enough
-
-    with _stopping(getattr(*layers_of(model))[layer], catch, before=True):
-        model.hidden(block)
-    return caught[0].float()
-
-
-@torch.no_grad()
-def _output_of(model: LanguageModel, layer: int, matrix: nn.Module, block: Tensor) -> tuple[Tensor, Tensor]:
-    """(output of layer ``layer``, output of its MLP), (B, T, d) each."""
-    caught: list[Tensor] = []
-    made: list[Tensor] = []
-
-    def note(_: nn.Module, __: Any, output: Tensor) -> None:
-        made.append(output)
-
-    def catch(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
-        raise _Enough
-
-    handle = matrix.register_forward_hook(note)
-    try:
-        with _stopping(getattr(*layers_of(model))[layer], catch, before=False):
-            model.hidden(block)
-    finally:
-        handle.remove()
-    return caught[0].float(), made[-1].float()
-
-
-STARTS: dict[str, Callable[[LanguageModel, LanguageModel, Sequence[int], Sequence[Tensor], Reporter], None]] = {
-    "copy": lambda target, student, kept, blocks, report: None,
+STARTS: dict[str, Callable[[LanguageModel, Sequence[int], TargetStates], None]] = {
+    "copy": lambda student, kept, states: None,
     "fold": fold,
 }
 """How a copied student is prepared, by name. A better start is a new entry here."""

@@ -21,8 +21,9 @@ log = logging.getLogger("post.job")
 
 SPANS = {
     "corpus": (0.0, 0.01),
-    "start": (0.01, 0.05),
-    "distil": (0.05, 0.98),
+    "search": (0.01, 0.05),
+    "start": (0.05, 0.08),
+    "distil": (0.08, 0.98),
     "constants": (0.0, 0.15),
     "transfer": (0.15, 0.98),
     "evaluate": (0.0, 0.98),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,11 @@ from sqlalchemy.orm import Session
 from post_server.database import Database
 from post_server.dataset_store import find_dataset
 from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.follower import write_order
+from post_server.ml.layer_search import LayerChoice
 from post_server.ml.loading import load_stored
+from post_server.ml.processes import ALONE, Group, followers
+from post_server.ml.teacher_cache import CacheRoom
 from post_server.ml.transfer import TransferConfig, TransferResult, choose_alpha, transfer
 from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
 from post_server.prompt_store import add_prompt
@@ -87,14 +92,20 @@ def run_distil(work: Work) -> Outcome:
         if session.scalar(select(ModelRow.id).where(ModelRow.name == request.name)):
             raise Conflict(f"There already is a model named {request.name!r}; choose another name.")
     paragraphs = [text for corpus in corpora for text in work.texts(corpus)]
-    student = distil(
-        work.load(source),
-        paragraphs,
-        DistilConfig.from_request(request),
-        report=work.report,
-        checkpoint=work.checkpoint,
-        checkpoint_seconds=work.settings.checkpoint_seconds,
-    )
+    config, choices = DistilConfig.from_request(request), list[LayerChoice]()
+    target = work.load(source)
+    with _group(work, source, config) as group:
+        student = distil(
+            target,
+            paragraphs,
+            config,
+            report=work.report,
+            checkpoint=work.checkpoint,
+            checkpoint_seconds=work.settings.checkpoint_seconds,
+            room=CacheRoom(work.settings.teacher_cache_bytes),
+            group=group,
+            chosen=choices.append,
+        )
     folder = work.scratch / "student"
     student.save(folder)
 
@@ -103,9 +114,34 @@ def run_distil(work: Work) -> Outcome:
         row = add_model(
             session, work.store, folder, name=request.name, role=ModelRole.STUDENT, target_id=source.id, **facts
         )
-        return {"model_id": row.id, "name": row.name, "hash": row.hash}
+        return {"model_id": row.id, "name": row.name, "hash": row.hash, **_layers(choices[0])}
 
     return save
+
+
+def _group(work: Work, target: ModelRow, config: DistilConfig) -> AbstractContextManager[Group]:
+    """All GPUs that the job may use, each with a process of its own; else this process alone."""
+    gpus = torch.cuda.device_count() if work.settings.device in {"auto", "cuda"} else 0
+    size = min(gpus, config.rows // config.accumulate)
+    if size < 2:
+        return nullcontext(ALONE)
+    order = work.scratch / "order.json"
+    write_order(
+        order,
+        work.scratch / target.id,
+        config,
+        checkpoint=work.checkpoint,
+        cache_bytes=work.settings.teacher_cache_bytes,
+        cpu=False,
+    )
+    return followers(order, size)
+
+
+def _layers(choice: LayerChoice) -> dict[str, Any]:
+    """The kept layers, and what a search found for each pattern, best first."""
+    scores = sorted(choice.scores.items(), key=lambda pair: pair[1])
+    tried = [{"layers": list(kept), "cos": round(score, 4)} for kept, score in scores]
+    return {"layers": list(choice.kept), **({"tried": tried} if tried else {})}
 
 
 def run_transfer(work: Work) -> Outcome:

@@ -1,0 +1,140 @@
+"""Which layers a student keeps, found by trying: each candidate is started from a few blocks and scored on others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from post_server.ml.layers import PATTERNS, copy_student
+from post_server.ml.start import STARTS, TargetStates
+from post_shared.errors import InvalidInput
+from post_shared.language_model import LanguageModel
+from post_shared.losses import cosine_loss
+from post_shared.training import Progress, Reporter, fingerprint, ignore
+
+log = logging.getLogger("post.distillation")
+
+TRIES = 24
+MOVES = (2, -2, 1, -1)
+"""How far one kept layer is moved to make the next candidate."""
+
+Kept = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The kept layers, and L_cos right after the start of each pattern that was tried for them."""
+
+    kept: Kept
+    scores: dict[Kept, float] = field(default_factory=dict)
+
+
+class LayerSearch:
+    """Tries patterns of kept layers. What all of them share is computed once: the target on the blocks.
+
+    The score is L_cos (Eq. 1) of the started student on ``held`` (B, T), text that no start was fitted on. It told
+    best which pattern has the lowest L_ce after some training, better than L_ce itself, and needs no head.
+    """
+
+    def __init__(self, target: LanguageModel, start: str, blocks: Sequence[Tensor], held: Tensor) -> None:
+        self._target, self._start, self._held = target, STARTS[start], held
+        self._states = TargetStates(target, blocks, ahead=range(1, target.layers))
+        self._wanted: Tensor | None = None
+
+    @torch.no_grad()
+    def score(self, kept: Kept) -> float:
+        """L_cos of the student of these layers before any training."""
+        if self._wanted is None:
+            self._wanted = self._target.hidden(self._held)  # (B, T, d)
+        student = copy_student(self._target, kept)
+        self._start(student, kept, self._states)
+        return float(cosine_loss(self._wanted, student.hidden(self._held)).mean())
+
+
+def search_layers(
+    score: Callable[[Kept], float],
+    count: int,
+    layers: int,
+    *,
+    tries: int = TRIES,
+    known: dict[Kept, float] | None = None,
+    keep: Callable[[dict[Kept, float]], None] = lambda scores: None,
+    report: Reporter = ignore,
+) -> LayerChoice:
+    """The best of the named patterns, then of its neighbours as long as one is better, in at most ``tries`` tries.
+
+    ``known`` are scores of an interrupted search: it goes the same way again without trying these. ``keep`` is
+    handed all scores after each try. The last layer is kept always: the head reads its output.
+
+    Raises:
+        InvalidInput: not 1 to ``layers - 1`` layers, so there is nothing to choose.
+    """
+    if not 1 <= count < layers:
+        raise InvalidInput(f"a search is for 1 to {layers - 1} of {layers} layers, not {count}")
+    scores: dict[Kept, float] = {}
+
+    def tried(kept: Kept) -> float:
+        if kept not in scores:
+            scores[kept] = known[kept] if known and kept in known else score(kept)
+            keep(scores)
+            best = min(scores.values())
+            report(Progress(len(scores), tries, "search", {"try_cos": scores[kept], "best_cos": best}))
+        return scores[kept]
+
+    shapes = {tuple(shape(count, layers)) for shape in PATTERNS.values()}
+    best = min(sorted(kept for kept in shapes if kept[-1] == layers - 1), key=tried)
+    moved = True
+    while moved and len(scores) < tries:
+        moved = False
+        for kept in _neighbours(best):
+            if len(scores) >= tries:
+                break
+            if kept not in scores and tried(kept) < scores[best]:
+                best, moved = kept, True
+                break
+    return LayerChoice(best, scores)
+
+
+def _neighbours(kept: Kept) -> Iterator[Kept]:
+    """The pattern with one layer moved; the last one stays."""
+    for move in MOVES:
+        for place in range(len(kept) - 1):
+            low = kept[place - 1] if place else -1
+            if low < kept[place] + move < kept[place + 1]:
+                yield (*kept[:place], kept[place] + move, *kept[place + 1 :])
+
+
+class SearchNotes:
+    """The scores of a search in a file beside the checkpoint, replaced whole after each try."""
+
+    def __init__(self, folder: Path, *work: object) -> None:
+        self._path, self._work = folder / "layers.json", fingerprint(*work)
+
+    def read(self) -> dict[Kept, float]:
+        """What an interrupted search of the same work has found."""
+        try:
+            notes = json.loads(self._path.read_text("utf-8"))
+            if notes["work"] != self._work:
+                return {}
+            return {tuple(kept): float(score) for kept, score in notes["scores"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def write(self, scores: dict[Kept, float]) -> None:
+        """A full disk ends no search."""
+        aside = self._path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps({"work": self._work, "scores": [[*pair] for pair in scores.items()]}))
+            aside.replace(self._path)
+        except OSError as error:
+            log.warning("the search's scores aren't kept: %s", error)
+        finally:
+            aside.unlink(missing_ok=True)

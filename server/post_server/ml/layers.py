@@ -1,0 +1,132 @@
+"""A model's layers: which ones a student keeps, the student that is made of them, and what enters them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from post_shared.errors import InvalidInput
+from post_shared.language_model import LanguageModel
+
+FRONT_POWER = 1.95
+
+
+def ends(count: int, layers: int) -> list[int]:
+    """Half from each end, the larger half from the front, as the paper does.
+
+    >>> ends(4, 30)
+    [0, 1, 28, 29]
+    """
+    front = (count + 1) // 2
+    return [*range(front), *range(layers - (count - front), layers)]
+
+
+def even(count: int, layers: int, power: float = 1.0) -> list[int]:
+    """Spread evenly from the first to the last; with ``power`` above 1 denser in front.
+
+    >>> even(4, 30), even(4, 30, power=2.0), even(1, 30)
+    ([0, 10, 19, 29], [0, 3, 13, 29], [29])
+    """
+    last = layers - 1
+    places = [round(last * (at / (count - 1)) ** power) for at in range(count)] if count > 1 else [last]
+    for at in range(1, count):  # powers put several on one place
+        places[at] = max(places[at], places[at - 1] + 1)
+    for at in reversed(range(count)):
+        places[at] = min(places[at], layers - (count - at))
+    return places
+
+
+def front(count: int, layers: int) -> list[int]:
+    """The gaps between kept layers grow from the front to the back."""
+    return even(count, layers, power=FRONT_POWER)
+
+
+PATTERNS: dict[str, Callable[[int, int], list[int]]] = {"ends": ends, "even": even, "front": front}
+"""How a number of layers is spread, by name. A better pattern is a new entry here."""
+
+
+def chosen_layers(keep: int | Sequence[int], layers: int, pattern: str = "ends") -> list[int]:
+    """Indices of the kept layers: a number of them in that pattern, or those that are listed.
+
+    Raises:
+        InvalidInput: indices out of range, repeated or out of order, or nothing left to leave out.
+    """
+    if isinstance(keep, int):
+        if not 1 <= keep <= layers:
+            raise InvalidInput(f"keep between 1 and {layers} layers, not {keep}")
+        return PATTERNS[pattern](keep, layers)
+    kept = list(keep)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= layers:
+        raise InvalidInput(f"the layers to keep are rising indices in 0..{layers - 1}, not {kept}")
+    return kept
+
+
+def layers_of(model: LanguageModel) -> tuple[nn.Module, str]:
+    """The list of layers and its place: the module that owns it and the attribute's name.
+
+    Raises:
+        InvalidInput: the model doesn't keep its layers in one list.
+    """
+    for module in model.body.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == model.layers:
+                return module, name
+    raise InvalidInput(f"a {model.architecture} model doesn't keep its {model.layers} layers in one list")
+
+
+def copy_student(target: LanguageModel, kept: Sequence[int]) -> LanguageModel:
+    """A student of the kept layers with everything else as in the target; a copy, float32, on the same device."""
+    owner, name = layers_of(target)
+    every = getattr(owner, name)
+    rest = nn.ModuleList([every[at] for at in kept])
+    setattr(owner, name, rest)
+    try:
+        model = copy.deepcopy(target.model)
+    finally:
+        setattr(owner, name, every)
+    model.config.num_hidden_layers = len(kept)
+    types = getattr(model.config, "layer_types", None)
+    if types is not None:
+        model.config.layer_types = [types[at] for at in kept]
+    for at, layer in enumerate(getattr(*layers_of(_wrapped(model, target)))):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = at
+    return _wrapped(model.float(), target)
+
+
+def _wrapped(model: Any, target: LanguageModel) -> LanguageModel:
+    return LanguageModel(model, target.tokenizer)
+
+
+class Enough(Exception):
+    """Ends a forward pass once what was wanted is known."""
+
+
+@contextmanager
+def layer_inputs(model: LanguageModel, layers: Iterable[int], *, stop: bool = False) -> Iterator[dict[int, Tensor]]:
+    """Within it, a pass of ``model`` leaves here the hidden state (B, T, d) that entered each of ``layers``.
+
+    With ``stop`` later layers aren't run: the pass ends at the last of ``layers``.
+    """
+    caught: dict[int, Tensor] = {}
+    wanted = sorted(set(layers))
+    places = getattr(*layers_of(model))
+
+    def catcher(layer: int) -> Callable[..., None]:
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught[layer] = args[0] if args else kwargs["hidden_states"]
+            if stop and layer == wanted[-1]:
+                raise Enough
+
+        return catch
+
+    with ExitStack() as hooks:
+        for layer in wanted:
+            hooks.callback(places[layer].register_forward_pre_hook(catcher(layer), with_kwargs=True).remove)
+        with suppress(Enough):
+            yield caught

@@ -1,0 +1,111 @@
+"""What a student is trained by: Eq. 1 on one batch, in parts if need be, and what it asks of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from post_server.ml.corpus import Prediction
+from post_server.ml.layers import layer_inputs
+from post_server.ml.teacher_cache import TeacherCache
+from post_shared.language_model import LanguageModel
+from post_shared.losses import cosine_loss, distillation_loss, language_model_loss, softened_cross_entropy
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a batch, with the sizes of the whole batch, over which all means are taken."""
+
+    prediction: Prediction
+    blocks: Sequence[int]
+    """The rows' numbers in the corpus."""
+    positions: int
+    """Predicted positions of the whole batch."""
+    tokens: int
+    """Tokens of the whole batch."""
+
+
+def parts_of(prediction: Prediction, blocks: Sequence[int], count: int) -> list[Part]:
+    """The batch in ``count`` parts of about as many rows each; the sums over all parts are the batch's means."""
+    parts = []
+    for rows in torch.arange(len(prediction.inputs)).tensor_split(count):
+        first, last = int(rows[0]), int(rows[-1])
+        mine = (prediction.rows >= first) & (prediction.rows <= last)
+        some = Prediction(
+            prediction.inputs[first : last + 1],
+            prediction.rows[mine] - first,
+            prediction.positions[mine],
+            prediction.tokens[mine],
+        )
+        parts.append(Part(some, blocks[first : last + 1], len(prediction.rows), prediction.inputs.numel()))
+    return parts
+
+
+def alignment_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """‖student − teacher‖² / ‖teacher‖² of hidden states inside the models, (B, T, d) each -> (B, T).
+
+    Not in the paper: what enters a kept layer in the student against what enters it in the target.
+    """
+    wanted = teacher.float()
+    return (student.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-6)
+
+
+class Objective:
+    """Eq. 1 plus ``alignment`` times :func:`alignment_loss` over the layers that follow a kept one."""
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        student: LanguageModel,
+        temperature: float,
+        *,
+        kept: Sequence[int] = (),
+        alignment: float = 0.0,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self.target, self.student, self.temperature, self.alignment = target, student, temperature, alignment
+        self._cache = cache
+        self._entered = kept[1:] if alignment else ()
+        """Layers of the target before which the two are compared."""
+
+    def losses(self, part: Part) -> dict[str, Tensor]:
+        """{"ce", "lm", "cos"} and with alignment "align": this part's share of each mean over the batch."""
+        asked, device = part.prediction, self.target.device
+        rows, positions = asked.rows.to(device), asked.positions.to(device)
+        with torch.no_grad(), layer_inputs(self.target, self._entered) as wanted:
+            right = self._right(part)  # (B, T, d)
+            teacher = self.target.head(right[rows, positions])  # (n, V)
+        with layer_inputs(self.student, range(1, 1 + len(self._entered))) as got:
+            hidden = self.student.hidden(asked.inputs)  # (B, T, d)
+        logits = self.student.head(hidden[rows, positions])  # (n, V)
+        losses = {
+            "ce": softened_cross_entropy(teacher, logits, self.temperature).sum() / part.positions,
+            "lm": language_model_loss(logits, asked.tokens.to(device)).sum() / part.positions,
+            "cos": cosine_loss(right, hidden).sum() / part.tokens,
+        }
+        if self._entered:
+            apart = [alignment_loss(wanted[layer], got[at]).sum() for at, layer in enumerate(self._entered, 1)]
+            losses["align"] = torch.stack(apart).mean() / part.tokens
+        return losses
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """What is minimised."""
+        eq1 = distillation_loss(losses["ce"], losses["lm"], losses["cos"])
+        return eq1 + self.alignment * losses["align"] if "align" in losses else eq1
+
+    def _right(self, part: Part) -> Tensor:
+        """The target's last hidden states (B, T, d)."""
+        if self._cache is None:
+            return self.target.hidden(part.prediction.inputs)
+        return self._cache.hidden(part.blocks, part.prediction.inputs)
+
+
+def distillation_losses(
+    target: LanguageModel, student: LanguageModel, prediction: Prediction, temperature: float
+) -> dict[str, Tensor]:
+    """The three terms of Eq. 1 on one batch, each a mean: {"ce", "lm", "cos"}."""
+    whole = parts_of(prediction, range(len(prediction.inputs)), 1)[0]
+    return Objective(target, student, temperature).losses(whole)
