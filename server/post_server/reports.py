@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from post_server.dataset_store import check_labelled, find_dataset
 from post_server.model_store import find_model
-from post_server.records import DatasetRow, JobRow, ModelRow
+from post_server.records import DatasetRow, JobRow, ModelRow, now
 from post_shared.errors import Conflict, InvalidInput, NotFound
 from post_shared.report_schemas import ModelSize, RecordedLoss, ReportCreate, ReportTask, TradeOffReport
 from post_shared.schemas import JobKind, JobState, ModelRole
 from post_shared.tasks import Task
+
+if TYPE_CHECKING:
+    from post_server.ml.trade_off import TradeOff
 
 LOSSES = ("loss", "ce", "lm", "cos")
 
@@ -77,8 +81,28 @@ def recorded_loss(session: Session, student: ModelRow) -> RecordedLoss | None:
     return None
 
 
-def model_size(row: ModelRow) -> ModelSize:
-    """The row's part in a report."""
+def report_document(
+    job: JobRow, target: ModelRow, student: ModelRow, recorded: RecordedLoss | None, found: TradeOff
+) -> TradeOffReport:
+    """All that is known about a student, as the API shows it."""
+    return TradeOffReport(
+        job_id=job.id,
+        made_at=now(),
+        target=_size(target),
+        student=_size(student),
+        parameter_share=student.parameters / target.parameters,
+        byte_share=student.size_bytes / target.size_bytes,
+        recorded_loss=recorded,
+        measured_loss=found.loss,
+        tasks=list(found.tasks),
+        members=found.members,
+        non_members=found.non_members,
+        leakage=list(found.leakage),
+        request=ReportCreate.model_validate(job.request),
+    )
+
+
+def _size(row: ModelRow) -> ModelSize:
     return ModelSize.model_validate({name: getattr(row, name) for name in ModelSize.model_fields})
 
 

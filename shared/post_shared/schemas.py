@@ -181,8 +181,7 @@ class Job(Document):
     metrics: dict[str, float] = Field(default_factory=dict, description="The latest value of each series.")
     request: dict[str, Any] = Field(description="The document that created the job.")
     result: dict[str, Any] | None = Field(
-        default=None,
-        description="distil: model_id; transfer: prompt_id, alpha; evaluate: accuracy; report: the report.",
+        default=None, description="distil: model_id; transfer: prompt_id, alpha; evaluate: accuracy; report: itself."
     )
     error: Problem | None = None
     created_at: datetime

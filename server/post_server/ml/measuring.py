@@ -22,12 +22,12 @@ def guess_labels(
     report: Reporter,
     *,
     max_length: int = 128,
-) -> list[str]:
-    """The label that the model holds likeliest for each text."""
+) -> list[int]:
+    """Which of the task's labels the model holds likeliest for each text."""
     kept = model.prefix(prompt) if prompt is not None and model.kind == "causal" else prompt
-    guesses: list[str] = []
+    guesses: list[int] = []
     for at in range(0, len(texts), PIECE):
         scores = classify(model, task, texts[at : at + PIECE], kept, max_length=max_length)
-        guesses += [task.labels[best] for best in scores.argmax(-1).tolist()]
+        guesses += scores.argmax(-1).tolist()
         report(Progress(len(guesses), len(texts), "evaluate"))
     return guesses

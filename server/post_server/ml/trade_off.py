@@ -124,7 +124,7 @@ def _right(
 ) -> list[bool]:
     texts = [row.text for row in task.test]
     guesses = guess_labels(model, task.task, texts, prompt, report, max_length=request.max_length)
-    return [guess == row.label for guess, row in zip(guesses, task.test, strict=True)]
+    return [task.task.labels[guess] == row.label for guess, row in zip(guesses, task.test, strict=True)]
 
 
 # --- helpers ------------------------------------------------------------------------------------------

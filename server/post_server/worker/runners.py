@@ -23,8 +23,8 @@ from post_server.ml.trade_off import trade_off
 from post_server.ml.transfer import TransferConfig, TransferResult, choose_alpha, transfer
 from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
 from post_server.prompt_store import add_prompt
-from post_server.records import DatasetRow, JobRow, ModelRow, PromptRow, now
-from post_server.reports import model_size, recorded_loss
+from post_server.records import DatasetRow, JobRow, ModelRow, PromptRow
+from post_server.reports import recorded_loss, report_document
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_shared.data import Row, read_corpus, read_rows
@@ -32,7 +32,7 @@ from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch
 from post_shared.evaluation import exact_match, generate, score
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_file import PromptFile, read_prompt, write_prompt
-from post_shared.report_schemas import ReportCreate, TradeOffReport
+from post_shared.report_schemas import ReportCreate
 from post_shared.schemas import (
     DatasetKind,
     DistillationCreate,
@@ -195,32 +195,18 @@ def run_report(work: Work) -> Outcome:
     forms = [Task.from_form(each.task) for each in request.tasks]
     tasks = [split_task(row.name, task, work.rows(row), request) for row, task in zip(sets, forms, strict=True)]
     target = work.load(source)
-    sides = ([text for row in side for text in work.texts(row)] for side in (members, others))
+    seen, unseen = ([text for row in side for text in work.texts(row)] for side in (members, others))
     found = trade_off(
         target,
         work.load(student),
         tasks,
-        *attacked_texts(target, *sides, request),
+        *attacked_texts(target, seen, unseen, request),
         request,
         report=work.report,
         checkpoint=work.checkpoint,
         checkpoint_seconds=work.settings.checkpoint_seconds,
     )
-    document = TradeOffReport(
-        job_id=work.job.id,
-        made_at=now(),
-        target=model_size(source),
-        student=model_size(student),
-        parameter_share=student.parameters / source.parameters,
-        byte_share=student.size_bytes / source.size_bytes,
-        recorded_loss=recorded,
-        measured_loss=found.loss,
-        tasks=list(found.tasks),
-        members=found.members,
-        non_members=found.non_members,
-        leakage=list(found.leakage),
-        request=request,
-    )
+    document = report_document(work.job, source, student, recorded, found)
     return lambda session: document.model_dump(mode="json")
 
 
@@ -245,7 +231,7 @@ def _measure(
     texts = [row.text for row in rows]
     if not task.is_generation:
         guesses = guess_labels(model, task, texts, prompt, report)
-        return asdict(score(task, [task.labels.index(guess) for guess in guesses], labels))
+        return asdict(score(task, guesses, labels))
     answers: list[str] = []
     for at in range(0, len(texts), PIECE):
         answers += generate(model, task, texts[at : at + PIECE], prompt)
