@@ -17,7 +17,7 @@ import httpx
 
 from post_client._http import Http
 from post_client.resources.datasets import Datasets
-from post_client.resources.jobs import Distillations, Evaluations, Jobs, Transfers
+from post_client.resources.jobs import Distillations, Evaluations, Jobs, Reports, Transfers
 from post_client.resources.models import Models
 from post_client.resources.predictions import Predictions
 from post_client.resources.prompts import Prompts
@@ -62,6 +62,7 @@ class Client:
         self.distillations = Distillations(self._http)
         self.transfers = Transfers(self._http)
         self.evaluations = Evaluations(self._http)
+        self.reports = Reports(self._http)
         self.predictions = Predictions(self._http)
 
     def ready(self) -> Health:

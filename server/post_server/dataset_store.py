@@ -14,7 +14,7 @@ from post_server.database import guard_blobs
 from post_server.records import DatasetRow
 from post_server.storage import BlobStore
 from post_shared.data import iter_paragraphs, iter_rows, read_corpus
-from post_shared.errors import Conflict, DataInvalid, NotFound
+from post_shared.errors import Conflict, DataInvalid, InvalidInput, NotFound
 from post_shared.schemas import Dataset, DatasetKind
 
 MAX_LABELS = 1000
@@ -111,6 +111,12 @@ def find_dataset(session: Session, reference: str) -> DatasetRow:
     if row is None:
         raise NotFound(f"There is no dataset {reference!r}.", dataset=reference)
     return row
+
+
+def check_labelled(row: DatasetRow) -> None:
+    """Raise :class:`InvalidInput` when the dataset's texts have no labels."""
+    if row.kind is not DatasetKind.ROWS or row.labels is None:
+        raise InvalidInput(f"The dataset {row.name} has no labels, and they are needed here.")
 
 
 def dataset_document(row: DatasetRow) -> Dataset:

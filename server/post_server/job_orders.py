@@ -5,14 +5,15 @@ from __future__ import annotations
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from post_server.dataset_store import find_dataset
+from post_server.dataset_store import check_labelled, find_dataset
 from post_server.jobs.states import announce
 from post_server.model_store import find_model
 from post_server.prompt_store import ENDED, visible_prompt
-from post_server.records import ApiKeyRow, DatasetRow, JobRow, ModelRow, PromptRow
+from post_server.records import ApiKeyRow, JobRow, ModelRow, PromptRow
+from post_server.reports import check_report
 from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch, TooManyRequests
+from post_shared.report_schemas import ReportCreate
 from post_shared.schemas import (
-    DatasetKind,
     DistillationCreate,
     EvaluationCreate,
     Job,
@@ -25,7 +26,7 @@ from post_shared.schemas import (
 )
 from post_shared.tasks import Task
 
-Order = DistillationCreate | TransferCreate | EvaluationCreate
+Order = DistillationCreate | TransferCreate | EvaluationCreate | ReportCreate
 
 
 def place_order(session: Session, caller: ApiKeyRow, order: Order, *, jobs_per_key: int) -> JobRow:
@@ -48,6 +49,9 @@ def place_order(session: Session, caller: ApiKeyRow, order: Order, *, jobs_per_k
     elif isinstance(order, TransferCreate):
         kind = JobKind.TRANSFER
         _check_transfer(session, caller, order)
+    elif isinstance(order, ReportCreate):
+        kind = JobKind.REPORT
+        check_report(session, order)
     else:
         kind = JobKind.EVALUATE
         _check_evaluation(session, caller, order)
@@ -145,18 +149,13 @@ def _check_transfer(session: Session, caller: ApiKeyRow, order: TransferCreate) 
         raise PromptMismatch(f"The prompt {prompt.id} was tuned on {student.name}, not on a student of {target.name}.")
     check_prompt_fits(prompt, target)
     if order.alpha == "auto":
-        _check_labelled(dataset)
+        check_labelled(dataset)
 
 
 def _check_evaluation(session: Session, caller: ApiKeyRow, order: EvaluationCreate) -> None:
     model = find_model(session, order.model)
-    _check_labelled(find_dataset(session, order.dataset))
+    check_labelled(find_dataset(session, order.dataset))
     prompt = None if order.prompt is None else visible_prompt(session, caller, order.prompt)
     check_task(prompt, order.task)
     if prompt is not None:
         check_prompt_fits(prompt, model)
-
-
-def _check_labelled(dataset: DatasetRow) -> None:
-    if dataset.kind is not DatasetKind.ROWS or dataset.labels is None:
-        raise InvalidInput(f"The dataset {dataset.name} has no labels, and they are needed here.")

@@ -155,6 +155,7 @@ class JobKind(StrEnum):
     DISTIL = "distil"
     TRANSFER = "transfer"
     EVALUATE = "evaluate"
+    REPORT = "report"
 
 
 class JobState(StrEnum):
@@ -180,7 +181,7 @@ class Job(Document):
     metrics: dict[str, float] = Field(default_factory=dict, description="The latest value of each series.")
     request: dict[str, Any] = Field(description="The document that created the job.")
     result: dict[str, Any] | None = Field(
-        default=None, description="distil: model_id, layers; transfer: prompt_id, chosen_step; evaluate: accuracy, …"
+        default=None, description="distil: model_id, layers; transfer: prompt_id; evaluate: accuracy; report: itself."
     )
     error: Problem | None = None
     created_at: datetime

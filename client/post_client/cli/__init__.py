@@ -15,6 +15,7 @@ from post_client.cli.predict import predict
 from post_client.cli.provider import distil, evaluate
 from post_client.cli.pull import pull
 from post_client.cli.push import push
+from post_client.cli.report import report
 from post_client.cli.transfer import transfer
 from post_client.cli.tune import tune
 
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
     for name, verb in (("pull", pull), ("tune", tune), ("push", push), ("transfer", transfer), ("predict", predict)):
         app.command(name, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)
+    app.add_typer(report, name="report", rich_help_panel=PROVIDER)
     app.command("evaluate", rich_help_panel=BOTH)(evaluate)
     app.add_typer(jobs, name="jobs", rich_help_panel=BOTH)
     app.command("demo", rich_help_panel=BOTH)(demo)

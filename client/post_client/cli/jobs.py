@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from post_client.cli.console import AsJson, Url, connect, follow, metrics_note, out, print_facts, print_json
 from post_shared.schemas import Job, JobKind, JobState
 
-jobs = typer.Typer(no_args_is_help=True, help="Work at the provider: distillations, transfers, evaluations.")
+jobs = typer.Typer(no_args_is_help=True, help="Work at the provider: distillations, transfers, evaluations, reports.")
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
 
 

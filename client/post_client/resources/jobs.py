@@ -1,10 +1,10 @@
-"""Long work at the provider, and the three verbs that start it."""
+"""Long work at the provider, and the verbs that start it."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from post_client._http import Http, parse
 from post_shared.errors import Cancelled, InvalidInput, JobFailed, Timeout, Unavailable
+from post_shared.report_schemas import ReportCreate, ReportTask, TradeOffReport
 from post_shared.schemas import (
     DistillationCreate,
     Document,
@@ -212,6 +213,41 @@ class Evaluations:
 
     def list(self) -> Iterator[Job]:
         return Jobs(self._http).list(kind=JobKind.EVALUATE)
+
+
+class Reports:
+    """``client.reports`` (provider)"""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    def create(
+        self,
+        *,
+        student: str,
+        tasks: Mapping[str, TaskForm],
+        members: Sequence[str],
+        non_members: Sequence[str],
+        **options: Any,
+    ) -> Job:
+        """Compare a student with its target: ``tasks`` by the name of their public data set, text that was trained on
+        and text that wasn't. Options as in :class:`post_shared.report_schemas.ReportCreate`."""
+        body = _body(
+            ReportCreate,
+            student=student,
+            tasks=[ReportTask(dataset=dataset, task=form) for dataset, form in tasks.items()],
+            members=list(members),
+            non_members=list(non_members),
+            **options,
+        )
+        return Job(self._http, self._http.create("/v1/reports", body, JobDocument))
+
+    def get(self, report: str) -> TradeOffReport:
+        """A finished report, by the id of its job."""
+        return self._http.get(f"/v1/reports/{quote(report, safe='')}", TradeOffReport)
+
+    def list(self) -> Iterator[Job]:
+        return Jobs(self._http).list(kind=JobKind.REPORT)
 
 
 def _body(document: type[D], **members: Any) -> D:

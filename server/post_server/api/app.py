@@ -20,6 +20,7 @@ from post_server.api import (
     predictions,
     problems,
     prompts,
+    reports,
 )
 from post_server.api.context import Context
 from post_server.api.metrics import Metrics
@@ -54,7 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.context = Context(settings, database, BlobStore.from_settings(settings))
     app.state.metrics = Metrics(database)
-    for module in (models, datasets, prompts, orders, jobs, predictions, health, page):
+    for module in (models, datasets, prompts, orders, reports, jobs, predictions, health, page):
         app.include_router(module.router)
     page.mount_static(app)
     problems.install(app)

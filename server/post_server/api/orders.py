@@ -1,4 +1,4 @@
-"""``/v1/distillations``, ``/v1/transfers``, ``/v1/evaluations``: each makes a job."""
+"""``/v1/distillations``, ``/v1/transfers``, ``/v1/evaluations``: each makes a job. So does ``/v1/reports``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from post_shared.schemas import DistillationCreate, EvaluationCreate, Job, Trans
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
-_ERRORS = problems(403, 404, 409, 413, 429)
+ORDER_PROBLEMS = problems(403, 404, 409, 413, 429)
 
 
-@router.post("/distillations", status_code=202, response_model=Job, responses=_ERRORS)
+@router.post("/distillations", status_code=202, response_model=Job, responses=ORDER_PROBLEMS)
 def create_distillation(
     order: DistillationCreate,
     app: App,
@@ -27,10 +27,10 @@ def create_distillation(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Distil a target model into a student (provider)."""
-    return _place(app, caller, order, idempotency_key, tasks)
+    return place(app, caller, order, idempotency_key, tasks)
 
 
-@router.post("/transfers", status_code=202, response_model=Job, responses=_ERRORS)
+@router.post("/transfers", status_code=202, response_model=Job, responses=ORDER_PROBLEMS)
 def create_transfer(
     order: TransferCreate,
     app: App,
@@ -39,10 +39,10 @@ def create_transfer(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Move a source prompt to the target model."""
-    return _place(app, caller, order, idempotency_key, tasks)
+    return place(app, caller, order, idempotency_key, tasks)
 
 
-@router.post("/evaluations", status_code=202, response_model=Job, responses=_ERRORS)
+@router.post("/evaluations", status_code=202, response_model=Job, responses=ORDER_PROBLEMS)
 def create_evaluation(
     order: EvaluationCreate,
     app: App,
@@ -51,12 +51,13 @@ def create_evaluation(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Measure a model, with or without a prompt, on a labelled public dataset."""
-    return _place(app, caller, order, idempotency_key, tasks)
+    return place(app, caller, order, idempotency_key, tasks)
 
 
-def _place(
+def place(
     app: Context, caller: ApiKeyRow, order: Order, idempotency_key: str | None, tasks: BackgroundTasks
 ) -> Response:
+    """Queue an order, once however often it is sent, and ring for it."""
     once = Once(app, caller, idempotency_key)
 
     def create(session: Session) -> tuple[int, Job]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,23 @@ from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.follower import write_order
 from post_server.ml.layer_search import LayerChoice
 from post_server.ml.loading import load_stored
+from post_server.ml.measuring import measure
 from post_server.ml.processes import ALONE, Group, followers
+from post_server.ml.report_texts import attacked_texts, split_task
 from post_server.ml.teacher_cache import CacheRoom
+from post_server.ml.trade_off import trade_off
 from post_server.ml.transfer import TransferConfig, TransferResult, choose_alpha, transfer
 from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
 from post_server.prompt_store import add_prompt
 from post_server.records import DatasetRow, JobRow, ModelRow, PromptRow
+from post_server.reports import recorded_loss, report_document
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_shared.data import Row, read_corpus, read_rows
 from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch
-from post_shared.evaluation import classify, exact_match, generate, score
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_file import PromptFile, read_prompt, write_prompt
+from post_shared.report_schemas import ReportCreate
 from post_shared.schemas import (
     DatasetKind,
     DistillationCreate,
@@ -44,12 +48,10 @@ from post_shared.schemas import (
 )
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
-from post_shared.training import Progress, Reporter
+from post_shared.training import Reporter
 
 Outcome = Callable[[Session], dict[str, Any]]
 """Adds the rows that a job made and returns its result. It runs in the transaction that ends the job."""
-
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -211,40 +213,45 @@ def run_evaluate(work: Work) -> Outcome:
         raise InvalidInput("an evaluation needs a prompt or a task")
     rows = work.rows(dataset)[: request.max_rows]
     model = work.load(row)
-    result = _measure(model, task, rows, prompt, work.report)
+    result = measure(model, task, rows, prompt, work.report)
     return lambda session: result
+
+
+def run_report(work: Work) -> Outcome:
+    """Student + public tasks and texts -> what it can do and what it leaks beside its target."""
+    request = ReportCreate.model_validate(work.job.request)
+    with work.database.read() as session:
+        student = find_model(session, request.student, ModelRole.STUDENT)
+        source = session.get_one(ModelRow, student.target_id)
+        sets = [find_dataset(session, each.dataset) for each in request.tasks]
+        members, others = (
+            [find_dataset(session, name) for name in names] for names in (request.members, request.non_members)
+        )
+        recorded = recorded_loss(session, student)
+    forms = [Task.from_form(each.task) for each in request.tasks]
+    tasks = [split_task(row.name, task, work.rows(row), request) for row, task in zip(sets, forms, strict=True)]
+    target = work.load(source)
+    seen, unseen = ([text for row in side for text in work.texts(row)] for side in (members, others))
+    found = trade_off(
+        target,
+        work.load(student),
+        tasks,
+        *attacked_texts(target, seen, unseen, request),
+        request,
+        report=work.report,
+        checkpoint=work.checkpoint,
+        checkpoint_seconds=work.settings.checkpoint_seconds,
+    )
+    document = report_document(work.job, source, student, recorded, found)
+    return lambda session: document.model_dump(mode="json")
 
 
 RUNNERS: dict[JobKind, Callable[[Work], Outcome]] = {
     JobKind.DISTIL: run_distil,
     JobKind.TRANSFER: run_transfer,
     JobKind.EVALUATE: run_evaluate,
+    JobKind.REPORT: run_report,
 }
-
-
-def _measure(
-    model: LanguageModel, task: Task, rows: Sequence[Row], prompt: torch.Tensor | None, report: Reporter
-) -> dict[str, Any]:
-    """As :func:`post_shared.evaluation.evaluate`, in pieces, so that it can be watched and stopped."""
-    if any(row.label is None for row in rows):
-        raise InvalidInput("an evaluation needs labelled rows; this dataset has rows without a label")
-    labels = [str(row.label) for row in rows]
-    unknown = sorted(set(labels) - set(task.labels))
-    if unknown and not task.is_generation:
-        raise InvalidInput(f"the dataset has labels that the task doesn't know: {', '.join(unknown[:10])}")
-    kept = model.prefix(prompt) if prompt is not None and model.kind == "causal" else prompt
-    guesses: list[int] = []
-    answers: list[str] = []
-    for at in range(0, len(rows), _CHUNK):
-        texts = [row.text for row in rows[at : at + _CHUNK]]
-        if task.is_generation:
-            answers += generate(model, task, texts, prompt)
-        else:
-            guesses += classify(model, task, texts, kept).argmax(-1).tolist()
-        report(Progress(min(at + _CHUNK, len(rows)), len(rows), "evaluate"))
-    if task.is_generation:
-        return {"accuracy": exact_match(answers, labels), "rows": len(rows), "recall": {}}
-    return asdict(score(task, guesses, labels))
 
 
 def _prompt(session: Session, prompt_id: str, role: PromptRole | None = None) -> PromptRow:

@@ -1,0 +1,236 @@
+"""Laws of the trade-off report, from its parts to the finished job."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from post_server.jobs import states
+from post_server.ml.min_k import SHARES, text_scores
+from post_server.ml.report_figures import measured_loss
+from post_server.ml.report_texts import attacked_texts, split_task
+from post_server.ml.trade_off import TradeOff, trade_off
+from post_server.records import JobRow, ModelRow
+from post_shared.data import Row
+from post_shared.errors import Cancelled, DataInvalid
+from post_shared.evaluation import evaluate
+from post_shared.language_model import LanguageModel
+from post_shared.report_schemas import ReportCreate, TradeOffReport
+from post_shared.schemas import DatasetKind, JobKind, JobState
+from post_shared.tasks import Task
+from post_shared.training import Progress
+from tests.models import LABELS, TEXTS, tiny_model
+from tests.server.backstage import TASK, Backstage
+from tests.server.test_min_k import texts
+from tests.server.test_worker_runners import add_student, run
+
+FORM = Task.from_form(TASK)
+ROWS = [Row(f"{text}, {number}", label) for number in range(5) for text, label in zip(TEXTS, LABELS, strict=True)]
+REQUEST = ReportCreate.model_validate(
+    {
+        "student": "student-1",
+        "tasks": [{"dataset": "public", "task": TASK.model_dump()}],
+        "members": ["seen"],
+        "non_members": ["unseen"],
+        "steps": 4,
+        "batch_size": 4,
+        "length": 2,
+        "max_length": 32,
+    }
+)
+MEMBERS, OTHERS = texts(24, 1), texts(24, 2)
+
+
+def measure(student: LanguageModel, target: LanguageModel | None = None, **options: Any) -> TradeOff:
+    task = split_task("public", FORM, ROWS, REQUEST)
+    return trade_off(target or tiny_model(layers=4), student, [task], MEMBERS, OTHERS, REQUEST, **options)
+
+
+def test_a_student_like_its_target_has_no_gap_and_leaks_as_much() -> None:
+    found = measure(tiny_model(layers=4))
+    (task,) = found.tasks
+    assert (task.gap.value, task.gap.low, task.gap.high) == (0.0, 0.0, 0.0)
+    assert task.target_tuned == task.student_tuned
+    assert (found.loss.ce, found.loss.cos) == (pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-5))
+    assert len(found.leakage) == 2 * len(SHARES)
+    for each in found.leakage:
+        assert each.target == each.student
+        assert (each.auc_drop.low, each.auc_drop.high) == (0.0, 0.0)
+        assert each.target.auc.low < 0.5 < each.target.auc.high  # a model of random weights saw neither
+
+
+def test_the_figures_are_those_of_the_plain_functions() -> None:
+    target, student = tiny_model(layers=4), tiny_model(layers=2, seed=1)
+    found = measure(student, target)
+    task, (figures,) = split_task("public", FORM, ROWS, REQUEST), found.tasks
+    assert (figures.tune_rows, figures.test_rows) == (len(task.tune), len(task.test)) == (20, 20)
+    assert figures.target_zero_shot.value == pytest.approx(evaluate(target, FORM, task.test, max_length=32).accuracy)
+    assert figures.student_zero_shot.value == pytest.approx(evaluate(student, FORM, task.test, max_length=32).accuracy)
+    assert figures.gap.value == pytest.approx(figures.target_tuned.value - figures.student_tuned.value)
+    assert figures.gap_zero_shot.value == pytest.approx(figures.target_zero_shot.value - figures.student_tuned.value)
+    labels = [row.label for row in task.test]
+    assert figures.majority == max(map(labels.count, labels)) / 20
+    likelihood = text_scores(student, OTHERS, 32, shares=[1.0])[:, 0, 0]
+    lengths = torch.tensor([len(student.tokenizer(text).input_ids) - 1 for text in OTHERS])
+    lengths = lengths.clamp(max=31).double()
+    assert found.loss.tokens == int(lengths.sum())
+    assert found.loss.lm == pytest.approx(-float((likelihood * lengths).sum() / lengths.sum()), rel=1e-4)
+
+
+def test_a_masked_pair_is_measured_too() -> None:
+    target, student = tiny_model("bert"), tiny_model("bert", layers=2, seed=1)
+    found = measure(student, target)
+    assert found.loss.ce > 0
+    assert all(0 <= each.student.auc.value <= 1 for each in found.leakage)
+    assert measured_loss(target, target, OTHERS[:2], 32)["ce"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [0.05, 0.3, 0.6, 0.95])
+def test_stopped_and_resumed_equals_undisturbed(tmp_path: Path, stop_at: float) -> None:
+    student = tiny_model(layers=2, seed=1)
+    seen: list[float] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress.step / progress.steps)
+        if seen[-1] >= stop_at:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        measure(student, report=stop, checkpoint=tmp_path)
+    again: list[float] = []
+    resumed = measure(student, report=lambda p: again.append(p.step / p.steps), checkpoint=tmp_path)
+    assert resumed == measure(student)
+    assert seen == sorted(seen)
+    assert again == sorted(again)
+    assert again[-1] == 1.0
+    if stop_at > 0.1:
+        assert again[0] > seen[0]  # what was done isn't done again
+
+
+def test_another_works_stages_are_not_ours(tmp_path: Path) -> None:
+    measure(tiny_model(layers=2, seed=1), checkpoint=tmp_path)
+    other = tiny_model(layers=2, seed=2)
+    assert measure(other, checkpoint=tmp_path) == measure(other)
+    (tmp_path / "stages.json").write_text("{")
+    assert measure(other, checkpoint=tmp_path) == measure(other)
+
+
+def test_no_text_is_both_tuned_on_and_held_out() -> None:
+    rows = [*ROWS, *(replace(row, text=row.text.upper() + "  ") for row in ROWS)]
+    for seed in range(5):
+        task = split_task("public", FORM, rows, REQUEST.model_copy(update={"seed": seed, "test_rows": 7}))
+        sides = [{" ".join(row.text.casefold().split()) for row in side} for side in (task.tune, task.test)]
+        assert not sides[0] & sides[1]
+        assert (len(task.test), len(sides[0]) + len(sides[1])) == (7, len(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ROWS[:5] * 4, "5 different texts"),
+        ([Row(row.text) for row in ROWS], "no label"),
+        ([Row(row.text, "odd") for row in ROWS], "odd"),
+        ([Row(row.text, "positive") for row in ROWS], "two classes"),
+    ],
+)
+def test_rows_that_make_no_task_are_refused(rows: list[Row], message: str) -> None:
+    with pytest.raises(DataInvalid, match=message) as refusal:
+        split_task("public", FORM, rows, REQUEST)
+    assert "public" in refusal.value.detail
+
+
+def test_texts_that_make_no_attack_are_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(DataInvalid, match="1 texts are among both"):
+        attacked_texts(model, MEMBERS, [*OTHERS, f"  {MEMBERS[3].upper()}"], REQUEST)
+    with pytest.raises(DataInvalid, match="19 different members"):
+        attacked_texts(model, [*MEMBERS[:19], *MEMBERS[:19], "nice"], OTHERS, REQUEST)
+    few = REQUEST.model_copy(update={"texts": 21})
+    seen, unseen = attacked_texts(model, MEMBERS * 2, OTHERS, few)
+    assert (len(set(seen)), len(set(unseen))) == (21, 21)
+
+
+# --- the job ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(backstage: Backstage) -> Backstage:
+    add_student(backstage, backstage.add_target())
+    backstage.add_rows(rows=[(row.text, str(row.label)) for row in ROWS])
+    for name, some in (("seen", MEMBERS), ("unseen", OTHERS)):
+        backstage._add_dataset(name, DatasetKind.CORPUS, "\n".join(some), len(some), None)
+    return backstage
+
+
+def add_report(backstage: Backstage, **more: Any) -> str:
+    document = ReportCreate.model_validate({**REQUEST.model_dump(mode="json"), **more})
+    return backstage.add_job(JobKind.REPORT, document.model_dump(mode="json"))
+
+
+def test_a_report_job_is_a_trade_off(ready: Backstage) -> None:
+    _, job = run(ready, add_report(ready))
+    assert (job.state, job.error) == (JobState.SUCCEEDED, None)
+    report = TradeOffReport.model_validate(job.result)
+    expected = measure(tiny_model("llama", layers=2, seed=1), tiny_model("llama", layers=4))
+    assert report.tasks == list(expected.tasks)
+    assert report.leakage == list(expected.leakage)
+    assert report.measured_loss == expected.loss
+    assert (report.recorded_loss, report.members, report.non_members) == (None, 24, 24)
+    with ready.database.read() as session:
+        rows = {row.name: row for row in session.query(ModelRow)}
+    target, student = rows["target"], rows["student-1"]
+    assert report.parameter_share == student.parameters / target.parameters < 1
+    assert report.byte_share == student.size_bytes / target.size_bytes < 1
+    assert (report.target.hash, report.student.layers) == (target.hash, 2)
+
+
+def test_what_the_distillation_recorded_is_in_the_report(ready: Backstage) -> None:
+    with ready.database.write() as session:
+        student = session.query(ModelRow).filter_by(name="student-1").one()
+        job = JobRow(
+            kind=JobKind.DISTIL,
+            request={"corpus": ["seen"]},
+            owner_key_id=ready.provider.id,
+            state=JobState.SUCCEEDED,
+            metrics={"ce": 1.5, "lm": 3.0, "loss": 13.6, "tokens_per_second": 9.0, "cos": None},
+            result={"model_id": student.id},
+        )
+        session.add(job)
+    _, made = run(ready, add_report(ready))
+    recorded = TradeOffReport.model_validate(made.result).recorded_loss
+    assert recorded is not None
+    assert (recorded.job_id, recorded.corpus) == (job.id, ["seen"])
+    assert recorded.losses == {"ce": 1.5, "lm": 3.0, "loss": 13.6}
+
+
+def test_a_text_on_both_sides_fails_the_job(ready: Backstage) -> None:
+    ready._add_dataset("mixed", DatasetKind.CORPUS, "\n".join([*OTHERS, MEMBERS[0]]), 25, None)
+    _, job = run(ready, add_report(ready, non_members=["mixed"]))
+    assert job.error is not None
+    assert (job.state, job.error["code"]) == (JobState.FAILED, "data_invalid")
+
+
+def test_a_killed_report_goes_on_and_ends_as_an_undisturbed_one(ready: Backstage) -> None:
+    _, undisturbed = run(ready, add_report(ready))
+    job_id = add_report(ready, steps=400)  # long enough to be killed in the middle
+    _, whole = run(ready, add_report(ready, steps=400))
+    ready.start_redis()
+    worker = ready.start_worker()
+    ready.reaches(job_id, stage="tuned student on public")
+    worker.kill()
+    ready.start_worker()
+    row = ready.ended(job_id)
+    assert row.state is JobState.SUCCEEDED, (row.error, ready.log())
+    assert row.attempt == 2
+    stages = [event.data["stage"] for event in ready.events(job_id) if event.kind == "progress"]
+    assert stages.count("target on public") < len(stages)
+    changing = {"job_id", "made_at"}
+    results = [{k: v for k, v in (each.result or {}).items() if k not in changing} for each in (row, whole)]
+    assert json.dumps(results[0]) == json.dumps(results[1])
+    assert undisturbed.result != whole.result
+    assert states.HELD  # the job was taken over by its lease, not by a new order
