@@ -57,9 +57,9 @@ def test_where_prv_gives_up_rdp_answers_and_says_so(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no numerics today")
 
     monkeypatch.setattr(accounting, "_by_prv", fail)
-    accounting._epsilon_for.cache_clear()
+    accounting._compose.cache_clear()
     rdp = epsilon_for(0.9, 1e-5, 0.01, 100)
-    accounting._epsilon_for.cache_clear()
+    accounting._compose.cache_clear()
     assert rdp.accountant == "RDP"
     assert rdp.epsilon > prv.epsilon
 
