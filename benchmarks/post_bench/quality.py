@@ -20,7 +20,6 @@ from torch import Tensor
 
 from post_bench.results import METHODS, Figure, Results
 from post_bench.sets import LabelledSet, read_prose, read_set, task_of
-from post_client.lean import check_public
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
 from post_server.ml.distillation import DistilConfig, distil
@@ -29,6 +28,7 @@ from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, TaskInvalid
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
+from post_shared.lean import check_public
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task, preset_names
 from post_shared.training import Progress, Reporter, fingerprint

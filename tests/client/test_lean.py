@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from post_client.lean import LEAST_TEXTS, LeanFreeLoss
 from post_client.privacy import PrivacyConfig
 from post_client.privacy.optimizer import PromptDPSGD
 from post_client.privacy.sampling import SeededRandomness
@@ -17,6 +16,7 @@ from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
+from post_shared.lean import LEAST_TEXTS, LeanFreeLoss
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from post_shared.training import Progress

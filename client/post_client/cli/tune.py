@@ -158,8 +158,8 @@ def _tune(
 
 def _public_texts(public: Path, column: str, private: set[str]) -> list[str]:
     """The texts of ``public``. A warning for these eyes only when private ones are among them."""
-    from post_client.lean import check_public
     from post_shared.data import read_rows
+    from post_shared.lean import check_public
 
     texts = [row.text for row in read_rows(public, text_column=column, label_column=None)]
     check_public(texts, str(public))

@@ -1,0 +1,155 @@
+"""Tuning a soft prompt on labelled rows, whoever does it: the data owner on private ones (method §2), the provider on
+public ones to see what a student can learn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from post_shared.batches import Batch
+from post_shared.data import Row
+from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.evaluation import check_labels
+from post_shared.label_words import label_words
+from post_shared.language_model import LanguageModel
+from post_shared.lean import LEAST_TEXTS, LeanFreeLoss
+from post_shared.losses import answer_loss, label_word_loss
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import MASK, TEXT, Task
+from post_shared.training import Checkpoint, Loss, PromptOptimizer, Reporter, ignore, train_prompt
+
+STARTS = ("task", "random")
+PUBLIC_BATCH = 32
+"""Texts on which the lean is measured in each step."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How to tune. ``learning_rate`` falls linearly to 0; on a small student it matters more than all else."""
+
+    length: int = 20
+    steps: int = 200
+    batch_size: int = 32
+    learning_rate: float = 0.02
+    max_length: int = 128
+    seed: int = 0
+    start: str = "task"
+    """What the prompt starts from: ``task``, the embeddings of a text that states it, or ``random`` rows of the
+    vocabulary."""
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise InvalidInput(f"a prompt starts from {' or '.join(STARTS)}, not {self.start!r}")
+        if min(self.length, self.steps, self.batch_size, self.max_length) < 1:
+            raise InvalidInput("length, steps, batch size and maximum length are at least 1")
+        if self.learning_rate <= 0:
+            raise InvalidInput(f"the learning rate is above 0, not {self.learning_rate}")
+
+
+PLAIN = TuneConfig()
+
+
+def tuning_objective(model: LanguageModel, task: Task) -> Loss:
+    """``loss(prompt, batch) -> (B,)``: cross-entropy of the label-word scores, or over the answer's tokens."""
+    if task.is_generation:
+
+        def generation(prompt: Tensor, batch: Batch) -> Tensor:
+            logits = model.answer_logits(batch, prompt)  # (P, V)
+            place = logits.device
+            return answer_loss(logits, batch.tokens.to(place), batch.rows.to(place), len(batch))
+
+        return generation
+    words = label_words(model, task)
+
+    def classification(prompt: Tensor, batch: Batch) -> Tensor:
+        scores = words.scores(model.answer_logits(batch, prompt))  # (B, C)
+        return label_word_loss(scores, batch.labels.to(scores.device))
+
+    return classification
+
+
+def starting_prompt(model: LanguageModel, task: Task, config: TuneConfig) -> SoftPrompt:
+    """The prompt before tuning. A text that states the task is its description, or else its template."""
+    if config.start == "random":
+        return SoftPrompt.random(model, config.length, config.seed)
+    text = task.description or task.template.replace(TEXT, " ").replace(MASK, " ").strip() or "Answer:"
+    return SoftPrompt.from_text(model, text, config.length)
+
+
+def check_rows(task: Task, rows: Sequence[Row]) -> None:
+    """Raise :class:`DataInvalid` on data that can't be tuned on: empty, unlabelled, foreign labels, one class."""
+    if not rows:
+        raise DataInvalid("there are no rows to tune on")
+    unlabelled = sum(row.label is None for row in rows)
+    if unlabelled:
+        raise DataInvalid(f"{unlabelled} of {len(rows)} rows have no label; tuning needs one for each")
+    if not task.is_generation:
+        check_labels(task, rows)
+        seen = Counter(row.label for row in rows)
+        if len(seen) < 2:
+            raise DataInvalid(
+                f"all {len(rows)} rows have the label {next(iter(seen))!r}; tuning needs two classes at least"
+            )
+
+
+def train_on_task(
+    model: LanguageModel,
+    task: Task,
+    optimizer: PromptOptimizer,
+    batches: Callable[[int], Batch],
+    config: TuneConfig,
+    *,
+    steps: int,
+    public: Sequence[str] | None = None,
+    report: Reporter = ignore,
+    checkpoint: Checkpoint | None = None,
+    also: Callable[[int], Mapping[str, float]] = lambda step: {},
+) -> SoftPrompt:
+    """Train the optimizer's prompt for ``task`` on the frozen ``model``; with ``public`` texts, free of the lean.
+
+    Raises:
+        DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
+        Cancelled: raised by ``report``; the state is kept first.
+    """
+    objective = tuning_objective(model, task)
+    if public is not None:
+        objective, batches = _free_of_lean(model, task, public, config, optimizer.prompt, batches)
+    tuned = train_prompt(
+        optimizer,
+        objective,
+        batches,
+        steps=steps,
+        learning_rate=config.learning_rate,
+        stage="tune",
+        report=report,
+        checkpoint=checkpoint,
+        also=also,
+    )
+    return SoftPrompt(tuned)
+
+
+def own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:
+    """The rows' own texts in the place of public ones, where no privacy is promised; None if they can't help."""
+    texts = list(dict.fromkeys(row.text for row in rows))
+    return None if task.is_generation or len(texts) < LEAST_TEXTS else texts
+
+
+def _free_of_lean(
+    model: LanguageModel,
+    task: Task,
+    texts: Sequence[str],
+    config: TuneConfig,
+    prompt: Tensor,
+    batches: Callable[[int], Batch],
+) -> tuple[Loss, Callable[[int], Batch]]:
+    """The loss without the lean, and batches before each of which the lean of ``prompt`` is measured anew."""
+    loss = LeanFreeLoss(model, task, texts, batch_size=PUBLIC_BATCH, max_length=config.max_length, room=config.length)
+
+    def batch(step: int) -> Batch:
+        loss.look(step, prompt)
+        return batches(step)
+
+    return loss, batch
