@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -114,7 +115,7 @@ class Ledger:
         """
         records = records_of(rows, charge.unit, self._salt)
         secret = salted(self._salt, "work", work)
-        with self._store.transaction() as connection:
+        with ExitStack() as undo, self._store.transaction() as connection:
             data_set = enter(connection, records, len(rows), name)
             run = unfinished(connection, data_set, secret, charge)
             if run is None:
@@ -125,6 +126,9 @@ class Ledger:
             lock = RunLock(self._store.path, run.id)
             if run.id in self._locks or not lock.acquire():
                 raise Conflict(f"run {run.id}, which is this very work, is under way in another process; let it end")
+            undo.callback(lock.remove)  # should the charge not get onto the disk
+            connection.execute("COMMIT")
+            undo.pop_all()
             self._locks[run.id] = lock
         return run
 
