@@ -242,7 +242,7 @@ def one(ledger: Ledger, checkpoint: Path | None = None, report: object = lambda 
 def test_a_run_that_is_started_again_releases_what_the_undisturbed_one_would_have(
     kept: bool, own_ledger: Path, tmp_path: Path
 ) -> None:
-    """Steps that are made twice draw the same batch and the same noise: the prompt tells nothing that one run doesn't."""
+    """Steps that are made twice draw the same batch and the same noise, so the prompt tells nothing more."""
     folder = tmp_path if kept else None
     with Ledger(own_ledger) as ledger:
         stopped(ledger, 3, folder)

@@ -31,15 +31,9 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    owners: dict[str, Callable[..., None]] = {
-        "pull": pull,
-        "tune": tune,
-        "push": push,
-        "transfer": transfer,
-        "predict": predict,
-    }
-    for name, verb in (owners | {"ledger": ledger, "epsilon": epsilon}).items():
-        app.command(name, rich_help_panel=OWNER)(verb)
+    journey: tuple[Callable[..., None], ...] = (pull, tune, push, transfer, predict)
+    for verb in (*journey, ledger, epsilon):
+        app.command(verb.__name__, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)
     app.command("evaluate", rich_help_panel=BOTH)(evaluate)
     app.add_typer(jobs, name="jobs", rich_help_panel=BOTH)

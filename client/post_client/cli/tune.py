@@ -271,6 +271,4 @@ def _finish(book: Ledger, result: TuneResult) -> None:
     try:
         book.finish(result.run)
     except LedgerInvalid as error:
-        err.print(
-            f"[bold yellow]The run stays charged, but the ledger shows it as interrupted: {escape(error.detail)}[/]"
-        )
+        err.print(f"[bold yellow]The run stays charged and is shown as interrupted: {escape(error.detail)}[/]")
