@@ -31,9 +31,10 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    journey: tuple[Callable[..., None], ...] = (pull, tune, push, transfer, predict)
-    for verb in (*journey, ledger, epsilon):
-        app.command(verb.__name__, rich_help_panel=OWNER)(verb)
+    owners: dict[str, Callable[..., None]] = {"pull": pull, "tune": tune, "push": push, "transfer": transfer}
+    owners |= {"predict": predict, "ledger": ledger, "epsilon": epsilon}
+    for name, verb in owners.items():
+        app.command(name, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)
     app.command("evaluate", rich_help_panel=BOTH)(evaluate)
     app.add_typer(jobs, name="jobs", rich_help_panel=BOTH)
