@@ -56,7 +56,7 @@ def ledger(capsys: Captured, *arguments: object) -> list[dict[str, object]]:
 
 
 def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path, capsys: Captured) -> None:
-    assert tune(student, data, "--epsilon", 3, "--cap", 5, "--json") == 0
+    assert tune(student, data, "--epsilon", 3, "--cap", 4, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["run"] == {"id": 1, "resumed": False}
     assert told["spent"]["epsilon"] == told["statement"]["epsilon_spent"] <= 3
@@ -64,14 +64,14 @@ def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path
     assert tune(student, data, "--epsilon", 3) == 0
     assert "in 2 runs for a row of private.jsonl" in capsys.readouterr().out
     (account,) = ledger(capsys)
-    assert account["cap"] == 5
+    assert account["cap"] == 4
     assert [each["state"] for each in account["runs"]] == ["finished", "finished"]  # type: ignore[index]
     one = PrivacyConfig(epsilon=3).plan(32, batch_size=4, steps=3).mechanism
     assert account["spent"]["epsilon"] == compose([one] * 2, 1e-5).epsilon  # type: ignore[index,list-item]
     before = (data.parent / "p").read_bytes()
     for options in (("--epsilon", 3), ("--no-dp",)):
         assert tune(student, data, *options) == 1
-        assert "the cap is 5" in capsys.readouterr().err
+        assert "the cap is 4" in capsys.readouterr().err
     assert (data.parent / "p").read_bytes() == before
     assert ledger(capsys, "--data", data, "--cap", 50)[0]["cap"] == 50
     assert tune(student, data, "--epsilon", 3) == 0
