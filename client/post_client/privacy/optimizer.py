@@ -93,9 +93,11 @@ class PromptDPSGD:
 
     def accumulate(self, loss: Loss, batch: Batch) -> Iterator[Tensor]:
         """Add the clipped gradients of a batch to the sum, micro-batch by micro-batch; yields their losses (B,)."""
-        for part in batch.split(self.micro_batch_size):
-            losses, gradients = self.per_row_gradients(loss, part)
+        parts = batch.split(self.micro_batch_size)[::-1]
+        while parts:  # a part keeps its tensors as long as it lives, so none may outlive its turn
+            losses, gradients = self.per_row_gradients(loss, parts.pop())
             self.clip_and_accumulate(gradients)
+            del gradients
             yield losses
 
     def per_row_gradients(self, loss: Loss, part: Batch) -> tuple[Tensor, Tensor]:

@@ -52,10 +52,12 @@ class UserDPSGD(PromptDPSGD):
         for several in self._packs(batch):
             sums = self.master.new_zeros(len(several), *self.master.shape, requires_grad=False)  # (U, l, d)
             place = {row: at for at, rows in enumerate(several) for row in rows}
-            for part in Batch(batch.encoded, tuple(place)).split(self.micro_batch_size):
-                losses, gradients = self.per_row_gradients(loss, part)
-                owner = torch.tensor([place[row] for row in part.index], device=sums.device)
+            parts = Batch(batch.encoded, tuple(place)).split(self.micro_batch_size)[::-1]
+            while parts:
+                owner = torch.tensor([place[row] for row in parts[-1].index], device=sums.device)
+                losses, gradients = self.per_row_gradients(loss, parts.pop())
                 sums.index_add_(0, owner, gradients.double())
+                del gradients
                 yield losses
             self.clip_and_accumulate(sums)
 
