@@ -10,8 +10,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def own_ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Every test has a privacy ledger of its own; nobody's real one is touched."""
+    with tempfile.TemporaryDirectory(prefix="post-ledger-") as folder:
+        monkeypatch.setenv("POST_LEDGER", str(Path(folder) / "ledger.db"))
+        monkeypatch.delenv("POST_CAP", raising=False)
+        yield Path(folder) / "ledger.db"

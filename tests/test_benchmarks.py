@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from benchmarks.distil_speed import CLOCKS, RECIPES, draw, first_reach, result, run, table
 from benchmarks.dp_cost import measure, measure_runs
+from benchmarks.dp_memory import peak_bytes, private_step
 
+from post_shared.data import Row
 from tests.models import TEXTS, tiny_model
 
 
@@ -52,3 +54,14 @@ def test_the_time_to_a_loss_lies_between_two_measurements() -> None:
     assert first_reach(curve, 3.0) == 5.0
     assert first_reach(curve, 1.0) == 20.0
     assert first_reach(curve, 0.5) is None
+
+
+def test_a_large_logical_batch_takes_the_memory_of_its_micro_batch() -> None:
+    """A law, not a time: 4,096 rows in micro-batches of 256 hold no more tensors at once than 256 rows do."""
+    model = tiny_model(layers=1)
+    rows = [Row("a film", "positive"), Row("a plot", "negative")] * 2048
+    small = peak_bytes(private_step(model, rows[:256], micro=256, length=4))
+    large = peak_bytes(private_step(model, rows, micro=256, length=4))
+    whole = peak_bytes(private_step(model, rows[:1024], micro=1024, length=4))
+    assert large <= 1.1 * small
+    assert whole > 2 * small, "the measure sees memory that grows"

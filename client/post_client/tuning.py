@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from post_client.privacy import PrivacyConfig, PrivacyStatement
+from post_client.ledger import Charge, Reserve, Run
+from post_client.privacy import PrivacyConfig, PrivacyPlan, PrivacyStatement, default_delta
+from post_client.privacy.users import rows_by_user, users_of
 from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
@@ -31,11 +33,13 @@ __all__ = [
     "PRIVATE",
     "TuneConfig",
     "TuneResult",
+    "charge_of",
     "check_rows",
     "encode_private",
     "starting_prompt",
     "tune",
     "tuning_objective",
+    "work_of",
 ]
 
 PRIVATE = TuneConfig(steps=80, batch_size=64, learning_rate=0.015)
@@ -47,11 +51,13 @@ of it for about the same number of rows seen."""
 class TuneResult:
     """``prompt`` may leave the machine; the rest of what tuning saw may not.
 
-    ``statement`` says what is guaranteed about it; None when it was tuned without differential privacy.
+    ``statement`` says what is guaranteed about it; None when it was tuned without differential privacy. ``run`` is what
+    the ledger charged: finish it there (:meth:`post_client.ledger.Ledger.finish`) when the prompt is kept.
     """
 
     prompt: SoftPrompt
     statement: PrivacyStatement | None
+    run: Run | None = None
 
 
 def encode_private(model: LanguageModel, task: Task, rows: Sequence[Row], config: TuneConfig) -> EncodedRows:
@@ -71,6 +77,7 @@ def tune(
     report: Reporter = ignore,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
+    reserve: Reserve | None = None,
 ) -> TuneResult:
     """Tune a prompt for ``task`` on the frozen ``student``; with ``privacy`` by PromptDPSGD.
 
@@ -82,49 +89,111 @@ def tune(
     private score would cost budget. With a ``checkpoint`` folder, a killed run goes on where it was; the folder
     stays on this machine.
 
+    ``reserve`` charges the run to a ledger (:meth:`post_client.ledger.Ledger.reserve`) right before the first step.
+    None: nobody adds up what the runs on these rows spend.
+
     Raises:
         DataInvalid: empty, unlabelled or foreign rows, or a single class; too few public texts.
         InvalidInput: public texts for a generation task.
         TaskInvalid: label words that this model's tokenizer can't tell apart.
         ModelUnsafe: the student's tokenizer has tokens that the student doesn't, or (with ``privacy``) its answer to
             a text depends on the texts beside it.
-        PrivacyInvalid: (ε, δ) that give no guarantee for so many rows.
+        PrivacyInvalid: (ε, δ) that give no guarantee for so many rows (or users).
+        BudgetExceeded, LedgerInvalid: raised by ``reserve``; nothing was trained.
         Cancelled: raised by ``report``; the state is kept first.
     """
     check_rows(task, rows)
     check_vocabulary(student)
     encoded = encode_private(student, task, rows, config)
     prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
-    kept = None
-    if checkpoint:
-        work = fingerprint(
-            config, privacy, task.form().model_dump(), public, list(map(asdict, rows)), *student.model.parameters()
-        )
-        kept = Checkpoint(checkpoint, work, checkpoint_seconds)
-    optimizer: PromptOptimizer = PromptAdam(prompt, config.learning_rate)
-    batches: Callable[[int], Batch] = ShuffledBatches(encoded, config.batch_size, config.seed)
-    spent: Callable[[int], Mapping[str, float]] = lambda step: {}  # noqa: E731
-    steps, statement = config.steps, None
-    if privacy is not None:
+    plan = _plan(rows, config, privacy)
+    if plan is not None:
         check_rows_are_apart(student, prompt.detach(), config.max_length)
-        plan = privacy.plan(len(rows), batch_size=config.batch_size, steps=config.steps)
-        sampler = plan.sampler()
-        optimizer = plan.optimizer(prompt, config.learning_rate)
-        batches = lambda step: encoded.batch(sampler.draw(step).tolist())  # noqa: E731
-        spent = lambda step: {"epsilon": plan.epsilon_after(step)}  # noqa: E731
-        steps, statement = plan.steps, plan.statement()
-    if public is None and privacy is None:
+    work = work_of(student, task, rows, config, privacy, public) if reserve or checkpoint else ""
+    run = None
+    if reserve is not None:
+        run = reserve(rows, charge_of(rows, config, privacy), work)
+        work = fingerprint(work, run.name)  # a checkpoint of a finished run is not gone on from
+        plan = None if plan is None else plan.drawing_from(run.key)
+    parts = _plain(encoded, prompt, config) if plan is None else _private(plan, rows, encoded, prompt, config)
+    if public is None and plan is None:
         public = own_texts(task, rows)
     tuned = train_on_task(
         student,
         task,
-        optimizer,
-        batches,
+        parts.optimizer,
+        parts.batches,
         config,
-        steps=steps,
+        steps=parts.steps,
         public=public,
         report=report,
-        checkpoint=kept,
-        also=spent,
+        checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None,
+        also=parts.spent,
     )
-    return TuneResult(tuned, statement)
+    return TuneResult(tuned, None if plan is None else plan.statement(config.iterate), run)
+
+
+def work_of(
+    student: LanguageModel,
+    task: Task,
+    rows: Sequence[Row],
+    config: TuneConfig,
+    privacy: PrivacyConfig | None,
+    public: Sequence[str] | None,
+) -> str:
+    """A name for this very tuning: equal for equal models, rows and settings. It stays on this machine."""
+    every = list(map(asdict, rows))
+    return fingerprint(config, privacy, task.form().model_dump(), public, every, *student.model.parameters())
+
+
+def charge_of(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None) -> Charge:
+    """What such a run does to its rows, for the ledger.
+
+    Raises:
+        PrivacyInvalid: (ε, δ) that give no guarantee for so many rows (or users).
+    """
+    plan = _plan(rows, config, privacy)
+    if plan is None:
+        return Charge("row", default_delta(len(rows)), None)
+    return Charge(plan.config.unit, plan.delta, plan.mechanism)
+
+
+# --- plainly, and privately ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What differs between the two: the optimizer, its batches, and what a step is said to have spent."""
+
+    optimizer: PromptOptimizer
+    batches: Callable[[int], Batch]
+    steps: int
+    spent: Callable[[int], Mapping[str, float]]
+
+
+def _plan(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None) -> PrivacyPlan | None:
+    if privacy is None:
+        return None
+    units = len(rows) if privacy.unit == "row" else len(set(users_of(rows)))
+    return privacy.plan(units, batch_size=config.batch_size, steps=config.steps)
+
+
+def _plain(encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig) -> _Parts:
+    batches = ShuffledBatches(encoded, config.batch_size, config.seed)
+    return _Parts(PromptAdam(prompt, config.learning_rate), batches, config.steps, lambda step: {})
+
+
+def _private(
+    plan: PrivacyPlan, rows: Sequence[Row], encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig
+) -> _Parts:
+    sampler, users = plan.sampler(), None
+    members: Sequence[Sequence[int]] = [[at] for at in range(len(rows))]
+    if plan.config.unit == "user":
+        users = users_of(rows)
+        members = rows_by_user(users)
+
+    def batch(step: int) -> Batch:
+        return encoded.batch([row for unit in sampler.draw(step) for row in members[unit]])
+
+    optimizer = plan.optimizer(prompt, config.learning_rate, users)
+    return _Parts(optimizer, batch, plan.steps, lambda step: {"epsilon": plan.epsilon_after(step)})

@@ -8,11 +8,13 @@
     │   ├── PromptMismatch         422  a prompt made for another model, or of another width
     │   ├── ModelUnsafe            422  a model folder that POST refuses to load
     │   ├── PrivacyInvalid         422  (ε, δ) or a noise setting that gives no guarantee
+    │   ├── LedgerInvalid          422  a privacy ledger that can't be read or written (client side)
     │   └── IdempotencyMismatch    422  an Idempotency-Key reused with another body
     ├── Unauthenticated            401
     ├── Forbidden                  403
     ├── NotFound                   404
     ├── Conflict                   409
+    │   ├── BudgetExceeded         409  a run would go above the cap on the privacy budget (client side)
     │   └── RequestInFlight        409  the same Idempotency-Key is being worked on
     ├── PayloadTooLarge            413
     ├── RangeInvalid               416
@@ -90,6 +92,10 @@ class PrivacyInvalid(InvalidInput):
     code, title = "privacy_invalid", "The privacy parameters give no guarantee"
 
 
+class LedgerInvalid(InvalidInput):
+    code, title = "ledger_invalid", "The privacy ledger can't be used"
+
+
 class IdempotencyMismatch(InvalidInput):
     code, title = "idempotency_mismatch", "The Idempotency-Key was used with another body"
 
@@ -108,6 +114,10 @@ class NotFound(PostError):
 
 class Conflict(PostError):
     code, status, title = "conflict", 409, "The request conflicts with what exists"
+
+
+class BudgetExceeded(Conflict):
+    code, title = "budget_exceeded", "The privacy budget doesn't allow it"
 
 
 class RequestInFlight(Conflict):

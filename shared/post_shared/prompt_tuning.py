@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from post_shared.averaging import Averaged
 from post_shared.batches import Batch
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput
@@ -22,6 +23,7 @@ from post_shared.tasks import MASK, TEXT, Task
 from post_shared.training import Checkpoint, Loss, PromptOptimizer, Reporter, ignore, train_prompt
 
 STARTS = ("task", "random")
+ITERATES = ("last", "average")
 PUBLIC_BATCH = 32
 """Texts on which the lean is measured in each step."""
 
@@ -39,10 +41,14 @@ class TuneConfig:
     start: str = "task"
     """What the prompt starts from: ``task``, the embeddings of a text that states it, or ``random`` rows of the
     vocabulary."""
+    iterate: str = "last"
+    """What is kept: the ``last`` iterate, or the ``average`` of those of the second half; never the best by a score."""
 
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise InvalidInput(f"a prompt starts from {' or '.join(STARTS)}, not {self.start!r}")
+        if self.iterate not in ITERATES:
+            raise InvalidInput(f"the iterate that is kept is {' or '.join(ITERATES)}, not {self.iterate!r}")
         if min(self.length, self.steps, self.batch_size, self.max_length) < 1:
             raise InvalidInput("length, steps, batch size and maximum length are at least 1")
         if self.learning_rate <= 0:
@@ -117,8 +123,9 @@ def train_on_task(
     objective = tuning_objective(model, task)
     if public is not None:
         objective, batches = _free_of_lean(model, task, public, config, optimizer.prompt, batches)
+    averaged = Averaged(optimizer, since=steps // 2) if config.iterate == "average" else None
     tuned = train_prompt(
-        optimizer,
+        averaged or optimizer,
         objective,
         batches,
         steps=steps,
@@ -128,7 +135,7 @@ def train_on_task(
         checkpoint=checkpoint,
         also=also,
     )
-    return SoftPrompt(tuned)
+    return SoftPrompt(averaged.average if averaged else tuned)
 
 
 def own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import dp_accounting
 import pytest
@@ -57,9 +58,9 @@ def test_where_prv_gives_up_rdp_answers_and_says_so(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no numerics today")
 
     monkeypatch.setattr(accounting, "_by_prv", fail)
-    accounting._epsilon_for.cache_clear()
+    accounting._compose.cache_clear()
     rdp = epsilon_for(0.9, 1e-5, 0.01, 100)
-    accounting._epsilon_for.cache_clear()
+    accounting._compose.cache_clear()
     assert rdp.accountant == "RDP"
     assert rdp.epsilon > prv.epsilon
 
@@ -190,3 +191,9 @@ def test_the_spent_epsilon_grows_during_a_run_with_little_noise_too() -> None:
     for step in (1, 7, 30, 64):
         assert spent[step - 1] >= 0.995 * epsilon_for(plan.noise_multiplier, plan.delta, plan.rate, step).epsilon
     assert spent[-1] == plan.spent.epsilon
+
+
+def test_every_member_of_the_statement_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference-statement.md").read_text("utf-8")
+    document = json.loads(PrivacyConfig().plan(600, batch_size=20, steps=3).statement().json())
+    assert all(f"`{member}`" in page for member in document)

@@ -211,3 +211,21 @@ def test_a_corpus_is_one_paragraph_a_line(tmp_path: Path) -> None:
     plain.write_text(" \n")
     with pytest.raises(DataInvalid, match=r"corpus.txt.*no text"):
         read_corpus(plain)
+
+
+def test_a_user_column_names_who_wrote_a_row(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("text,label,who\nfine,positive,ann\ndull,negative, 7 \n")
+    (tmp_path / "r.jsonl").write_text('{"text": "fine", "who": 7}\n{"text": "dull", "who": "ann"}\n')
+    assert [row.user for row in read_rows(tmp_path / "r.csv", user_column="who")] == ["ann", "7"]
+    assert [row.user for row in read_rows(tmp_path / "r.jsonl", user_column="who")] == ["7", "ann"]
+    assert read_rows(tmp_path / "r.csv")[0].user is None
+    for line, says in (
+        ('{"text": "x"}', "no user column 'who'"),
+        ('{"text": "x", "who": null}', "the user is missing"),
+        ('{"text": "x", "who": " "}', "the user is missing"),
+        ('{"text": "x", "who": 1.5}', "not float"),
+        ('{"text": "x", "who": true}', "not bool"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(line)
+        with pytest.raises(DataInvalid, match=f"line 1.*{says}"):
+            read_rows(tmp_path / "bad.jsonl", user_column="who")

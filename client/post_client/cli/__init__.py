@@ -5,12 +5,14 @@ Everything heavy is imported when a verb runs, so that ``post --help`` answers a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import typer
 
 from post_client.cli.demo import demo
 from post_client.cli.jobs import jobs
+from post_client.cli.ledger import epsilon, ledger
 from post_client.cli.predict import predict
 from post_client.cli.provider import distil, evaluate
 from post_client.cli.pull import pull
@@ -30,7 +32,9 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    for name, verb in (("pull", pull), ("tune", tune), ("push", push), ("transfer", transfer), ("predict", predict)):
+    owners: dict[str, Callable[..., None]] = {"pull": pull, "tune": tune, "push": push, "transfer": transfer}
+    owners |= {"predict": predict, "ledger": ledger, "epsilon": epsilon}
+    for name, verb in owners.items():
         app.command(name, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)
     app.add_typer(report, name="report", rich_help_panel=PROVIDER)

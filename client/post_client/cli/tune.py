@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,25 +17,26 @@ from post_client.cli.console import (
     check_writable,
     err,
     metrics_note,
-    out,
-    print_json,
     quiet_libraries,
     stop_gently,
     usage_error,
     write_file,
 )
+from post_client.cli.ledger import LedgerPath, UserColumn, open_ledger
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
+from post_client.cli.tune_report import NO_GUARANTEE, report_result
 
 if TYPE_CHECKING:
+    from post_client.ledger import Ledger, Reserve
     from post_client.privacy import PrivacyConfig
-    from post_client.tuning import TuneResult
+    from post_client.search import Trial
+    from post_client.tuning import TuneConfig, TuneResult
+    from post_shared.data import Row
+    from post_shared.language_model import LanguageModel
     from post_shared.tasks import Task
+    from post_shared.training import Progress, Reporter
 
 DEFAULT_EPSILON = 8.0
-NO_GUARANTEE = (
-    "NO PRIVACY GUARANTEE: this prompt is tuned without differential privacy. Whoever sees it may learn which "
-    "rows it was tuned on."
-)
 
 
 def tune(
@@ -43,7 +45,9 @@ def tune(
     to: Annotated[Path, typer.Option("--out", help="The prompt file to be.")],
     public: Annotated[
         Path | None,
-        typer.Option(help="Public texts of the same kind, labels unread: far more is learnt for the same epsilon."),
+        typer.Option(
+            help="Public texts of the same kind: far more is learnt for the same epsilon. --trials needs labels."
+        ),
     ] = None,
     task: TaskName = None,
     template: Template = None,
@@ -52,12 +56,22 @@ def tune(
         float | None, typer.Option(help=f"Privacy budget of the run; by default {DEFAULT_EPSILON:g}.")
     ] = None,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Tune without differential privacy: no guarantee.")] = False,
-    delta: Annotated[float | None, typer.Option(help="Below 1 / rows; by default chosen from it.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of one row's gradient.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Below 1 / rows (or users); by default chosen from it.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of one row's (or user's) gradient.")] = None,
+    user_column: UserColumn = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Learning rates to try; all are charged, the public rows' labels choose.")
+    ] = 1,
+    cap: Annotated[
+        float | None,
+        typer.Option(envvar="POST_CAP", help="Most that all runs on these rows may spend; kept. By default POST_CAP."),
+    ] = None,
+    ledger: LedgerPath = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     start: Annotated[str | None, typer.Option(help="What the prompt starts from: task or random.")] = None,
+    iterate: Annotated[str | None, typer.Option(help="What is kept: the last iterate, or their average.")] = None,
     length: Annotated[int | None, typer.Option(min=1, max=1000, help="Vectors in the prompt.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
     text_column: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
@@ -69,34 +83,30 @@ def tune(
     json: AsJson = False,
 ) -> None:
     """Tune a soft prompt on private rows, on this machine, with differential privacy unless --no-dp."""
-    if no_dp and any(value is not None for value in (epsilon, delta, clip, statement)):
-        usage_error("--no-dp goes with none of --epsilon, --delta, --clip and --statement.")
+    if no_dp and any(value is not None for value in (epsilon, delta, clip, statement, user_column)):
+        usage_error("--no-dp goes with none of --epsilon, --delta, --clip, --user-column and --statement.")
     if public is not None and public.exists() and data.exists() and public.samefile(data):
         usage_error("--public is the private file itself: public texts enter without noise.")
+    if trials > 1 and public is None:
+        usage_error("--trials needs --public: the labels of public rows choose, since choosing by private ones costs.")
     chosen = task_from(task, template, label_word)
-    _check_outside(student, (to, statement, checkpoint, data))
+    _check_outside(student, (to, statement, checkpoint, data, ledger))
     for path in (to, statement):
         if path is not None:
             check_writable(path)
     if no_dp:
         err.print(f"[bold yellow]{NO_GUARANTEE}[/]")
-    settings = {
-        "length": length,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "max_length": max_length,
-        "start": start,
-        "seed": seed,
-    }
-    result, digest = _tune(
-        student, data, (text_column, label_column), chosen, settings, None if no_dp else (epsilon, delta, clip),
-        public, checkpoint, device,
-    )  # fmt: skip
-    size = _write(result, digest, chosen, to)
-    if result.statement is not None and statement is not None:
-        write_file(statement, result.statement.json().encode())
-    _report(result, digest, to, size, json)
+    names = ("length", "steps", "batch_size", "learning_rate", "max_length", "start", "iterate", "seed")
+    given = (length, steps, batch_size, learning_rate, max_length, start, iterate, seed)
+    settings = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    columns = {"text_column": text_column, "label_column": label_column, "user_column": user_column}
+    order = _order(data, chosen, columns, settings, None if no_dp else (epsilon, delta, clip), public, trials)
+    with open_ledger(ledger) as book:
+        result, digest, found = _run(order, student, chosen, book, cap, checkpoint, device)
+        size = _keep(result, digest, chosen, to, statement)
+        _finish(book, result)
+        account = book.account(order.rows, order.unit)  # type: ignore[arg-type]
+    report_result(result, digest, to, size, account, found, json)
 
 
 def _check_outside(student: Path, paths: Sequence[Path | None]) -> None:
@@ -108,93 +118,157 @@ def _check_outside(student: Path, paths: Sequence[Path | None]) -> None:
             )
 
 
-def _tune(
-    student: Path,
+@dataclass(frozen=True)
+class _Order:
+    """What is to be done, all of it checked as far as that goes without the model."""
+
+    name: str
+    rows: list[Row]
+    public: list[Row] | None
+    config: TuneConfig
+    privacy: PrivacyConfig | None
+    trials: int
+
+    @property
+    def unit(self) -> str:
+        return "row" if self.privacy is None else self.privacy.unit
+
+
+def _order(
     data: Path,
-    columns: tuple[str, str],
     task: Task,
+    columns: dict[str, str | None],
     settings: dict[str, Any],
     privacy: tuple[float | None, float | None, float | None] | None,
     public: Path | None,
-    checkpoint: Path | None,
-    device: str,
-) -> tuple[TuneResult, str]:
-    """Check what is quick to check, then load the model and tune."""
-    from post_client.student_store import student_hash
-    from post_client.tuning import PLAIN, PRIVATE, check_rows
-    from post_client.tuning import tune as tune_prompt
+    trials: int,
+) -> _Order:
+    """Read and check the rows."""
+    from post_client.tuning import PLAIN, PRIVATE, charge_of, check_rows
     from post_shared.data import read_rows
+
+    config = replace(PLAIN if privacy is None else PRIVATE, **settings)
+    budget = None if privacy is None else _privacy(*privacy, per_user=columns["user_column"] is not None)
+    rows = read_rows(data, **columns, labels=task.labels or None)  # type: ignore[arg-type]
+    check_rows(task, rows)
+    known = None
+    if public is not None:
+        known = _public_rows(public, columns, task if trials > 1 else None, {row.text for row in rows})
+    charge_of(rows, config, budget)  # whether (epsilon, delta) can be kept shows before the model is loaded
+    return _Order(data.name, rows, known, config, budget, trials)
+
+
+def _run(
+    order: _Order, student: Path, task: Task, book: Ledger, cap: float | None, checkpoint: Path | None, device: str
+) -> tuple[TuneResult, str, tuple[Trial, ...]]:
+    """Load the model and tune; Ctrl-C ends between two steps."""
+    from post_client.student_store import student_hash
     from post_shared.errors import Cancelled
     from post_shared.language_model import LanguageModel
-    from post_shared.training import Progress
 
     quiet_libraries()
-    given = {name: value for name, value in settings.items() if value is not None}
-    config = replace(PLAIN if privacy is None else PRIVATE, **given)
-    budget = None if privacy is None else _privacy(*privacy)
-    rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
-    check_rows(task, rows)
-    known = None if public is None else _public_texts(public, columns[0], {row.text for row in rows})
     digest = student_hash(student)
     err.print(f"Loading {escape(str(student))} …")
     model = LanguageModel.load(student, device=device)
     with bar("tune") as show, stop_gently() as asked:
 
         def report(progress: Progress) -> None:
-            show(progress.step, progress.steps, f"{progress.step}/{progress.steps}  {metrics_note(progress.metrics)}")
+            stage = "" if progress.stage == "tune" else f"{progress.stage}  "
+            note = f"{stage}{progress.step}/{progress.steps}  {metrics_note(progress.metrics)}"
+            show(progress.step, progress.steps, note)
             if asked():
                 raise Cancelled("stopped by Ctrl-C")
 
         try:
-            result = tune_prompt(
-                model, task, rows, config, privacy=budget, public=known, report=report, checkpoint=checkpoint
+            result, found = _tune(
+                order, model, task, report, checkpoint, partial(book.reserve, name=order.name, cap=cap)
             )
         except Cancelled:
-            kept = f"; the same command goes on from {checkpoint}" if checkpoint else "; nothing was kept"
-            err.print(f"Stopped{escape(kept)}.")
+            where = f"from {checkpoint}" if checkpoint else "from the beginning"
+            err.print(
+                f"Stopped. The ledger has charged this run; the same command goes on {escape(where)}, with the same "
+                "randomness, and costs nothing more."
+            )
             raise typer.Exit(130) from None
-    return result, digest
+    return result, digest, found
 
 
-def _public_texts(public: Path, column: str, private: set[str]) -> list[str]:
-    """The texts of ``public``. A warning for these eyes only when private ones are among them."""
+def _tune(
+    order: _Order, model: LanguageModel, task: Task, report: Reporter, checkpoint: Path | None, reserve: Reserve
+) -> tuple[TuneResult, tuple[Trial, ...]]:
+    """One run, or several with different learning rates."""
+    from post_client.search import search
+    from post_client.tuning import tune as tune_prompt
+
+    common: dict[str, Any] = {
+        "privacy": order.privacy,
+        "public": None if order.public is None else [row.text for row in order.public],
+        "report": report,
+        "checkpoint": checkpoint,
+        "reserve": reserve,
+    }
+    if order.trials == 1:
+        return tune_prompt(model, task, order.rows, order.config, **common), ()
+    judge = order.public or []
+    found = search(model, task, order.rows, order.config, trials=order.trials, judge=judge, **common)
+    return found.best, found.trials
+
+
+def _public_rows(public: Path, columns: dict[str, str | None], judged: Task | None, private: set[str]) -> list[Row]:
+    """The rows of ``public``, with labels if they judge. A warning for these eyes only when private ones are there."""
     from post_shared.data import read_rows
     from post_shared.lean import check_public
 
-    texts = [row.text for row in read_rows(public, text_column=column, label_column=None)]
-    check_public(texts, str(public))
-    shared = len(private & set(texts))
+    label_column = columns["label_column"] if judged else None
+    rows = read_rows(
+        public,
+        text_column=str(columns["text_column"]),
+        label_column=label_column,
+        labels=judged.labels if judged else None,
+    )
+    texts = {row.text for row in rows}
+    check_public([row.text for row in rows], str(public))
+    shared = len(private & texts)
     if shared:
         err.print(
             f"[bold yellow]{shared} texts of {escape(str(public))} are private rows too. Public texts enter without "
             "noise: for those rows nothing is promised. Take them out.[/]"
         )
-    return texts
+    return rows
 
 
-def _privacy(epsilon: float | None, delta: float | None, clip: float | None) -> PrivacyConfig:
+def _privacy(epsilon: float | None, delta: float | None, clip: float | None, *, per_user: bool) -> PrivacyConfig:
     from post_client.privacy import PrivacyConfig
 
-    budget = PrivacyConfig(epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, delta=delta)
+    budget = PrivacyConfig(
+        epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, delta=delta, unit="user" if per_user else "row"
+    )
     return budget if clip is None else replace(budget, clip_norm=clip)
 
 
-def _write(result: TuneResult, digest: str, task: Task, to: Path) -> int:
+def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path | None) -> int:
+    """Write the prompt file and the statement; the prompt file's size."""
     from post_client.prompt_making import prompt_file
+    from post_shared.errors import InvalidInput
     from post_shared.prompt_file import write_prompt
 
     content = write_prompt(prompt_file(result, digest, task))
-    write_file(to, content)
+    try:
+        write_file(to, content)
+        if result.statement is not None and statement is not None:
+            write_file(statement, result.statement.json().encode())
+    except InvalidInput:
+        err.print("The run is charged, but isn't finished: the same command makes the same prompt at no further cost.")
+        raise
     return len(content)
 
 
-def _report(result: TuneResult, digest: str, to: Path, size: int, json: bool) -> None:
-    if json:
-        about = None if result.statement is None else result.statement.json()
-        import json as json_module
+def _finish(book: Ledger, result: TuneResult) -> None:
+    """A ledger that can't be written any more takes nothing from the result: the charge is there already."""
+    from post_shared.errors import LedgerInvalid
 
-        facts = {"file": str(to), "bytes": size, "model_hash": digest, "length": result.prompt.length}
-        print_json(facts | {"statement": json_module.loads(about) if about else None})
-        return
-    out.print(escape(result.statement.words()) if result.statement else NO_GUARANTEE)
-    out.print(f"\n{to} ({size:,} bytes). Send it: post push {to}", markup=False)
+    assert result.run is not None
+    try:
+        book.finish(result.run)
+    except LedgerInvalid as error:
+        err.print(f"[bold yellow]The run stays charged and is shown as interrupted: {escape(error.detail)}[/]")

@@ -9,15 +9,25 @@ print(plan.statement().words())
 
 from __future__ import annotations
 
-from post_client.privacy.accounting import Spending, default_delta, epsilon_for, noise_for
-from post_client.privacy.config import PrivacyConfig
+from post_client.privacy.accounting import Mechanism, Spending, compose, default_delta, epsilon_for, noise_for
+from post_client.privacy.config import PrivacyConfig, Unit
 from post_client.privacy.noise import gaussian
 from post_client.privacy.optimizer import PromptDPSGD
 from post_client.privacy.plan import PrivacyPlan
-from post_client.privacy.sampling import PoissonSampler, Randomness, SecureRandomness, SeededRandomness
+from post_client.privacy.sampling import (
+    KeyedRandomness,
+    PoissonSampler,
+    Randomness,
+    SecureRandomness,
+    SeededRandomness,
+    new_key,
+)
 from post_client.privacy.statement import PrivacyStatement
+from post_client.privacy.users import UserDPSGD
 
 __all__ = [
+    "KeyedRandomness",
+    "Mechanism",
     "PoissonSampler",
     "PrivacyConfig",
     "PrivacyPlan",
@@ -27,8 +37,12 @@ __all__ = [
     "SecureRandomness",
     "SeededRandomness",
     "Spending",
+    "Unit",
+    "UserDPSGD",
+    "compose",
     "default_delta",
     "epsilon_for",
     "gaussian",
+    "new_key",
     "noise_for",
 ]

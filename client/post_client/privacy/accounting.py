@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from opacus.accountants import PRVAccountant
 from opacus.accountants.analysis import rdp as renyi
 
@@ -27,6 +29,15 @@ ORDERS = (
 MAX_NOISE = 1e5
 PRV_LIMIT = 100.0
 """Above that ε (by RDP) nothing is protected, and PRV would take gigabytes to say it more exactly."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """``steps`` steps of the Poisson-subsampled Gaussian mechanism: noise σ, sampling rate q."""
+
+    noise_multiplier: float
+    rate: float
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,10 @@ def check_delta(delta: float, examples: int) -> float:
     """
     _check_examples(examples)
     if not 0 < delta < 1:
-        raise PrivacyInvalid(f"delta is {delta}; it must lie above 0 and below 1 / (number of rows)")
+        raise PrivacyInvalid(f"delta is {delta}; it must lie above 0 and below 1 / (number of rows or users)")
     if delta >= 1 / examples:
         raise PrivacyInvalid(
-            f"delta = {delta} is not below 1/{examples}: with it, publishing whole rows would count as private; "
+            f"delta = {delta} is not below 1/{examples}: with it, publishing a whole row would count as private; "
             f"use {default_delta(examples)} or less"
         )
     return delta
@@ -80,7 +91,7 @@ def check_epsilon(epsilon: float) -> float:
 
 def _check_examples(examples: int) -> None:
     if examples < 1:
-        raise PrivacyInvalid(f"differential privacy needs at least one row, not {examples}")
+        raise PrivacyInvalid(f"differential privacy needs at least one row (or user), not {examples}")
 
 
 def _check_mechanism(delta: float, rate: float, steps: int) -> None:
@@ -96,32 +107,46 @@ def _check_mechanism(delta: float, rate: float, steps: int) -> None:
 
 
 def epsilon_for(noise_multiplier: float, delta: float, rate: float, steps: int) -> Spending:
-    """What ``steps`` steps with noise σ spend at ``delta``.
+    """What ``steps`` steps with noise σ spend at ``delta``; see :func:`compose`."""
+    return compose([Mechanism(noise_multiplier, rate, steps)], delta)
+
+
+def compose(mechanisms: Sequence[Mechanism], delta: float) -> Spending:
+    """What all these mechanisms on the same data spend together at ``delta``: far less than the sum of their ε.
 
     Raises:
-        PrivacyInvalid: the noise isn't above 0, or another number is out of range.
+        PrivacyInvalid: there is none, the noise isn't above 0, or another number is out of range.
     """
-    _check_mechanism(delta, rate, steps)
-    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
-        raise PrivacyInvalid(f"the noise multiplier is {noise_multiplier}; without noise above 0 there is no guarantee")
-    return _epsilon_for(float(noise_multiplier), float(delta), float(rate), int(steps))
+    steps: dict[tuple[float, float], int] = {}
+    for each in mechanisms:
+        _check_mechanism(delta, each.rate, each.steps)
+        if not (math.isfinite(each.noise_multiplier) and each.noise_multiplier > 0):
+            raise PrivacyInvalid(
+                f"the noise multiplier is {each.noise_multiplier}; without noise above 0 there is no guarantee"
+            )
+        kind = float(each.noise_multiplier), float(each.rate)
+        steps[kind] = steps.get(kind, 0) + int(each.steps)
+    if not steps:
+        raise PrivacyInvalid("there is no mechanism to account for")
+    return _compose(tuple(sorted((noise, rate, count) for (noise, rate), count in steps.items())), float(delta))
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_for(noise_multiplier: float, delta: float, rate: float, steps: int) -> Spending:
-    by_rdp = running_epsilon(noise_multiplier, delta, rate)(steps)
+def _compose(history: tuple[tuple[float, float, int], ...], delta: float) -> Spending:
+    per_order = sum(_renyi(noise, rate) * count for noise, rate, count in history)
+    by_rdp = _from_renyi(np.asarray(per_order), delta)
     if by_rdp > PRV_LIMIT:
         return Spending(by_rdp, "RDP")
     try:
-        by_prv = _by_prv(noise_multiplier, delta, rate, steps)
+        by_prv = _by_prv(history, delta)
     except (ArithmeticError, ValueError, RuntimeError, AssertionError, IndexError, MemoryError):
         return Spending(by_rdp, "RDP")
     return Spending(by_prv, "PRV") if math.isfinite(by_prv) and by_prv > 0 else Spending(by_rdp, "RDP")
 
 
-def _by_prv(noise_multiplier: float, delta: float, rate: float, steps: int) -> float:
+def _by_prv(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
     accountant = PRVAccountant()
-    accountant.history = [(noise_multiplier, rate, steps)]
+    accountant.history = list(history)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         epsilon, error = math.inf, 0.01
@@ -131,6 +156,18 @@ def _by_prv(noise_multiplier: float, delta: float, rate: float, steps: int) -> f
             if error <= 2 * wanted:
                 return epsilon
             error = wanted
+
+
+def _renyi(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
+    """Rényi divergence of one step at each of :data:`ORDERS`; it adds up over steps and mechanisms."""
+    return np.asarray(renyi.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS))
+
+
+def _from_renyi(per_order: NDArray[np.float64], delta: float) -> float:
+    with warnings.catch_warnings():  # "the best order is the largest one": then ε is merely not the tightest
+        warnings.simplefilter("ignore")
+        epsilon, _ = renyi.get_privacy_spent(orders=ORDERS, rdp=per_order, delta=delta)
+    return float(epsilon)
 
 
 def running_epsilon(noise_multiplier: float, delta: float, rate: float) -> RunningEpsilon:
@@ -145,17 +182,10 @@ class RunningEpsilon:
 
     def __init__(self, noise_multiplier: float, delta: float, rate: float) -> None:
         self.delta = delta
-        self._per_step = np.asarray(
-            renyi.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
-        )
+        self._per_step = _renyi(noise_multiplier, rate)
 
     def __call__(self, steps: int) -> float:
-        if steps < 1:
-            return 0.0
-        with warnings.catch_warnings():  # "the best order is the largest one": then ε is merely not the tightest
-            warnings.simplefilter("ignore")
-            epsilon, _ = renyi.get_privacy_spent(orders=ORDERS, rdp=self._per_step * steps, delta=self.delta)
-        return float(epsilon)
+        return 0.0 if steps < 1 else _from_renyi(self._per_step * steps, self.delta)
 
 
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
@@ -172,7 +202,7 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
 @lru_cache(maxsize=256)
 def _noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     def spent(noise: float) -> float:
-        return _epsilon_for(noise, delta, rate, steps).epsilon
+        return epsilon_for(noise, delta, rate, steps).epsilon
 
     high = 0.5
     while running_epsilon(high, delta, rate)(steps) > epsilon and spent(high) > epsilon:

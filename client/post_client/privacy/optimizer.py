@@ -7,7 +7,7 @@ silently wrong: PEFT embeds one prompt and repeats the output, so the hooks see 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,15 +83,22 @@ class PromptDPSGD:
         """
         total, counted = 0.0, 0
         self._begin()
-        for part in batch.split(self.micro_batch_size):
-            losses, gradients = self.per_row_gradients(loss, part)
-            self.clip_and_accumulate(gradients)
+        for losses in self.accumulate(loss, batch):
             finite = losses[torch.isfinite(losses)].double()
             total, counted = total + float(finite.sum()), counted + len(finite)
         self.add_noise()
         self.divide_by_expected_batch_size()
         self._move()
         return total / counted if counted else None
+
+    def accumulate(self, loss: Loss, batch: Batch) -> Iterator[Tensor]:
+        """Add the clipped gradients of a batch to the sum, micro-batch by micro-batch; yields their losses (B,)."""
+        parts = batch.split(self.micro_batch_size)[::-1]
+        while parts:  # a part keeps its tensors as long as it lives, so none may outlive its turn
+            losses, gradients = self.per_row_gradients(loss, parts.pop())
+            self.clip_and_accumulate(gradients)
+            del gradients
+            yield losses
 
     def per_row_gradients(self, loss: Loss, part: Batch) -> tuple[Tensor, Tensor]:
         """Losses (B,) of a micro-batch and their gradients (B, l, d), one row per example."""
@@ -107,7 +114,7 @@ class PromptDPSGD:
         return losses.detach(), gradients
 
     def clip_and_accumulate(self, gradients: Tensor) -> None:
-        """Scale each row's gradient to norm c at most and add it to the sum of this step.
+        """Scale each gradient, (B, l, d), to norm c at most and add it to the sum of this step.
 
         A gradient that isn't finite counts as 0: otherwise one row could turn the whole sum into NaN.
         """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
 
 from post_client.privacy.accounting import (
+    Mechanism,
     RunningEpsilon,
     Spending,
     check_delta,
@@ -18,8 +20,16 @@ from post_client.privacy.accounting import (
 )
 from post_client.privacy.config import PrivacyConfig
 from post_client.privacy.optimizer import PromptDPSGD
-from post_client.privacy.sampling import PoissonSampler, Randomness, SecureRandomness, SeededRandomness
-from post_client.privacy.statement import PrivacyStatement, library_versions
+from post_client.privacy.sampling import (
+    KeyedRandomness,
+    PoissonSampler,
+    Randomness,
+    SecureRandomness,
+    SeededRandomness,
+)
+from post_client.privacy.statement import PrivacyStatement, library_versions, words_of_unit
+from post_client.privacy.users import UserDPSGD
+from post_shared.errors import PrivacyInvalid
 
 TENTHS = 10
 """How often in a run the spent ε is computed exactly: each time takes half a second."""
@@ -36,7 +46,9 @@ class PrivacyPlan:
     delta: float
     noise_multiplier: float
     spent: Spending
-    """What the whole run spends: at most the config's ε."""
+    """What all trials spend together: at most the config's ε."""
+    key: bytes | None = None
+    """Where the randomness comes from, so that a run can be started again; None: fresh at every draw."""
 
     @classmethod
     def make(cls, config: PrivacyConfig, examples: int, *, batch_size: int, steps: int) -> PrivacyPlan:
@@ -44,27 +56,44 @@ class PrivacyPlan:
         delta = default_delta(examples) if config.delta is None else config.delta
         check_delta(delta, examples)
         rate = min(1.0, batch_size / examples)
-        noise = noise_for(config.epsilon, delta, rate, steps)
-        return cls(config, examples, rate, steps, delta, noise, epsilon_for(noise, delta, rate, steps))
+        every = steps * config.trials
+        noise = noise_for(config.epsilon, delta, rate, every)
+        return cls(config, examples, rate, steps, delta, noise, epsilon_for(noise, delta, rate, every))
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """What all trials do to the data; None if the randomness gives no guarantee."""
+        if not self.randomness.private:
+            return None
+        return Mechanism(self.noise_multiplier, self.rate, self.steps * self.config.trials)
+
+    def drawing_from(self, key: bytes) -> PrivacyPlan:
+        """The same plan with the randomness of a reserved run; a seed for tests stays what it is."""
+        return replace(self, key=key)
 
     @cached_property
     def randomness(self) -> Randomness:
-        return SecureRandomness() if self.config.seed is None else SeededRandomness(self.config.seed)
+        if self.config.seed is not None:
+            return SeededRandomness(self.config.seed)
+        return SecureRandomness() if self.key is None else KeyedRandomness(self.key)
 
     def sampler(self) -> PoissonSampler:
         """The batches: exactly ``steps`` of them may be drawn for one result."""
         return PoissonSampler(self.examples, self.rate, self.randomness)
 
-    def optimizer(self, prompt: nn.Parameter, learning_rate: float) -> PromptDPSGD:
-        return PromptDPSGD(
-            prompt,
-            learning_rate,
-            noise_multiplier=self.noise_multiplier,
-            clip_norm=self.config.clip_norm,
-            expected_batch_size=self.rate * self.examples,
-            micro_batch_size=self.config.micro_batch_size,
-            randomness=self.randomness,
-        )
+    def optimizer(self, prompt: nn.Parameter, learning_rate: float, users: Sequence[int] | None = None) -> PromptDPSGD:
+        """``users`` is the user of each row, by number; needed where the unit is a user."""
+        settings = {
+            "noise_multiplier": self.noise_multiplier,
+            "clip_norm": self.config.clip_norm,
+            "expected_batch_size": self.rate * self.examples,
+        }
+        micro, randomness = self.config.micro_batch_size, self.randomness
+        if self.config.unit == "row":
+            return PromptDPSGD(prompt, learning_rate, micro_batch_size=micro, randomness=randomness, **settings)
+        if users is None:
+            raise PrivacyInvalid("privacy per user needs the user of each row")
+        return UserDPSGD(prompt, learning_rate, users=users, micro_batch_size=micro, randomness=randomness, **settings)
 
     @cached_property
     def _running(self) -> RunningEpsilon:
@@ -81,9 +110,10 @@ class PrivacyPlan:
         by_prv = epsilon_for(self.noise_multiplier, self.delta, self.rate, max(1, until)).epsilon
         return min(self._running(step), by_prv, self.spent.epsilon)
 
-    def statement(self) -> PrivacyStatement:
-        """What may be said about the result of all ``steps`` steps."""
+    def statement(self, iterate: str = "last") -> PrivacyStatement:
+        """What may be said about the result of all ``steps`` steps: the ``last`` iterate, or the ``average``."""
         return PrivacyStatement(
+            **words_of_unit(self.config.unit, iterate),
             private=self.randomness.private,
             epsilon=self.config.epsilon,
             delta=self.delta,
@@ -92,6 +122,7 @@ class PrivacyPlan:
             noise_multiplier=self.noise_multiplier,
             sampling_rate=self.rate,
             steps=self.steps,
+            trials=self.config.trials,
             clip_norm=self.config.clip_norm,
             expected_batch_size=self.rate * self.examples,
             randomness=self.randomness.name,

@@ -20,6 +20,8 @@ from post_shared.errors import PrivacyInvalid
 RESOLUTION = 2**53
 """Uniform numbers are multiples of 1/2**53: all that float64 can tell apart in [0.5, 1)."""
 
+KEY_BYTES = 32
+
 
 class Randomness(Protocol):
     """Uniform random integers for a ``purpose`` at a ``step``. Only a ``private`` source gives a guarantee."""
@@ -40,6 +42,34 @@ class SecureRandomness:
 
     def integers(self, count: int, purpose: str, step: int) -> NDArray[np.uint64]:
         return _to_integers(os.urandom(8 * count))
+
+
+class KeyedRandomness:
+    """A function of (key, purpose, step): a run that is started again draws the same batches and the same noise.
+
+    As secure as its key, which is made by :func:`new_key`, known to nobody, and destroyed when the run has ended.
+    """
+
+    private: bool = True
+    name: str = "operating system (os.urandom), stretched by SHAKE-256"
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise PrivacyInvalid(f"a key for the randomness has {KEY_BYTES} bytes, not {len(key)}")
+        self._key = key
+
+    def integers(self, count: int, purpose: str, step: int) -> NDArray[np.uint64]:
+        return _to_integers(hashlib.shake_256(self._key + f"{purpose}/{step}".encode()).digest(8 * count))
+
+
+def new_key() -> bytes:
+    """A secret for :class:`KeyedRandomness`, fresh from the operating system."""
+    return os.urandom(KEY_BYTES)
+
+
+def trial_key(key: bytes, trial: int) -> bytes:
+    """The key of one of several runs that share a reservation: no two of them draw the same numbers."""
+    return hashlib.blake2b(f"trial/{trial}".encode(), key=key, digest_size=KEY_BYTES).digest()
 
 
 class SeededRandomness:
@@ -65,7 +95,7 @@ def _to_integers(data: bytes) -> NDArray[np.uint64]:
 
 
 class PoissonSampler:
-    """Batches in which every one of ``examples`` rows is included independently with probability ``rate``.
+    """Batches in which every one of ``examples`` rows (or users) is included independently with probability ``rate``.
 
     The size of a batch is random and may be 0. The accountant's amplification by sampling holds for exactly
     this: shuffled batches of fixed size are another mechanism, with a weaker guarantee.

@@ -6,9 +6,12 @@ Sampling rate and expected batch size give the number of rows away; only (ε, δ
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from post_client.privacy.config import Unit
 
 NOT_COVERED = (
     "texts that you later send to the provider for predictions: it reads them",
@@ -16,10 +19,30 @@ NOT_COVERED = (
     "other uses of the same rows: every further run on them adds its own epsilon, also runs whose prompt you discard "
     "after comparing scores",
     "the number of uploads and when they happen; uploading this same prompt again costs nothing more",
-    "the number of rows, which sets the sampling rate and delta and is taken as known",
+    "the number of rows (or users), which sets the sampling rate and delta and is taken as known",
     "public texts given to the run, which enter without noise: no private text may be among them",
-    "a person who wrote several rows: the unit is one row",
 )
+BEYOND = {
+    "row": "a person who wrote several rows: the unit is one row",
+    "user": "a person who writes under several user names: the unit is one user",
+}
+"""What each unit leaves open."""
+
+
+def words_of_unit(unit: Unit, iterate: str) -> dict[str, Any]:
+    """The members of a statement that say what is protected and how, for a unit and for the iterate that is kept."""
+    whose = "per-row gradients" if unit == "row" else "the gradients of each user's rows are summed, these sums"
+    result = "last iterate" if iterate == "last" else "average of the iterates of the second half"
+    each = "row is" if unit == "row" else "user is, with all rows,"
+    what = "one row" if unit == "row" else "all rows of one user"
+    return {
+        "unit": "one row (text and label)" if unit == "row" else "one user (all rows with that user's name)",
+        "neighbours": f"data sets that differ by {what}, added or removed",
+        "sampling": f"Poisson: every {each} in every batch independently with the sampling rate; "
+        "empty batches are steps",
+        "mechanism": f"PromptDPSGD: {whose} clipped, summed, Gaussian noise added once per step, {result}",
+        "not_covered": (*NOT_COVERED, BEYOND[unit]),
+    }
 
 
 @dataclass(frozen=True)
@@ -41,11 +64,13 @@ class PrivacyStatement:
     expected_batch_size: float
     randomness: str
     versions: dict[str, str]
-    unit: str = "one row (text and label)"
-    neighbours: str = "data sets that differ by one row, added or removed"
-    sampling: str = "Poisson: every row is in every batch independently with the sampling rate; empty batches are steps"
-    mechanism: str = "PromptDPSGD: per-row gradients clipped, summed, Gaussian noise added once per step, last iterate"
-    not_covered: tuple[str, ...] = field(default=NOT_COVERED)
+    unit: str
+    neighbours: str
+    sampling: str
+    mechanism: str
+    not_covered: tuple[str, ...]
+    trials: int = 1
+    """Runs that share the budget, all of them charged, whichever prompt was taken."""
 
     @property
     def claim(self) -> tuple[float, float] | None:
@@ -59,10 +84,11 @@ class PrivacyStatement:
 
     def words(self) -> str:
         """A paragraph for people, then what it doesn't cover."""
+        one = self.unit.partition(" (")[0].replace("one", "any one")
         if self.private:
             first = (
                 f"This prompt is ({self.epsilon:g}, {self.delta:g})-differentially private for {self.unit}: whoever "
-                f"sees it learns almost the same with or without any one row. Accounted for: epsilon = "
+                f"sees it learns almost the same with or without {one}. Accounted for: epsilon = "
                 f"{self.epsilon_spent:.3f} by {self.accountant}."
             )
         else:
@@ -71,9 +97,10 @@ class PrivacyStatement:
                 f"can take the noise off. The numbers describe what a run with secure randomness would have spent: "
                 f"epsilon = {self.epsilon_spent:.3f} at delta = {self.delta:g} by {self.accountant}."
             )
+        trials = "" if self.trials == 1 else f" in each of {self.trials} trials, all charged"
         how = (
             f"Neighbouring: {self.neighbours}. Mechanism: {self.mechanism}. Sampling: {self.sampling}. Sampling rate "
-            f"{self.sampling_rate:.6g}, {self.steps} steps, clipping norm {self.clip_norm:g}, noise multiplier "
+            f"{self.sampling_rate:.6g}, {self.steps} steps{trials}, clipping norm {self.clip_norm:g}, noise multiplier "
             f"{self.noise_multiplier:.4f}, randomness: {self.randomness}."
         )
         limits = "\n".join(f"- {limit}" for limit in self.not_covered)

@@ -1,0 +1,93 @@
+"""What a large logical batch costs in memory: a private step of 4,096 rows against one of a single micro-batch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.dp_cost import LABEL_WORDS, reviews, student_shaped_model
+from post_client.privacy import PrivacyConfig
+from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
+from post_shared.data import Row
+from post_shared.language_model import LanguageModel
+from post_shared.tasks import Task
+
+MICRO = 16
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, while they live: exact, and the same on every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor):
+                self._count(each.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, name, size)
+
+    def _forget(self, name: int, size: int) -> None:
+        self._seen.discard(name)
+        self.now -= size
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that ``work`` makes and that live at a time."""
+    with TensorMemory() as memory:
+        work()
+    return memory.peak
+
+
+def private_step(model: LanguageModel, rows: Sequence[Row], *, micro: int, length: int = 20) -> Callable[[], object]:
+    """One private step on all of ``rows``, ready to be made; the first one, which makes Adam's state, is done."""
+    task, config = Task("{text}, it was", LABEL_WORDS), TuneConfig(length=length)
+    encoded, loss = encode_private(model, task, rows, config), tuning_objective(model, task)
+    plan = PrivacyConfig(micro_batch_size=micro).plan(10 * len(rows), batch_size=len(rows), steps=10)
+    prompt = nn.Parameter(starting_prompt(model, task, config).embeddings.clone().to(model.device))
+    optimizer = plan.optimizer(prompt, config.learning_rate)
+    optimizer.update(loss, encoded.batch([0, 1]))
+    return lambda: optimizer.update(loss, encoded.batch(range(len(rows))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=4096)
+    given = parser.parse_args()
+    model = student_shaped_model(given.layers)
+    rows = sorted(reviews(given.rows), key=lambda row: len(row.text))
+    result: dict[str, Any] = {}
+    for name, some in (("micro_batch", rows[-MICRO:]), ("logical_batch", rows)):
+        result[f"{name}_tensor_bytes"] = peak_bytes(private_step(model, some, micro=MICRO))
+        result[f"{name}_process_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["tensor_ratio"] = round(result["logical_batch_tensor_bytes"] / result["micro_batch_tensor_bytes"], 4)
+    result["process_ratio"] = round(result["logical_batch_process_kib"] / result["micro_batch_process_kib"], 4)
+    about = {"rows": given.rows, "micro": MICRO, "layers": model.layers, "torch": torch.__version__}
+    print(json.dumps(about | {"machine": platform.machine()} | result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

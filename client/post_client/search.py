@@ -1,0 +1,120 @@
+"""Tune several times with different learning rates and keep the prompt that does best on *public* rows.
+
+Every trial sees the private rows, so the budget is that of all of them together: the noise is chosen so that all trials
+spend ε, whichever is kept. Choosing by public rows costs nothing on top; choosing by private ones would, so it isn't
+offered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from post_client.ledger import Charge, Reserve, Run
+from post_client.privacy import PrivacyConfig
+from post_client.tuning import TuneConfig, TuneResult, charge_of, check_rows, tune, work_of
+from post_shared.data import Row
+from post_shared.errors import InvalidInput
+from post_shared.evaluation import classify
+from post_shared.language_model import LanguageModel
+from post_shared.tasks import Task
+from post_shared.training import Progress, Reporter, ignore
+
+
+@dataclass(frozen=True)
+class Trial:
+    """``score`` is the mean log-probability of the right label on the public rows; nothing private is in it."""
+
+    learning_rate: float
+    score: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best prompt, with the statement of the whole search, and all trials in the order of their learning rates."""
+
+    best: TuneResult
+    trials: tuple[Trial, ...]
+
+
+def learning_rates(middle: float, trials: int) -> list[float]:
+    """``trials`` learning rates around ``middle``, each twice the one before."""
+    return [middle * 2.0 ** (at - (trials - 1) / 2) for at in range(trials)]
+
+
+def search(
+    student: LanguageModel,
+    task: Task,
+    rows: Sequence[Row],
+    config: TuneConfig,
+    *,
+    trials: int,
+    judge: Sequence[Row],
+    privacy: PrivacyConfig | None,
+    public: Sequence[str] | None = None,
+    report: Reporter = ignore,
+    checkpoint: Path | None = None,
+    reserve: Reserve | None = None,
+) -> SearchResult:
+    """:func:`post_client.tuning.tune`, ``trials`` times under one budget and one reservation.
+
+    ``judge`` are public rows with labels of the task. Interrupted and started again, it draws the same numbers.
+
+    Raises:
+        InvalidInput: fewer than two trials, or a generation task.
+        Others: as :func:`tune`; ``judge`` is checked as private rows are.
+    """
+    if trials < 2 or task.is_generation:
+        raise InvalidInput("a search makes two trials at least, of a task with classes")
+    check_rows(task, judge)
+    budget = None if privacy is None else replace(privacy, trials=trials)
+    run: Run | None = None
+    if reserve is not None:
+        check_rows(task, rows)
+        work = work_of(student, task, [*rows, *judge], config, budget, public)
+        run = reserve(rows, charge_of(rows, config, budget), f"{work}/{trials}")
+    found: list[tuple[Trial, TuneResult]] = []
+    for at, rate in enumerate(learning_rates(config.learning_rate, trials)):
+        result = tune(
+            student,
+            task,
+            rows,
+            replace(config, learning_rate=rate),
+            privacy=budget,
+            public=public,
+            report=_numbered(report, at, trials),
+            checkpoint=None if checkpoint is None else checkpoint / f"trial-{at}",
+            reserve=None if run is None else _Part(run, at),
+        )
+        found.append((Trial(rate, _score(student, task, judge, result, config)), result))
+    best = max(found, key=lambda each: each[0].score)[1]
+    return SearchResult(replace(best, run=run), tuple(trial for trial, _ in found))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A trial's share of the reservation: nothing more is charged, and its randomness is its own."""
+
+    run: Run
+    at: int
+
+    def __call__(self, rows: Sequence[Row], charge: Charge, work: str) -> Run:
+        return self.run.trial(self.at)
+
+
+def _score(model: LanguageModel, task: Task, judge: Sequence[Row], result: TuneResult, config: TuneConfig) -> float:
+    prompt = result.prompt.embeddings.to(model.device)
+    chances = classify(model, task, [row.text for row in judge], prompt, max_length=config.max_length)  # (N, C)
+    right = torch.tensor([task.labels.index(str(row.label)) for row in judge])
+    return float(chances.gather(1, right[:, None]).clamp_min(1e-12).log().mean())
+
+
+def _numbered(report: Reporter, at: int, trials: int) -> Reporter:
+    def tell(progress: Progress) -> None:
+        done, steps = at * progress.steps + progress.step, trials * progress.steps
+        report(Progress(done, steps, f"trial {at + 1} of {trials}", progress.metrics))
+
+    return tell
