@@ -8,6 +8,7 @@ right with probability at most about e^ε / (1 + e^ε): more right guesses than 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ SHARES = ((1 / 2, 1 / 2), (1 / 8, 1 / 8), (1 / 32, 1 / 32), (1 / 128, 1 / 128), 
 """Shares of the canaries guessed to be in and out, fixed before any score is seen. Many guesses serve when canaries
 are told apart well, a few sure ones when they aren't; each choice has to pass at a stricter level, for all it is
 tried along with."""
-GRID = 0.05
+GRID = 0.1
 LARGEST = 20.0
 
 
@@ -48,9 +49,8 @@ def _check_counts(canaries: int, guesses: int, right: int, delta: float) -> None
         raise InvalidInput(f"delta is {delta}; it must lie between 0 and 1")
 
 
-def epsilon_lower_bound(
-    canaries: int, guesses: int, right: int, delta: float, confidence: float = CONFIDENCE
-) -> float:
+@lru_cache(maxsize=4096)
+def epsilon_lower_bound(canaries: int, guesses: int, right: int, delta: float, confidence: float = CONFIDENCE) -> float:
     """The largest ε that so many right guesses refute: with this confidence the run's ε at ``delta`` is no less.
 
     0 where nothing is refuted. Every smaller ε on a grid is refuted too, so a p-value that isn't monotone in ε does

@@ -183,7 +183,7 @@ class ManyDPSGD:
         if self.inserted is not None:
             some = self.inserted.gradients(k, run.optimizer.steps_done)
             if len(some):
-                run.clip_and_accumulate(some)
+                run.clip_and_accumulate(some.to(run.master.device))
         run.add_noise()
         if self.inserted is not None:
             self.inserted.see(k, run.master.grad.detach())

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import typer
 
+from post_client.cli.audit import audit
 from post_client.cli.demo import demo
 from post_client.cli.jobs import jobs
 from post_client.cli.predict import predict
@@ -29,8 +30,8 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    for name, verb in (("pull", pull), ("tune", tune), ("push", push), ("transfer", transfer), ("predict", predict)):
-        app.command(name, rich_help_panel=OWNER)(verb)
+    for verb in (pull, tune, audit, push, transfer, predict):
+        app.command(verb.__name__, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)
     app.command("evaluate", rich_help_panel=BOTH)(evaluate)
     app.add_typer(jobs, name="jobs", rich_help_panel=BOTH)

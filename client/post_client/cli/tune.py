@@ -74,7 +74,7 @@ def tune(
     if public is not None and public.exists() and data.exists() and public.samefile(data):
         usage_error("--public is the private file itself: public texts enter without noise.")
     chosen = task_from(task, template, label_word)
-    _check_outside(student, (to, statement, checkpoint, data))
+    check_outside(student, (to, statement, checkpoint, data))
     for path in (to, statement):
         if path is not None:
             check_writable(path)
@@ -99,7 +99,7 @@ def tune(
     _report(result, digest, to, size, json)
 
 
-def _check_outside(student: Path, paths: Sequence[Path | None]) -> None:
+def check_outside(student: Path, paths: Sequence[Path | None]) -> None:
     """A prompt names the student by a hash of its folder: nothing private may lie in there."""
     for path in paths:
         if path is not None and path.resolve().is_relative_to(student.resolve()):
@@ -131,10 +131,10 @@ def _tune(
     quiet_libraries()
     given = {name: value for name, value in settings.items() if value is not None}
     config = replace(PLAIN if privacy is None else PRIVATE, **given)
-    budget = None if privacy is None else _privacy(*privacy)
+    budget = None if privacy is None else privacy_config(*privacy)
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
     check_rows(task, rows)
-    known = None if public is None else _public_texts(public, columns[0], {row.text for row in rows})
+    known = None if public is None else public_texts(public, columns[0], {row.text for row in rows})
     digest = student_hash(student)
     err.print(f"Loading {escape(str(student))} …")
     model = LanguageModel.load(student, device=device)
@@ -156,7 +156,7 @@ def _tune(
     return result, digest
 
 
-def _public_texts(public: Path, column: str, private: set[str]) -> list[str]:
+def public_texts(public: Path, column: str, private: set[str]) -> list[str]:
     """The texts of ``public``. A warning for these eyes only when private ones are among them."""
     from post_client.lean import check_public
     from post_shared.data import read_rows
@@ -172,7 +172,7 @@ def _public_texts(public: Path, column: str, private: set[str]) -> list[str]:
     return texts
 
 
-def _privacy(epsilon: float | None, delta: float | None, clip: float | None) -> PrivacyConfig:
+def privacy_config(epsilon: float | None, delta: float | None, clip: float | None) -> PrivacyConfig:
     from post_client.privacy import PrivacyConfig
 
     budget = PrivacyConfig(epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, delta=delta)
