@@ -1,6 +1,6 @@
 """The one-run audit on many private runs over real rows: how often does its lower bound stay below the claimed ε?
 
-All runs are made at once: each has its own coins, batches and noise. Two bounds a run, by data and by gradient canaries.
+All runs are made at once, each with its own coins, batches and noise. Two bounds a run: by data and gradient canaries.
 """
 
 from __future__ import annotations

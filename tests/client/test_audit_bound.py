@@ -62,7 +62,7 @@ def test_randomised_response_is_never_refuted_more_often_than_promised(epsilon: 
         assert np.median(bounds) > 0.4 * epsilon, "and it is no empty bound"
 
 
-def test_scores_of_a_gaussian_mechanism_are_not_refuted_but_of_one_with_half_the_noise_are() -> None:
+def test_scores_of_a_gaussian_mechanism_are_not_refuted_but_of_one_with_a_quarter_of_the_noise_are() -> None:
     generator = np.random.default_rng(1)
     included = generator.random(100_000) < 0.5
     sigma = 4.22  # (1, 1e-6)-private for one release of sensitivity 1

@@ -2,7 +2,7 @@
 
 *Data canaries* are rows with wrong labels; the auditor sees the finished prompt, as the provider does. *Gradient
 canaries* are the strongest that the proof allows for: rows whose gradient is one direction of their own at every step,
-and an auditor who sees every noisy sum. What it can't show, the other can't either.
+and an auditor who sees every noisy sum and knows all that the real rows added to it.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ class Inserted:
     gradients: Callable[[int, int], Tensor]
     """``gradients(k, step) -> (G, l, d)``: clipped and added like those of G more rows of prompt k."""
     see: Callable[[int, Tensor], None]
-    """``see(k, noisy sum (l, d))``, after every step."""
+    """``see(k, noisy sum (l, d) less that of the real rows)``, after every step: the proof lets the auditor know every
+    other row and when it was sampled."""
     state: Mapping[str, Tensor]
     """What the eye has gathered; kept with the run and filled again in place."""
 
@@ -181,12 +182,13 @@ class ManyDPSGD:
 
     def _finish(self, k: int, run: PromptDPSGD) -> None:
         if self.inserted is not None:
+            known = run.summed_gradient.clone()
             some = self.inserted.gradients(k, run.optimizer.steps_done)
             if len(some):
                 run.clip_and_accumulate(some.to(run.master.device))
         run.add_noise()
         if self.inserted is not None:
-            self.inserted.see(k, run.master.grad.detach())
+            self.inserted.see(k, run.master.grad.detach() - known)
         run.divide_by_expected_batch_size()
         run._move()
 

@@ -84,7 +84,8 @@ def tune_shadows(
     encoded = encode_private(student, task, rows, config)
     start = starting_prompt(student, task, config).embeddings.to(student.device)
     chosen = [np.flatnonzero(own) for own in members]
-    plan, optimizer, draw = None, None, None
+    plan: PrivacyPlan | None = None
+    optimizer: ManyOptimizer
     if privacy is None:
         optimizer, draw = _plain(start, encoded, chosen, config)
     else:
