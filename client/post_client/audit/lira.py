@@ -88,13 +88,14 @@ def attack(
     (a pair depends on both, so pairs are no independent draws; Clopper and Pearson's interval would be too narrow).
     ``chance`` and ``p_value`` draw the memberships anew and attack again: an exact test of "nothing leaks".
     """
-    check_size(*confidences.shape)
+    prompts, rows = confidences.shape
+    check_size(prompts, rows)
     ranking, keep = _ranked(confidences, members, variant)
     curve = ranking.curve()
     generator = np.random.default_rng(seed)
     resampled = [ranking.curve(_weights(keep, generator)) for _ in range(RESAMPLES)]
     aucs = np.array([each.auc for each in resampled])
-    drawn = [random_halves(*confidences.shape, int(generator.integers(2**62))) for _ in range(RESAMPLES // 5)]
+    drawn = [random_halves(prompts, rows, int(generator.integers(2**62))) for _ in range(RESAMPLES // 5)]
     chance = np.array([_ranked(confidences, each, variant)[0].curve().auc for each in drawn])
     return Attack(
         variant=variant,

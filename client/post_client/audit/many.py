@@ -83,18 +83,23 @@ class ManyLoss:
 
     def of_prompts(self, prompts: Tensor, batch: Batch, owner: Tensor) -> Tensor:
         """The same with the prompts of all, (K, l, d): each is run once, and its gradient is the sum over its rows."""
-        used, place = owner.unique(return_inverse=True)
-        logits = self.model.answer_logits_shared(batch, prompts[used], place)
+        used = torch.tensor(_prompts_of(owner))
+        logits = self.model.answer_logits_shared(batch, prompts[used], torch.searchsorted(used, owner))
         return self._losses(logits, prompts[owner], batch, owner)
 
     def _losses(self, logits: Tensor, prompts: Tensor, batch: Batch, owner: Tensor) -> Tensor:
         scores = self.words.scores(logits)  # (B, C)
         lean = torch.zeros_like(scores)
-        for k in owner.unique().tolist():
+        for k in _prompts_of(owner):
             known = self.leans[k]
             if known is not None and known.lean is not None:
                 lean[owner == k] = known.lean.of(prompts[owner == k])
         return lean_free(scores, lean, batch.labels.to(scores.device))
+
+
+def _prompts_of(owner: Tensor) -> list[int]:
+    """The prompts that own a row, ascending."""
+    return sorted(set(owner.tolist()))
 
 
 class ManyOptimizer(Trainable, Protocol):
@@ -172,7 +177,7 @@ class ManyDPSGD:
             leaf = prompts[owner].requires_grad_()
             losses = loss.of_rows(leaf, part, owner)
             (gradients,) = torch.autograd.grad(losses.sum(), leaf)
-            for k in owner.unique().tolist():
+            for k in _prompts_of(owner):
                 self.runs[k].clip_and_accumulate(gradients[owner == k])
             values.append(losses.detach()[torch.isfinite(losses)].double())
         for k, run in enumerate(self.runs):
