@@ -19,6 +19,7 @@ from post_client.tuning import PUBLIC_BATCH, TuneConfig, check_rows, encode_priv
 from post_shared.batches import EncodedRows, ShuffledBatches
 from post_shared.data import Row
 from post_shared.errors import InvalidInput
+from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.tasks import Task
 from post_shared.training import Checkpoint, Clock, Reporter, fingerprint, ignore, run_steps, warm_then_linear
@@ -187,13 +188,13 @@ def confidences(
 
     Carlini et al. (2022) scale confidences so, since the result is close to a Gaussian.
     """
-    loss = ManyLoss(model, task, [None] * len(prompts))
+    words = label_words(model, task)
     encoded = encode_private(model, task, rows, config)
     found = torch.zeros(len(prompts), len(rows), dtype=torch.float64)
     for batch in encoded.in_order_of_length(batch_size):
         for k, prompt in enumerate(prompts):
             logits = model.answer_logits_shared(batch, prompt)
-            scores = loss.words.scores(logits).double().cpu()  # (B, C)
+            scores = words.scores(logits).double().cpu()  # (B, C)
             own = torch.nn.functional.one_hot(batch.labels, scores.shape[1]).bool()
             others = scores.masked_fill(own, -torch.inf).logsumexp(1)
             found[k, list(batch.index)] = scores[own] - others

@@ -39,7 +39,7 @@ def audit(
     ] = 16,
     canaries: Annotated[
         int | None,
-        typer.Option(min=0, help="Canaries of each kind for the bound on epsilon; 0 leaves it out. [half the rows]"),
+        typer.Option(min=0, help="Canaries of each kind for the bound on epsilon, by default half the rows; 0: none."),
     ] = None,
     epsilon: Annotated[
         float | None, typer.Option(help=f"Privacy budget that the private runs claim; by default {DEFAULT_EPSILON:g}.")
