@@ -27,7 +27,7 @@ TASK = Task.preset("sst2")
 WORD = WORDS.split()
 ROWS = [Row(f"{text} {WORD[at % len(WORD)]} {WORD[at // 4]}", label)
         for at, (text, label) in enumerate(zip(TEXTS * 5, LABELS * 5, strict=True))]  # fmt: skip
-LEARNT_BY_HEART = TuneConfig(length=8, steps=60, batch_size=20, learning_rate=0.1)
+LEARNT_BY_HEART = TuneConfig(length=8, steps=30, batch_size=20, learning_rate=0.1)
 
 
 def post(*arguments: object) -> int:
@@ -56,7 +56,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_lira_finds_the_rows_of_prompts_that_learn_by_heart_and_fewer_with_dp() -> None:
     arms = [Arm(LEARNT_BY_HEART, None), Arm(LEARNT_BY_HEART, PrivacyConfig(epsilon=1))]
-    report = audit(tiny_model(layers=2), TASK, noisy_labels(), arms, AuditConfig(shadows=12, canaries=0))
+    report = audit(tiny_model(layers=2), TASK, noisy_labels(), arms, AuditConfig(shadows=8, canaries=0))
     plain, private = report.attacks["without DP"][0], report.attacks["ε = 1"][0]
     assert plain.p_value < 0.02
     assert plain.auc.value > plain.chance[1]
