@@ -64,6 +64,18 @@ def commands_table() -> str:
     return "\n\n".join(_command_pages("post", typer.main.get_command(build_app()))).strip()
 
 
+def canaries_table() -> str:
+    """The largest ε that a number of canaries can show, by the bound itself."""
+    from post_client.audit import strongest
+
+    deltas = (1e-5, 1e-6, 1e-8)
+    rows = [
+        [f"{count:,}", *(f"{strongest(count, delta):.2f}" for delta in deltas)]
+        for count in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+    ]
+    return _table(["canaries", *(f"δ = {delta:g}" for delta in deltas)], rows)
+
+
 def _command_pages(name: str, command: Any) -> Iterator[str]:
     children = getattr(command, "commands", None)
     if children:
@@ -105,6 +117,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "errors": ("reference-api.md", errors_table),
     "endpoints": ("reference-api.md", endpoints_table),
     "commands": ("reference-cli.md", commands_table),
+    "canaries": ("howto-audit.md", canaries_table),
 }
 
 

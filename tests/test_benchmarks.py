@@ -8,12 +8,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from benchmarks import audit_runs, shadow_prompts
 from benchmarks.distil_speed import CLOCKS, RECIPES, draw, first_reach, result, run, table
-from benchmarks.dp_cost import measure, measure_runs
+from benchmarks.dp_cost import LABEL_WORDS, measure, measure_runs, reviews
 from benchmarks.dp_memory import peak_bytes, private_step
 
+from post_client.tuning import TuneConfig, encode_private, starting_prompt
 from post_shared.data import Row
+from post_shared.tasks import Task
 from tests.models import TEXTS, tiny_model
+
+TASK = Task("{text}, it was", LABEL_WORDS)
 
 
 def test_dp_cost_runs() -> None:
@@ -65,3 +70,22 @@ def test_a_large_logical_batch_takes_the_memory_of_its_micro_batch() -> None:
     whole = peak_bytes(private_step(model, rows[:1024], micro=1024, length=4))
     assert large <= 1.1 * small
     assert whole > 2 * small, "the measure sees memory that grows"
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_shadow_prompts_runs(private: bool) -> None:
+    model, config = tiny_model(), TuneConfig(length=5)
+    encoded, start = encode_private(model, TASK, reviews(40), config), starting_prompt(model, TASK, config)
+    result = shadow_prompts.measure(
+        model, encoded, start.embeddings, TASK, count=3, batch_size=4, steps=2, private=private
+    )
+    assert set(result) == {"one_by_one", "at_once"} | (set() if private else {"one_by_one_prompt_once"})
+    assert all(value > 0 for each in result.values() for value in each.values())
+    assert result["one_by_one"]["times_faster"] == result["one_by_one"]["times_less_arithmetic"] == 1.0
+
+
+def test_audit_runs_runs() -> None:
+    config = TuneConfig(length=4, steps=3, batch_size=8)
+    result = audit_runs.measure(tiny_model(), TASK, reviews(40), config, epsilon=8.0, runs=3, canaries=10)
+    assert {kind: len(some) for kind, some in result["bounds"].items()} == {"data": 3, "gradient": 3}
+    assert set(result["not_refuted"]) == {"data", "gradient"}

@@ -211,14 +211,15 @@ class LanguageModel:
         """As :meth:`answer_logits` with the prompt of ``prefix``, without running the prompt again."""
         return self._continue(batch, copy.deepcopy(prefix.cache))
 
-    def answer_logits_shared(self, batch: Batch, prompt: Tensor) -> Tensor:
-        """As :meth:`answer_logits` with one prompt (l, d), gradients included, in fewer operations.
+    def answer_logits_shared(self, batch: Batch, prompt: Tensor, owner: Tensor | None = None) -> Tensor:
+        """As :meth:`answer_logits` with one prompt (l, d), or several (K, l, d) of which row i has ``owner[i]``.
 
-        A causal model runs the prompt once, not once per row: its vectors see nothing of the text. A masked one can't.
+        Gradients included, in fewer operations: a causal model runs each prompt once, not once per row, since its
+        vectors see nothing of the text. A masked one can't.
         """
         if self.kind == "masked":
-            return self.answer_logits(batch, prompt)
-        return self._continue(batch, self._cache_of(prompt))
+            return self.answer_logits(batch, prompt if owner is None else prompt[owner])
+        return self._continue(batch, self._cache_of(prompt), owner)
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Sequence[int]], prompt: Tensor | None, max_new_tokens: int) -> list[str]:
@@ -250,14 +251,14 @@ class LanguageModel:
     # --- helpers --------------------------------------------------------------------------------------
 
     def _cache_of(self, prompt: Tensor) -> Any:
-        """Keys and values of ``prompt`` (l, d) in every layer, as a cache of one row."""
+        """Keys and values of ``prompt``, (l, d) or (K, l, d), in every layer, as a cache of one row or of K."""
         self._check_width(prompt)
-        inputs = prompt[None].to(self.device, self.dtype)
+        inputs = prompt.reshape(-1, *prompt.shape[-2:]).to(self.device, self.dtype)
         return self._run(inputs_embeds=inputs, use_cache=True).past_key_values
 
-    def _continue(self, batch: Batch, cache: Any) -> Tensor:
-        """Logits (P, V) at the answer positions of ``batch`` behind ``cache``, which is used up."""
-        cache.batch_repeat_interleave(len(batch))
+    def _continue(self, batch: Batch, cache: Any, owner: Tensor | None = None) -> Tensor:
+        """Logits (P, V) at the answer positions of ``batch`` behind its rows' parts of ``cache``, which is used up."""
+        cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long) if owner is None else owner)
         output = self._run(inputs_embeds=self.embed(batch.token_ids), past_key_values=cache, use_cache=True)
         rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
         return self.head(output.last_hidden_state[rows, positions])  # (B, T, d) -> (P, d) -> (P, V)

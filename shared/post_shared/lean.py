@@ -91,7 +91,11 @@ class LeanFreeLoss:
         if self.lean is None:
             raise RuntimeError("look() comes before the first loss")
         scores = self.words.scores(self.model.answer_logits(batch, prompt))  # (B, C)
-        lean = self.lean.of(prompt)
-        even = torch.zeros_like(lean).log_softmax(-1)
-        pull = divergence(even, lean.log_softmax(-1))  # KL(even || lean), (B,)
-        return label_word_loss(scores - lean, batch.labels.to(scores.device)) + pull
+        return lean_free(scores, self.lean.of(prompt), batch.labels.to(scores.device))
+
+
+def lean_free(scores: Tensor, lean: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of scores less the lean, plus KL(even || lean). (B, C), (B, C) or (1, C), (B,) -> (B,)."""
+    even = torch.zeros_like(lean).log_softmax(-1)
+    pull = divergence(even, lean.log_softmax(-1))  # (B,) or (1,)
+    return label_word_loss(scores - lean, labels) + pull

@@ -144,6 +144,11 @@ def own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:
     return None if task.is_generation or len(texts) < LEAST_TEXTS else texts
 
 
+def lean_free_loss(model: LanguageModel, task: Task, texts: Sequence[str], config: TuneConfig) -> LeanFreeLoss:
+    """The loss whose lean is measured on ``texts``, for prompts tuned by ``config``."""
+    return LeanFreeLoss(model, task, texts, batch_size=PUBLIC_BATCH, max_length=config.max_length, room=config.length)
+
+
 def _free_of_lean(
     model: LanguageModel,
     task: Task,
@@ -153,7 +158,7 @@ def _free_of_lean(
     batches: Callable[[int], Batch],
 ) -> tuple[Loss, Callable[[int], Batch]]:
     """The loss without the lean, and batches before each of which the lean of ``prompt`` is measured anew."""
-    loss = LeanFreeLoss(model, task, texts, batch_size=PUBLIC_BATCH, max_length=config.max_length, room=config.length)
+    loss = lean_free_loss(model, task, texts, config)
 
     def batch(step: int) -> Batch:
         loss.look(step, prompt)

@@ -69,10 +69,15 @@ def test_prefix_equals_running_the_prompt_again(family: str) -> None:
         close(model.answer_logits_after(batch, prefix), model.answer_logits(batch, prompt))
 
 
-def test_a_shared_prompt_run_once_gives_the_logits_and_gradients_of_one_run_per_row(model: LanguageModel) -> None:
-    batch = encode_rows(model, TASK, TEXTS).batch(range(8))
-    once, each = (SoftPrompt.random(model, 7, seed=2).embeddings.clone().requires_grad_() for _ in range(2))
-    shared, plain = model.answer_logits_shared(batch, once), model.answer_logits(batch, each)
+@pytest.mark.parametrize("owner", [None, [2, 0, 0, 1, 2, 2, 1, 0]], ids=["one", "three"])
+def test_prompts_run_once_give_the_logits_and_gradients_of_one_run_per_row(
+    model: LanguageModel, owner: list[int] | None
+) -> None:
+    batch, place = encode_rows(model, TASK, TEXTS).batch(range(8)), None if owner is None else torch.tensor(owner)
+    start = torch.stack([SoftPrompt.random(model, 7, seed=seed).embeddings for seed in (2, 3, 4)])
+    once, each = ((start[0] if owner is None else start).clone().requires_grad_() for _ in range(2))
+    shared = model.answer_logits_shared(batch, once, place)
+    plain = model.answer_logits(batch, each if place is None else each[place])
     close(shared, plain)
     weights = torch.randn(shared.shape, generator=torch.Generator().manual_seed(0))
     for logits in (shared, plain):

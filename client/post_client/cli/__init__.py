@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import typer
 
+from post_client.cli.audit import audit
 from post_client.cli.demo import demo
 from post_client.cli.jobs import jobs
 from post_client.cli.ledger import epsilon, ledger
@@ -32,7 +33,13 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    owners: dict[str, Callable[..., None]] = {"pull": pull, "tune": tune, "push": push, "transfer": transfer}
+    owners: dict[str, Callable[..., None]] = {
+        "pull": pull,
+        "tune": tune,
+        "audit": audit,
+        "push": push,
+        "transfer": transfer,
+    }
     owners |= {"predict": predict, "ledger": ledger, "epsilon": epsilon}
     for name, verb in owners.items():
         app.command(name, rich_help_panel=OWNER)(verb)

@@ -90,7 +90,7 @@ def tune(
     if trials > 1 and public is None:
         usage_error("--trials needs --public: the labels of public rows choose, since choosing by private ones costs.")
     chosen = task_from(task, template, label_word)
-    _check_outside(student, (to, statement, checkpoint, data, ledger))
+    check_outside(student, (to, statement, checkpoint, data, ledger))
     for path in (to, statement):
         if path is not None:
             check_writable(path)
@@ -109,7 +109,7 @@ def tune(
     report_result(result, digest, to, size, account, found, json)
 
 
-def _check_outside(student: Path, paths: Sequence[Path | None]) -> None:
+def check_outside(student: Path, paths: Sequence[Path | None]) -> None:
     """A prompt names the student by a hash of its folder: nothing private may lie in there."""
     for path in paths:
         if path is not None and path.resolve().is_relative_to(student.resolve()):
@@ -148,12 +148,12 @@ def _order(
     from post_shared.data import read_rows
 
     config = replace(PLAIN if privacy is None else PRIVATE, **settings)
-    budget = None if privacy is None else _privacy(*privacy, per_user=columns["user_column"] is not None)
+    budget = None if privacy is None else privacy_config(*privacy, per_user=columns["user_column"] is not None)
     rows = read_rows(data, **columns, labels=task.labels or None)  # type: ignore[arg-type]
     check_rows(task, rows)
     known = None
     if public is not None:
-        known = _public_rows(public, columns, task if trials > 1 else None, {row.text for row in rows})
+        known = public_rows(public, columns, task if trials > 1 else None, {row.text for row in rows})
     charge_of(rows, config, budget)  # whether (epsilon, delta) can be kept shows before the model is loaded
     return _Order(data.name, rows, known, config, budget, trials)
 
@@ -214,7 +214,7 @@ def _tune(
     return found.best, found.trials
 
 
-def _public_rows(public: Path, columns: dict[str, str | None], judged: Task | None, private: set[str]) -> list[Row]:
+def public_rows(public: Path, columns: dict[str, str | None], judged: Task | None, private: set[str]) -> list[Row]:
     """The rows of ``public``, with labels if they judge. A warning for these eyes only when private ones are there."""
     from post_shared.data import read_rows
     from post_shared.lean import check_public
@@ -237,7 +237,9 @@ def _public_rows(public: Path, columns: dict[str, str | None], judged: Task | No
     return rows
 
 
-def _privacy(epsilon: float | None, delta: float | None, clip: float | None, *, per_user: bool) -> PrivacyConfig:
+def privacy_config(
+    epsilon: float | None, delta: float | None, clip: float | None, *, per_user: bool = False
+) -> PrivacyConfig:
     from post_client.privacy import PrivacyConfig
 
     budget = PrivacyConfig(

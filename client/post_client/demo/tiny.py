@@ -25,13 +25,14 @@ LINES = (
 
 def tiny_texts(settings: DemoSettings) -> DemoTexts:
     """Made-up reviews in the shape of the real ones."""
-    films = _reviews(FILM, 4 * (settings.train_rows + settings.test_rows), settings.seed)
-    products = _reviews(THING, 4 * settings.public_rows, settings.seed + 1)
-    prose = [row.text for row in _reviews(THING, 400, settings.seed + 2)]
+    films = made_up_reviews(FILM, 4 * (settings.train_rows + settings.test_rows), settings.seed)
+    products = made_up_reviews(THING, 4 * settings.public_rows, settings.seed + 1)
+    prose = [row.text for row in made_up_reviews(THING, 400, settings.seed + 2)]
     return split(films, products, prose, settings)
 
 
-def _reviews(nouns: str, count: int, seed: int) -> list[Row]:
+def made_up_reviews(nouns: str, count: int, seed: int) -> list[Row]:
+    """So many rows about one of the ``nouns``, half praise and half blame."""
     generator = random.Random(seed)  # noqa: S311  made-up texts
     found = []
     for at in range(count):
