@@ -132,7 +132,7 @@ def _check_layers(order: DistillationCreate, target: ModelRow) -> None:
         )
     if not isinstance(kept, int) and (kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= target.layers):
         raise InvalidInput(f"keep_layers lists each layer once, in order, from 0 to {target.layers - 1}.")
-    if not isinstance(kept, int) and order.layer_pattern != "ends":
+    if not isinstance(kept, int) and order.layer_pattern != "front":
         raise InvalidInput(
             "layer_pattern (--layer-pattern) spreads a number of layers; keep_layers lists them already."
         )

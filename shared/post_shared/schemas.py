@@ -208,7 +208,7 @@ class DistillationCreate(Document):
     name: Name = Field(description="Name of the student to be.")
     corpus: list[Reference] = Field(min_length=1, max_length=100, description="Datasets; rows give their texts.")
     keep_layers: list[int] | int = Field(default=8, description="Indices of the layers to keep, or how many.")
-    layer_pattern: Literal["ends", "even", "front", "search"] = Field("ends", description="How a number is spread.")
+    layer_pattern: Literal["ends", "even", "front", "search"] = Field("front", description="How a number is spread.")
     start: Literal["fold", "copy"] = Field("fold", description="fold: closed-form start; copy: as they are (paper).")
     answer_forms: list[Form] = Field([], max_length=20, description="Short paragraphs are put into one of them.")
     freeze_head: bool = True

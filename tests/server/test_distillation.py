@@ -27,8 +27,8 @@ PARAGRAPHS = [" ".join(TEXTS)] * 40
 
 
 def test_layers_are_chosen_from_both_ends_or_as_named() -> None:
-    assert chosen_layers(8, 30) == [0, 1, 2, 3, 26, 27, 28, 29]
-    assert chosen_layers(3, 12) == [0, 1, 11]
+    assert chosen_layers(8, 30) == [0, 1, 3, 6, 10, 15, 21, 29]
+    assert chosen_layers(3, 12, "ends") == [0, 1, 11]
     assert chosen_layers([0, 5, 11], 12) == [0, 5, 11]
     for bad in (0, 13, [], [1, 1], [3, 2], [-1, 2], [0, 12]):
         with pytest.raises(InvalidInput):

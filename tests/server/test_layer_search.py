@@ -99,7 +99,7 @@ def test_distillation_keeps_the_best_layers_tried_and_says_so(family: str, tmp_p
     assert {tuple(shape(3, 5)) for shape in PATTERNS.values()} <= set(choice.scores)
     assert stages.count("search") == len(choice.scores)
     named = distil(
-        target, PARAGRAPHS, DistilConfig(**{**vars(config), "keep_layers": choice.kept, "layer_pattern": "ends"})
+        target, PARAGRAPHS, DistilConfig(**{**vars(config), "keep_layers": choice.kept, "layer_pattern": "front"})
     )
     for ours, theirs in zip(student.model.parameters(), named.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -134,7 +134,7 @@ def test_named_layers_are_not_searched_for() -> None:
     def choose(**change: object) -> LayerChoice:
         return choose_layers(target, corpus, DistilConfig(**{**vars(CONFIG), **change}))
 
-    assert choose(keep_layers=(0, 4), layer_pattern="ends") == LayerChoice((0, 4))
+    assert choose(keep_layers=(0, 4), layer_pattern="front") == LayerChoice((0, 4))
     assert choose(layer_pattern="even") == LayerChoice((0, 2, 4))
     for change in ({"keep_layers": (0, 4)}, {"layer_pattern": "odd"}):
         with pytest.raises(InvalidInput, match="layer_pattern"):

@@ -32,7 +32,7 @@ class DistilConfig:
     """How to distil; the defaults are those of :class:`post_shared.schemas.DistillationCreate`."""
 
     keep_layers: tuple[int, ...] | int = 8
-    layer_pattern: str = "ends"
+    layer_pattern: str = "front"
     start: str = "fold"
     answer_forms: tuple[str, ...] = ()
     freeze_head: bool = True
@@ -62,7 +62,7 @@ class DistilConfig:
             raise InvalidInput(f"alignment is a weight of 0 or more, not {self.alignment}")
         if self.layer_pattern not in {*PATTERNS, "search"}:
             raise InvalidInput(f"layer_pattern is search or one of {', '.join(PATTERNS)}, not {self.layer_pattern!r}")
-        if not isinstance(self.keep_layers, int) and self.layer_pattern != "ends":
+        if not isinstance(self.keep_layers, int) and self.layer_pattern != "front":
             raise InvalidInput("layer_pattern spreads a number of layers; keep_layers lists them already")
 
     @property

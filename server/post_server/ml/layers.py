@@ -49,7 +49,7 @@ PATTERNS: dict[str, Callable[[int, int], list[int]]] = {"ends": ends, "even": ev
 """How a number of layers is spread, by name. A better pattern is a new entry here."""
 
 
-def chosen_layers(keep: int | Sequence[int], layers: int, pattern: str = "ends") -> list[int]:
+def chosen_layers(keep: int | Sequence[int], layers: int, pattern: str = "front") -> list[int]:
     """Indices of the kept layers: a number of them in that pattern, or those that are listed.
 
     Raises:
