@@ -66,7 +66,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 
 
 def test_every_verb_has_help(capsys: Captured) -> None:
-    verbs = ["pull", "tune", "audit", "push", "transfer", "predict", "distil", "evaluate", "jobs", "demo"]
+    verbs = ["pull", "tune", "audit", "push", "transfer", "predict", "distil", "report", "evaluate", "jobs", "demo"]
     verbs += ["serve", "model", "dataset", "key", "ledger", "epsilon"]
     for verb in verbs:
         assert post(verb, "--help") == 0

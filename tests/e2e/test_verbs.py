@@ -44,6 +44,30 @@ def test_all_verbs_in_their_order(machine: Machine) -> None:
     assert {job["state"] for job in jobs} == {"succeeded"}
 
 
+def test_a_report_of_a_student(machine: Machine) -> None:
+    distil = ("--target", "large", "--corpus", "prose", "--name", "weighed", "--steps", 3, "--keep-layers", "0,3")
+    small = ("--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)
+    distilled = machine.json("distil", *distil, *small)
+    rows = [
+        json.dumps({"text": f"{a}, {b}", "label": label}) for a, label in zip(TEXTS, LABELS, strict=True) for b in TEXTS
+    ]
+    (machine.folder / "tasks.jsonl").write_text("\n".join(rows))
+    (machine.folder / "unseen.txt").write_text("\n".join(f"{a}, {b}, {a}" for a in TEXTS for b in TEXTS))
+    machine.post("dataset", "add", "tasks.jsonl", "--name", "tasks")
+    machine.post("dataset", "add", "unseen.txt", "--name", "unseen")
+    order = ("weighed", "--public", "tasks=sst2", "--members", "prose", "--non-members", "unseen", "--out", "weighed")
+    report = machine.json("report", "make", *order, "--steps", 3, "--batch-size", 4, "--length", 2, "--texts", 30)
+    assert report["recorded_loss"]["job_id"] == distilled["id"]
+    assert report["recorded_loss"]["losses"]["ce"] == distilled["metrics"]["ce"]
+    assert report["student"]["layers"] == 2
+    assert 0 < report["parameter_share"] < 1
+    assert report["tasks"][0]["test_rows"] == 32
+    assert {each["score"] for each in report["leakage"]} == {"min_k", "min_k_plus"}
+    assert json.loads((machine.folder / "weighed" / "report.json").read_text()) == report
+    assert {path.name for path in (machine.folder / "weighed").iterdir()} == {"report.json", "report.md", "report.png"}
+    assert machine.json("report", "show", report["job_id"]) == report
+
+
 def test_ctrl_c_leaves_a_job_running(machine: Machine) -> None:
     distil = ("distil", "--target", "large", "--corpus", "prose", "--name", "long", "--steps", 10**6)
     distil += ("--keep-layers", "0,3", "--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)

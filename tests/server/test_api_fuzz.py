@@ -18,6 +18,13 @@ ORDERS: dict[str, dict[str, Any]] = {
     "/v1/distillations": {"target": "large", "name": "tiny", "corpus": ["public"], "keep_layers": [0, 3], "steps": 5},
     "/v1/transfers": {"prompt": "prm", "target": "large", "dataset": "public", "alpha": 0.5, "seed": 1},
     "/v1/evaluations": {"model": "large", "dataset": "public", "task": TASK.model_dump(), "max_rows": 5},
+    "/v1/reports": {
+        "student": "small",
+        "tasks": [{"dataset": "public", "task": TASK.model_dump()}],
+        "members": ["public"],
+        "non_members": ["public"],
+        "texts": 5,
+    },
     "/v1/predictions": {"model": "large", "task": TASK.model_dump(), "texts": ["x"], "max_new_tokens": 3},
 }
 TEXT = st.text(max_size=20) | st.sampled_from(["large", "small", "public", "\0", "\ud800", "../..", "{text}", "auto"])
