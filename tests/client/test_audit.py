@@ -67,7 +67,11 @@ def test_lira_finds_the_rows_of_prompts_that_learn_by_heart_and_fewer_with_dp() 
 def test_the_report_says_the_same_in_json_table_and_picture() -> None:
     config = TuneConfig(length=4, steps=3, batch_size=6)
     arms = [Arm(config, None), Arm(config, PrivacyConfig(epsilon=8))]
-    report = audit(tiny_model(layers=2), TASK, ROWS, arms, AuditConfig(shadows=4))
+    stages: set[str] = set()
+    report = audit(
+        tiny_model(layers=2), TASK, ROWS, arms, AuditConfig(shadows=4), report=lambda each: stages.add(each.stage)
+    )
+    assert {"shadow prompts ε = 8", "scores ε = 8", "canaries", "scores"} <= stages, "all long work shows where it is"
     document, table = json.loads(to_json(report)), to_markdown(report)
     assert [(each["arm"], each["variant"]) for each in document["lira"]] == [
         ("without DP", "online"), ("without DP", "offline"), ("ε = 8", "online"), ("ε = 8", "offline"),

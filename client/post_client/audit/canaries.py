@@ -177,7 +177,7 @@ def audit_in_one_run(
     )  # fmt: skip
     rows_in_question = [chosen.rows[at] for at in chosen.places]
     prompts = torch.cat([start[None], tuned.prompts[:runs].cpu()])
-    before, *after = confidences(student, task, rows_in_question, prompts, config)
+    before, *after = confidences(student, task, rows_in_question, prompts, config, report=report)
     found = [("data", own - before, coins) for own, coins in zip(after, chosen.included, strict=True)]
     found += [("gradient", own.numpy(), coins) for own, coins in zip(sharp.scores, sharp.included, strict=True)]
     return [

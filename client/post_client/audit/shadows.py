@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from post_client.audit.many import Inserted, ManyAdam, ManyDPSGD, ManyLoss, ManyOptimizer, ManyRows
+from post_client.audit.many import MICRO_BATCH, Inserted, ManyAdam, ManyDPSGD, ManyLoss, ManyOptimizer, ManyRows
 from post_client.privacy import PoissonSampler, PrivacyConfig, PrivacyPlan
 from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_client.tuning import TuneConfig, check_rows, encode_private, starting_prompt
@@ -23,7 +23,16 @@ from post_shared.language_model import LanguageModel
 from post_shared.lean import LeanFreeLoss
 from post_shared.prompt_tuning import lean_free_loss, own_texts
 from post_shared.tasks import Task
-from post_shared.training import Checkpoint, Clock, Reporter, fingerprint, ignore, run_steps, warm_then_linear
+from post_shared.training import (
+    Checkpoint,
+    Clock,
+    Progress,
+    Reporter,
+    fingerprint,
+    ignore,
+    run_steps,
+    warm_then_linear,
+)
 
 Members = NDArray[np.bool_]
 """(K, N): whether prompt k was tuned on row i."""
@@ -179,20 +188,30 @@ def _leans(
 
 @torch.no_grad()
 def confidences(
-    model: LanguageModel, task: Task, rows: Sequence[Row], prompts: Tensor, config: TuneConfig, *, batch_size: int = 64
+    model: LanguageModel,
+    task: Task,
+    rows: Sequence[Row],
+    prompts: Tensor,
+    config: TuneConfig,
+    *,
+    stage: str = "scores",
+    report: Reporter = ignore,
 ) -> NDArray[np.float64]:
     """log(p / (1 - p)) of each row's own label behind each prompt: (K, l, d) -> (K, N).
 
     Carlini et al. (2022) scale confidences so, since the result is close to a Gaussian.
+
+    Raises:
+        Cancelled: raised by ``report``.
     """
     words = label_words(model, task)
-    encoded = encode_private(model, task, rows, config)
+    batches = list(encode_private(model, task, rows, config).in_order_of_length(MICRO_BATCH))
     found = torch.zeros(len(prompts), len(rows), dtype=torch.float64)
-    for batch in encoded.in_order_of_length(batch_size):
+    for done, batch in enumerate(batches, start=1):
+        own = torch.nn.functional.one_hot(batch.labels, len(task.labels)).bool()  # (B, C)
         for k, prompt in enumerate(prompts):
-            logits = model.answer_logits_shared(batch, prompt)
-            scores = words.scores(logits).double().cpu()  # (B, C)
-            own = torch.nn.functional.one_hot(batch.labels, scores.shape[1]).bool()
+            scores = words.scores(model.answer_logits_shared(batch, prompt)).double().cpu()  # (B, C)
             others = scores.masked_fill(own, -torch.inf).logsumexp(1)
             found[k, list(batch.index)] = scores[own] - others
+        report(Progress(done, len(batches), stage))
     return found.numpy()

@@ -96,7 +96,9 @@ def audit(
                 student, task, rows, members, arm.config, privacy=arm.privacy, public=public,
                 stage=f"shadow prompts {arm.name}", report=report, checkpoint=place and place / "shadows",
             )  # fmt: skip
-            scores = confidences(student, task, rows, made.prompts, arm.config)
+            scores = confidences(
+                student, task, rows, made.prompts, arm.config, stage=f"scores {arm.name}", report=report
+            )
             attacks[arm.name] = [
                 attack(scores, members, variant, confidence=config.confidence, seed=config.seed) for variant in VARIANTS
             ]
