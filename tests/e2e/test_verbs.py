@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.e2e.conftest import Machine
-from tests.models import LABELS
+from tests.models import LABELS, TEXTS
 from tests.server.backstage import wait_for
 
 
