@@ -20,6 +20,7 @@ from post_server.ml.objective import Objective, alignment_loss, parts_of
 from post_server.ml.processes import ALONE, Group, followers
 from post_shared.errors import Cancelled, InvalidInput, JobKilled
 from post_shared.language_model import LanguageModel
+from post_shared.losses import softened_cross_entropy
 from post_shared.training import Progress
 from tests.models import TEXTS, tiny_model
 
@@ -172,3 +173,23 @@ def test_a_process_alone_needs_nobody() -> None:
     assert isinstance(ALONE, Group)
     with pytest.raises(InvalidInput), followers(Path("order.json"), 1):
         pass
+
+
+def test_answer_positions_are_also_a_mean_of_their_own() -> None:
+    target = tiny_model("llama")
+    student = copy_student(target, [0, 3])
+    corpus = prepare_corpus(target, PARAGRAPHS, 32, None, answer_forms=["{text} It was"])
+    block = corpus.batch(0, 8, 0)
+
+    def losses(end: int | None) -> dict[str, torch.Tensor]:
+        asked = next_token(block, 0.5, torch.Generator().manual_seed(0), answer_end=end)
+        return Objective(target, student, 2.0).losses(parts_of(asked, range(8), 1)[0])
+
+    found, objective = losses(corpus.end), Objective(target, student, 2.0)
+    row, place = (block[:, 1:] == corpus.end).nonzero(as_tuple=True)
+    with torch.no_grad():
+        right, ours = target.head(target.hidden(block)[row, place]), student.head(student.hidden(block)[row, place])
+    torch.testing.assert_close(found["answers"], softened_cross_entropy(right, ours).mean())
+    without = objective.total({name: loss for name, loss in found.items() if name != "answers"})
+    torch.testing.assert_close(objective.total(found), without + 5.0 * found["answers"])
+    assert "answers" not in losses(None)

@@ -12,7 +12,17 @@ from post_server.ml.corpus import Prediction
 from post_server.ml.layers import layer_inputs
 from post_server.ml.teacher_cache import TeacherCache
 from post_shared.language_model import LanguageModel
-from post_shared.losses import cosine_loss, distillation_loss, language_model_loss, softened_cross_entropy
+from post_shared.losses import (
+    DISTILLATION_WEIGHTS,
+    OPEN,
+    cosine_loss,
+    distillation_loss,
+    language_model_loss,
+    softened_cross_entropy,
+)
+
+ANSWER_WEIGHT = 1.0
+"""Weight of the answer positions' own mean of L_ce beside that over all positions, of which they are few."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,13 @@ class Part:
     """Predicted positions of the whole batch."""
     tokens: int
     """Tokens of the whole batch."""
+    answers: int
+    """Answer positions of the whole batch: those where no token is expected."""
 
 
 def parts_of(prediction: Prediction, blocks: Sequence[int], count: int) -> list[Part]:
     """The batch in ``count`` parts of about as many rows each; the sums over all parts are the batch's means."""
-    parts = []
+    parts, answers = [], int((prediction.tokens == OPEN).sum())
     for rows in torch.arange(len(prediction.inputs)).tensor_split(count):
         first, last = int(rows[0]), int(rows[-1])
         mine = (prediction.rows >= first) & (prediction.rows <= last)
@@ -40,7 +52,7 @@ def parts_of(prediction: Prediction, blocks: Sequence[int], count: int) -> list[
             prediction.positions[mine],
             prediction.tokens[mine],
         )
-        parts.append(Part(some, blocks[first : last + 1], len(prediction.rows), prediction.inputs.numel()))
+        parts.append(Part(some, blocks[first : last + 1], len(prediction.rows), prediction.inputs.numel(), answers))
     return parts
 
 
@@ -54,7 +66,9 @@ def alignment_loss(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class Objective:
-    """Eq. 1 plus ``alignment`` times :func:`alignment_loss` over the layers that follow a kept one."""
+    """Eq. 1, with L_ce at answer positions taken once more by itself, since that is where prompts are tuned; plus
+    ``alignment`` times :func:`alignment_loss` over the layers that follow a kept one.
+    """
 
     def __init__(
         self,
@@ -72,7 +86,9 @@ class Objective:
         """Layers of the target before which the two are compared."""
 
     def losses(self, part: Part) -> dict[str, Tensor]:
-        """{"ce", "lm", "cos"} and with alignment "align": this part's share of each mean over the batch."""
+        """{"ce", "lm", "cos"}, where the batch has answer positions "answers", and with alignment "align": this part's
+        share of each mean over the batch.
+        """
         asked, device = part.prediction, self.target.device
         rows, positions = asked.rows.to(device), asked.positions.to(device)
         with torch.no_grad(), layer_inputs(self.target, self._entered) as wanted:
@@ -81,11 +97,14 @@ class Objective:
         with layer_inputs(self.student, range(1, 1 + len(self._entered))) as got:
             hidden = self.student.hidden(asked.inputs)  # (B, T, d)
         logits = self.student.head(hidden[rows, positions])  # (n, V)
+        each = softened_cross_entropy(teacher, logits, self.temperature)  # (n,)
         losses = {
-            "ce": softened_cross_entropy(teacher, logits, self.temperature).sum() / part.positions,
+            "ce": each.sum() / part.positions,
             "lm": language_model_loss(logits, asked.tokens.to(device)).sum() / part.positions,
             "cos": cosine_loss(right, hidden).sum() / part.tokens,
         }
+        if part.answers:
+            losses["answers"] = each[asked.tokens.to(device) == OPEN].sum() / part.answers
         if self._entered:
             apart = [alignment_loss(wanted[layer], got[at]).sum() for at, layer in enumerate(self._entered, 1)]
             losses["align"] = torch.stack(apart).mean() / part.tokens
@@ -93,8 +112,10 @@ class Objective:
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """What is minimised."""
-        eq1 = distillation_loss(losses["ce"], losses["lm"], losses["cos"])
-        return eq1 + self.alignment * losses["align"] if "align" in losses else eq1
+        total = distillation_loss(losses["ce"], losses["lm"], losses["cos"])
+        if "answers" in losses:
+            total = total + ANSWER_WEIGHT * DISTILLATION_WEIGHTS[0] * losses["answers"]
+        return total + self.alignment * losses["align"] if "align" in losses else total
 
     def _right(self, part: Part) -> Tensor:
         """The target's last hidden states (B, T, d)."""
