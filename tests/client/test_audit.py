@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,8 @@ def test_bad_input_is_named(student: Path, data: Path, capsys: Captured, more: t
 def test_ctrl_c_stops_between_two_steps_and_says_how_to_go_on(
     student: Path, data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("post_client.cli.audit.stop_gently", lambda: nullcontext(lambda: True))
+    command = import_module("post_client.cli.audit")  # the package's attribute of that name is the verb
+    monkeypatch.setattr(command, "stop_gently", lambda: nullcontext(lambda: True))
     assert post(*options(student, data), "--checkpoint", tmp_path / "kept") == 130
     assert "goes on from" in capsys.readouterr().err
     assert (tmp_path / "kept" / "plain" / "shadows" / "checkpoint.safetensors").exists()
