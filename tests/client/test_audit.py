@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,18 @@ def test_options_that_do_not_fit_are_refused(student: Path, data: Path, more: tu
 def test_bad_input_is_named(student: Path, data: Path, capsys: Captured, more: tuple[object, ...], says: str) -> None:
     assert post(*options(student, data), *more) == 1
     assert says in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_between_two_steps_and_says_how_to_go_on(
+    student: Path, data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = import_module("post_client.cli.audit")  # the package's attribute of that name is the verb
+    monkeypatch.setattr(command, "stop_gently", lambda: nullcontext(lambda: True))
+    assert post(*options(student, data), "--checkpoint", tmp_path / "kept") == 130
+    assert "goes on from" in capsys.readouterr().err
+    assert (tmp_path / "kept" / "plain" / "shadows" / "checkpoint.safetensors").exists()
+    assert post(*options(student, data)) == 130
+    assert "nothing was kept" in capsys.readouterr().err
 
 
 def test_an_audit_that_is_killed_goes_on(student: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
