@@ -22,7 +22,7 @@ from post_shared.tasks import Task
 from post_shared.training import Trainable, load_optimizer_state, optimizer_state, set_learning_rate
 
 MICRO_BATCH = 16
-"""Rows per pass, of all prompts together: with more, what a pass keeps no longer fits a CPU's caches (measured)."""
+"""Rows per pass, of all prompts together. Memory depends on it, the result doesn't."""
 ONE_PROMPT = 64
 """Rows per pass of a single prompt, which runs again in every pass."""
 
