@@ -21,8 +21,10 @@ from post_shared.lean import LeanFreeLoss, lean_free
 from post_shared.tasks import Task
 from post_shared.training import Trainable, load_optimizer_state, optimizer_state, set_learning_rate
 
-MICRO_BATCH = 64
-"""Rows per pass, of all prompts together: enough to fill a CPU's cores, little enough for its memory."""
+MICRO_BATCH = 16
+"""Rows per pass, of all prompts together. Memory depends on it, the result doesn't."""
+ONE_PROMPT = 64
+"""Rows per pass of a single prompt, which runs again in every pass."""
 
 
 class ManyRows:
@@ -59,8 +61,8 @@ class ManyRows:
         yield from self._cut(waiting)
 
     def _cut(self, index: Sequence[int]) -> Iterator[tuple[Batch, Tensor]]:
-        for at in range(0, len(index), MICRO_BATCH):
-            part = self.encoded.batch(index[at : at + MICRO_BATCH])
+        for at in range(0, len(index), ONE_PROMPT):
+            part = self.encoded.batch(index[at : at + ONE_PROMPT])
             yield part, self.owner(part)
 
 
