@@ -9,18 +9,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import dp_accounting
 import pytest
 import torch
 from dp_accounting import pld
+from tokenizers import normalizers
 
 from post_client.ledger import Charge, Ledger, Run
 from post_client.privacy import Mechanism, PrivacyConfig, compose
-from post_client.tuning import TuneConfig, TuneResult, tune
+from post_client.tuning import TuneConfig, TuneResult, tune, work_of
 from post_shared.data import Row
 from post_shared.errors import BudgetExceeded, Cancelled, Conflict, DataInvalid, InvalidInput, LedgerInvalid
+from post_shared.language_model import LanguageModel
 from post_shared.tasks import Task
 from post_shared.training import Progress
 from tests.models import LABELS, TEXTS, tiny_model
@@ -258,6 +261,27 @@ def test_a_run_that_is_started_again_releases_what_the_undisturbed_one_would_hav
         other = one(ledger, folder)
         assert not torch.equal(other.prompt.embeddings, resumed.prompt.embeddings), "new randomness: a new run"
         assert len(ledger.accounts()[0].runs) == 2
+
+
+def test_whatever_moves_a_gradient_makes_it_another_run() -> None:
+    """Two prompts with the same noise, and gradients that differ, would show the difference with no noise at all."""
+
+    def work(student: LanguageModel, task: Task = TASK) -> str:
+        return work_of(student, task, ROWS, CONFIG, PRIVACY, None)
+
+    same, changed, tokens, exact = (tiny_model(layers=1) for _ in range(4))
+    assert work(same) == work(tiny_model(layers=1))
+    changed.config.rms_norm_eps = 0.1
+    tokens.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    exact.model.to(torch.float64)
+    backwards = replace(TASK, label_words=dict(reversed((TASK.label_words or {}).items())))
+    others = [work(changed), work(tokens), work(exact), work(same, replace(TASK, description="Is it good?"))]
+    others.append(work(same, backwards))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        others.append(work(same))
+    assert work(same) not in others
+    assert len(set(others)) == 6
 
 
 def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(ledger: Ledger) -> None:
