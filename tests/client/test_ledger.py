@@ -191,6 +191,9 @@ def test_an_unfinished_run_goes_on_for_nothing_and_a_finished_one_is_a_new_run(o
         first = ledger.reserve(ROWS, charge(), "w")
         with pytest.raises(Conflict, match="under way"), Ledger(own_ledger) as other:
             other.reserve(ROWS, charge(), "w")
+        (alias := own_ledger.with_name("alias")).symlink_to(own_ledger)
+        with pytest.raises(Conflict, match="under way"), Ledger(alias) as other:
+            other.reserve(ROWS, charge(), "w")
         assert ledger.run(first.id).state == "running"
     with Ledger(own_ledger) as ledger:
         assert ledger.run(first.id).state == "interrupted"
