@@ -163,6 +163,18 @@ def test_a_cap_refuses_with_figures_and_charges_nothing(ledger: Ledger) -> None:
             ledger.set_cap(ROWS, "row", wrong)
 
 
+def test_a_cap_that_comes_with_a_resumed_run_is_kept(own_ledger: Path) -> None:
+    with Ledger(own_ledger) as ledger:
+        ledger.reserve(ROWS, charge(), "w")
+    with Ledger(own_ledger) as ledger:
+        assert ledger.reserve(ROWS, charge(), "w", cap=0.5).resumed
+        account = ledger.account(ROWS, "row")
+        assert account is not None
+        assert account.cap == 0.5
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(ROWS, charge(), "another")
+
+
 def test_two_runs_at_once_can_not_both_pass_the_cap(own_ledger: Path) -> None:
     cap, seen = 1.01 * compose([ONE], 1e-5).epsilon, []
     Ledger(own_ledger).close()
