@@ -21,6 +21,7 @@ from post_shared.prompt_tuning import (
     PLAIN,
     TuneConfig,
     check_rows,
+    lean_free_loss,
     own_texts,
     starting_prompt,
     train_on_task,
@@ -107,6 +108,9 @@ def tune(
     check_rows(task, rows)
     check_vocabulary(student)
     encoded = encode_private(student, task, rows, config)
+    tuning_objective(student, task)  # what can't be tuned on is found out before anything is charged
+    if public is not None:
+        lean_free_loss(student, task, public, config)
     prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
     plan = _plan(rows, config, privacy)
     if plan is not None:

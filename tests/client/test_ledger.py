@@ -20,6 +20,7 @@ from tokenizers import normalizers
 
 from post_client.ledger import Charge, Ledger, Run
 from post_client.privacy import Mechanism, PrivacyConfig, compose
+from post_client.search import search
 from post_client.tuning import TuneConfig, TuneResult, tune, work_of
 from post_shared.data import Row
 from post_shared.errors import BudgetExceeded, Cancelled, Conflict, DataInvalid, InvalidInput, LedgerInvalid
@@ -309,6 +310,13 @@ def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(le
     for rows in (ROWS[:1], [Row("x", "sports"), *ROWS]):
         with pytest.raises(DataInvalid):
             tune(model, TASK, rows, CONFIG, privacy=PRIVACY, reserve=ledger.reserve)
+    long = TuneConfig(length=2, steps=4, max_length=10**6)
+    for task, config, public in ((TASK, CONFIG, ["x"]), (Task("{text} so"), CONFIG, TEXTS * 9), (TASK, long, None)):
+        with pytest.raises((DataInvalid, InvalidInput)):
+            tune(model, task, ROWS[1:], config, privacy=PRIVACY, public=public, reserve=ledger.reserve)
+    with pytest.raises(InvalidInput, match="fit the model"):
+        search(model, TASK, ROWS[1:], long, trials=2, judge=ROWS, privacy=PRIVACY, reserve=ledger.reserve)
+    assert len(ledger.accounts()) == 1
     tune(model, TASK, ROWS, CONFIG, privacy=None, reserve=ledger.reserve)
     tune(model, TASK, ROWS[:9], CONFIG, privacy=PrivacyConfig(seed=1), reserve=ledger.reserve)
     accounts = ledger.accounts()
