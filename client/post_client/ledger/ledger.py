@@ -106,8 +106,8 @@ class Ledger:
     ) -> Run:
         """Charge a run before it begins; on disk when this returns. A run of the same work that never ended goes on.
 
-        ``cap`` is kept with the data set; a later one can only lower it (:meth:`set_cap` also raises it). It doesn't stop
-        a run that is charged already.
+        ``cap`` is kept with the data set; a later one can only lower it (:meth:`set_cap` also raises it). It stops no
+        run that is charged already.
 
         Raises:
             BudgetExceeded: some row would get above its cap; nothing was charged.
