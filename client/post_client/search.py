@@ -88,7 +88,7 @@ def search(
         )
         found.append((Trial(rate, _score(student, task, judge, result, config)), result))
     best = max(found, key=lambda each: each[0].score)[1]
-    return SearchResult(replace(best, run=shared and shared.run), tuple(trial for trial, _ in found))
+    return SearchResult(replace(best, run=None if shared is None else shared.run), tuple(trial for trial, _ in found))
 
 
 @dataclass
