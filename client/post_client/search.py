@@ -8,20 +8,21 @@ offered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from post_client.ledger import Charge, Reserve, Run
 from post_client.privacy import PrivacyConfig
-from post_client.tuning import TuneConfig, TuneResult, charge_of, check_rows, tune, work_of
+from post_client.tuning import TuneConfig, TuneResult, check_rows, tune
 from post_shared.data import Row
 from post_shared.errors import InvalidInput
 from post_shared.evaluation import classify
 from post_shared.language_model import LanguageModel
 from post_shared.tasks import Task
-from post_shared.training import Progress, Reporter, ignore
+from post_shared.training import Progress, Reporter, fingerprint, ignore
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,7 @@ def search(
         raise InvalidInput("a search makes two trials at least, of a task with classes")
     check_rows(task, judge)
     budget = None if privacy is None else replace(privacy, trials=trials)
-    run: Run | None = None
-    if reserve is not None:
-        check_rows(task, rows)
-        work = work_of(student, task, [*rows, *judge], config, budget, public)
-        run = reserve(rows, charge_of(rows, config, budget), f"{work}/{trials}")
+    shared = None if reserve is None else _Shared(reserve, fingerprint(trials, list(map(asdict, judge))))
     found: list[tuple[Trial, TuneResult]] = []
     for at, rate in enumerate(learning_rates(config.learning_rate, trials)):
         result = tune(
@@ -87,22 +84,26 @@ def search(
             public=public,
             report=_numbered(report, at, trials),
             checkpoint=None if checkpoint is None else checkpoint / f"trial-{at}",
-            reserve=None if run is None else _Part(run, at),
+            reserve=None if shared is None else partial(shared, at),
         )
         found.append((Trial(rate, _score(student, task, judge, result, config)), result))
     best = max(found, key=lambda each: each[0].score)[1]
-    return SearchResult(replace(best, run=run), tuple(trial for trial, _ in found))
+    return SearchResult(replace(best, run=None if shared is None else shared.run), tuple(trial for trial, _ in found))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A trial's share of the reservation: nothing more is charged, and its randomness is its own."""
+@dataclass
+class _Shared:
+    """One reservation for all trials, made when the first one has passed its checks; each has its own randomness."""
 
-    run: Run
-    at: int
+    reserve: Reserve
+    search: str
+    """Tells searches apart that begin with the same trial."""
+    run: Run | None = None
 
-    def __call__(self, rows: Sequence[Row], charge: Charge, work: str) -> Run:
-        return self.run.trial(self.at)
+    def __call__(self, at: int, rows: Sequence[Row], charge: Charge, work: str) -> Run:
+        if self.run is None:
+            self.run = self.reserve(rows, charge, fingerprint(work, self.search))
+        return self.run.trial(at)
 
 
 def _score(model: LanguageModel, task: Task, judge: Sequence[Row], result: TuneResult, config: TuneConfig) -> float:

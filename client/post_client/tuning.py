@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from post_client.ledger import Charge, Reserve, Run
 from post_client.privacy import PrivacyConfig, PrivacyPlan, PrivacyStatement, default_delta
+from post_client.privacy.statement import library_versions
 from post_client.privacy.users import rows_by_user, users_of
 from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
@@ -19,6 +21,7 @@ from post_shared.prompt_tuning import (
     PLAIN,
     TuneConfig,
     check_rows,
+    lean_free_loss,
     own_texts,
     starting_prompt,
     train_on_task,
@@ -105,6 +108,9 @@ def tune(
     check_rows(task, rows)
     check_vocabulary(student)
     encoded = encode_private(student, task, rows, config)
+    tuning_objective(student, task)  # what can't be tuned on is found out before anything is charged
+    if public is not None:
+        lean_free_loss(student, task, public, config)
     prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
     plan = _plan(rows, config, privacy)
     if plan is not None:
@@ -141,9 +147,14 @@ def work_of(
     privacy: PrivacyConfig | None,
     public: Sequence[str] | None,
 ) -> str:
-    """A name for this very tuning: equal for equal models, rows and settings. It stays on this machine."""
+    """A name for this very tuning: equal for equal models, rows, settings and machinery. It stays on this machine.
+
+    Runs of one name draw the same noise, so whatever else moves a gradient, be it by rounding, has to be in it.
+    """
+    model = student.config.to_dict() | {"_name_or_path": ""}, student.tokenizer.backend_tokenizer.to_str()
+    machinery = str(student.device), str(student.dtype), torch.get_num_threads(), library_versions()
     every = list(map(asdict, rows))
-    return fingerprint(config, privacy, task.form().model_dump(), public, every, *student.model.parameters())
+    return fingerprint(config, privacy, repr(task), public, every, model, machinery, *student.model.parameters())
 
 
 def charge_of(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None) -> Charge:

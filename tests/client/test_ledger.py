@@ -9,18 +9,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import dp_accounting
 import pytest
 import torch
 from dp_accounting import pld
+from tokenizers import normalizers
 
 from post_client.ledger import Charge, Ledger, Run
 from post_client.privacy import Mechanism, PrivacyConfig, compose
-from post_client.tuning import TuneConfig, TuneResult, tune
+from post_client.search import search
+from post_client.tuning import TuneConfig, TuneResult, tune, work_of
 from post_shared.data import Row
 from post_shared.errors import BudgetExceeded, Cancelled, Conflict, DataInvalid, InvalidInput, LedgerInvalid
+from post_shared.language_model import LanguageModel
 from post_shared.tasks import Task
 from post_shared.training import Progress
 from tests.models import LABELS, TEXTS, tiny_model
@@ -160,6 +164,18 @@ def test_a_cap_refuses_with_figures_and_charges_nothing(ledger: Ledger) -> None:
             ledger.set_cap(ROWS, "row", wrong)
 
 
+def test_a_cap_that_comes_with_a_resumed_run_is_kept(own_ledger: Path) -> None:
+    with Ledger(own_ledger) as ledger:
+        ledger.reserve(ROWS, charge(), "w")
+    with Ledger(own_ledger) as ledger:
+        assert ledger.reserve(ROWS, charge(), "w", cap=0.5).resumed
+        account = ledger.account(ROWS, "row")
+        assert account is not None
+        assert account.cap == 0.5
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(ROWS, charge(), "another")
+
+
 def test_two_runs_at_once_can_not_both_pass_the_cap(own_ledger: Path) -> None:
     cap, seen = 1.01 * compose([ONE], 1e-5).epsilon, []
     Ledger(own_ledger).close()
@@ -187,6 +203,9 @@ def test_an_unfinished_run_goes_on_for_nothing_and_a_finished_one_is_a_new_run(o
     with Ledger(own_ledger) as ledger:
         first = ledger.reserve(ROWS, charge(), "w")
         with pytest.raises(Conflict, match="under way"), Ledger(own_ledger) as other:
+            other.reserve(ROWS, charge(), "w")
+        (alias := own_ledger.with_name("alias")).symlink_to(own_ledger)
+        with pytest.raises(Conflict, match="under way"), Ledger(alias) as other:
             other.reserve(ROWS, charge(), "w")
         assert ledger.run(first.id).state == "running"
     with Ledger(own_ledger) as ledger:
@@ -260,6 +279,27 @@ def test_a_run_that_is_started_again_releases_what_the_undisturbed_one_would_hav
         assert len(ledger.accounts()[0].runs) == 2
 
 
+def test_whatever_moves_a_gradient_makes_it_another_run() -> None:
+    """Two prompts with the same noise, and gradients that differ, would show the difference with no noise at all."""
+
+    def work(student: LanguageModel, task: Task = TASK) -> str:
+        return work_of(student, task, ROWS, CONFIG, PRIVACY, None)
+
+    same, changed, tokens, exact = (tiny_model(layers=1) for _ in range(4))
+    assert work(same) == work(tiny_model(layers=1))
+    changed.config.rms_norm_eps = 0.1
+    tokens.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    exact.model.to(torch.float64)
+    backwards = replace(TASK, label_words=dict(list((TASK.label_words or {}).items())[::-1]))
+    others = [work(changed), work(tokens), work(exact), work(same, replace(TASK, description="Is it good?"))]
+    others.append(work(same, backwards))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        others.append(work(same))
+    assert work(same) not in others
+    assert len(set(others)) == 6
+
+
 def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(ledger: Ledger) -> None:
     seen: list[int] = []
     one(ledger, report=lambda progress: seen.append(len(ledger.accounts()[0].runs)))
@@ -270,6 +310,13 @@ def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(le
     for rows in (ROWS[:1], [Row("x", "sports"), *ROWS]):
         with pytest.raises(DataInvalid):
             tune(model, TASK, rows, CONFIG, privacy=PRIVACY, reserve=ledger.reserve)
+    long = TuneConfig(length=2, steps=4, max_length=10**6)
+    for task, config, public in ((TASK, CONFIG, ["x"]), (Task("{text} so"), CONFIG, TEXTS * 9), (TASK, long, None)):
+        with pytest.raises((DataInvalid, InvalidInput)):
+            tune(model, task, ROWS[1:], config, privacy=PRIVACY, public=public, reserve=ledger.reserve)
+    with pytest.raises(InvalidInput, match="fit the model"):
+        search(model, TASK, ROWS[1:], long, trials=2, judge=ROWS, privacy=PRIVACY, reserve=ledger.reserve)
+    assert len(ledger.accounts()) == 1
     tune(model, TASK, ROWS, CONFIG, privacy=None, reserve=ledger.reserve)
     tune(model, TASK, ROWS[:9], CONFIG, privacy=PrivacyConfig(seed=1), reserve=ledger.reserve)
     accounts = ledger.accounts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import dp_accounting
@@ -10,6 +11,7 @@ import pytest
 from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from post_client.privacy import PrivacyConfig, accounting, default_delta, epsilon_for, noise_for
 from post_client.privacy.accounting import check_delta, running_epsilon
@@ -48,6 +50,14 @@ def test_the_noise_for_an_epsilon_spends_it_and_no_more(epsilon: float) -> None:
     noise = noise_for(epsilon, 1e-5, 0.02, 200)
     assert 0.99 * epsilon <= epsilon_for(noise, 1e-5, 0.02, 200).epsilon <= epsilon
     assert by_pld(noise, 1e-5, 0.02, 200) <= epsilon
+
+
+@pytest.mark.parametrize("delta", [1e-10, 1e-12, 1e-14])
+def test_epsilon_is_above_the_exact_one_however_small_delta_is(delta: float) -> None:
+    """80 full-batch steps with σ = 10 are one Gaussian with σ = 10 / √80, whose δ(ε) is known (Balle & Wang 2018)."""
+    shift, epsilon = math.sqrt(80) / 10, epsilon_for(10.0, delta, 1.0, 80).epsilon
+    known = norm.cdf(shift / 2 - epsilon / shift) - math.exp(epsilon) * norm.cdf(-shift / 2 - epsilon / shift)
+    assert known <= delta
 
 
 def test_where_prv_gives_up_rdp_answers_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

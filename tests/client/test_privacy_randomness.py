@@ -8,10 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from post_client.privacy import PoissonSampler, Randomness, SecureRandomness, SeededRandomness, gaussian
+from post_client.privacy import (
+    KeyedRandomness,
+    PoissonSampler,
+    Randomness,
+    SecureRandomness,
+    SeededRandomness,
+    gaussian,
+    new_key,
+)
+from post_client.privacy.sampling import trial_key
 from post_shared.errors import PrivacyInvalid
 
-SOURCES: list[Randomness] = [SecureRandomness(), SeededRandomness(7)]
+SOURCES: list[Randomness] = [SecureRandomness(), SeededRandomness(7), KeyedRandomness(new_key())]
 
 
 def inclusions(randomness: Randomness, examples: int, rate: float, steps: int) -> np.ndarray:
@@ -59,6 +68,20 @@ def test_batches_may_be_empty_and_may_be_everything() -> None:
 def test_impossible_sampling_is_refused(examples: int, rate: float) -> None:
     with pytest.raises(PrivacyInvalid):
         PoissonSampler(examples, rate, SecureRandomness())
+
+
+def test_no_two_purposes_steps_trials_or_keys_share_numbers() -> None:
+    """Every charged run draws from here: the same noise in two steps, or in two trials, could be taken off."""
+    key, other = new_key(), new_key()
+    keys = [key, other, *(trial_key(key, trial) for trial in (0, 1, 10))]
+    drawn = [
+        KeyedRandomness(each).integers(8, purpose, step).tobytes()
+        for each in keys
+        for purpose in ("noise", "sampling")
+        for step in (0, 1, 10)
+    ]
+    assert len(set(drawn)) == len(drawn) == 30
+    assert KeyedRandomness(key).integers(8, "noise", 0).tobytes() == drawn[0]
 
 
 def test_seeded_randomness_repeats_and_secure_randomness_does_not() -> None:

@@ -106,7 +106,8 @@ class Ledger:
     ) -> Run:
         """Charge a run before it begins; on disk when this returns. A run of the same work that never ended goes on.
 
-        ``cap`` is kept with the data set; a later one can only lower it (:meth:`set_cap` also raises it).
+        ``cap`` is kept with the data set; a later one can only lower it (:meth:`set_cap` also raises it). It stops no
+        run that is charged already.
 
         Raises:
             BudgetExceeded: some row would get above its cap; nothing was charged.
@@ -118,9 +119,9 @@ class Ledger:
         with ExitStack() as undo, self._store.transaction() as connection:
             data_set = enter(connection, records, len(rows), name)
             run = unfinished(connection, data_set, secret, charge)
+            if cap is not None:
+                lower_cap(connection, data_set, checked_cap(cap))
             if run is None:
-                if cap is not None:
-                    lower_cap(connection, data_set, checked_cap(cap))
                 check_caps(connection, data_set, charge, name)
                 run = Run(insert(connection, data_set, secret, charge, key := new_key()), key, False)
             lock = RunLock(self._store.path, run.id)

@@ -49,7 +49,7 @@ class Store:
     """The open file. Every error of SQLite is a :class:`LedgerInvalid` that names it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+        self.path = path.resolve()  # two names of one file have one lock for a run
         with self._speaking():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # only its owner may read it

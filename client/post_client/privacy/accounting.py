@@ -30,6 +30,9 @@ MAX_NOISE = 1e5
 PRV_LIMIT = 100.0
 """Above that ε (by RDP) nothing is protected, and PRV would take gigabytes to say it more exactly."""
 
+LEAST_PRV_DELTA = 1e-11
+"""Below that δ the rounding of PRV's convolutions counts: at 1e-14 its ε lies under the true one."""
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -135,7 +138,7 @@ def compose(mechanisms: Sequence[Mechanism], delta: float) -> Spending:
 def _compose(history: tuple[tuple[float, float, int], ...], delta: float) -> Spending:
     per_order = sum(_renyi(noise, rate) * count for noise, rate, count in history)
     by_rdp = _from_renyi(np.asarray(per_order), delta)
-    if by_rdp > PRV_LIMIT:
+    if by_rdp > PRV_LIMIT or delta < LEAST_PRV_DELTA:
         return Spending(by_rdp, "RDP")
     try:
         by_prv = _by_prv(history, delta)

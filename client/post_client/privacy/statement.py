@@ -110,4 +110,4 @@ class PrivacyStatement:
 
 def library_versions() -> dict[str, str]:
     """The libraries that the guarantee rests on."""
-    return {name: version(name) for name in ("post-transfer", "opacus", "torch", "numpy")}
+    return {name: version(name) for name in ("post-transfer", "opacus", "torch", "transformers", "numpy")}
