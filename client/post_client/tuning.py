@@ -21,8 +21,7 @@ from post_shared.prompt_tuning import (
     PLAIN,
     TuneConfig,
     check_rows,
-    lean_free_loss,
-    own_texts,
+    lean_for,
     starting_prompt,
     train_on_task,
     tuning_objective,
@@ -109,8 +108,7 @@ def tune(
     check_vocabulary(student)
     encoded = encode_private(student, task, rows, config)
     tuning_objective(student, task)  # what can't be tuned on is found out before anything is charged
-    if public is not None:
-        lean_free_loss(student, task, public, config)
+    lean = lean_for(student, task, rows, public, config, private=privacy is not None)
     prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
     plan = _plan(rows, config, privacy)
     if plan is not None:
@@ -122,8 +120,6 @@ def tune(
         work = fingerprint(work, run.name)  # a checkpoint of a finished run is not gone on from
         plan = None if plan is None else plan.drawing_from(run.key)
     parts = _plain(encoded, prompt, config) if plan is None else _private(plan, rows, encoded, prompt, config)
-    if public is None and plan is None:
-        public = own_texts(task, rows)
     tuned = train_on_task(
         student,
         task,
@@ -131,7 +127,7 @@ def tune(
         parts.batches,
         config,
         steps=parts.steps,
-        public=public,
+        lean=lean,
         report=report,
         checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None,
         also=parts.spent,

@@ -109,25 +109,28 @@ def train_on_task(
     config: TuneConfig,
     *,
     steps: int,
-    public: Sequence[str] | None = None,
+    lean: LeanFreeLoss | None = None,
     report: Reporter = ignore,
     checkpoint: Checkpoint | None = None,
     also: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> SoftPrompt:
-    """Train the optimizer's prompt for ``task`` on the frozen ``model``; with ``public`` texts, free of the lean.
+    """Train the optimizer's prompt for ``task`` on the frozen ``model``; with ``lean`` (:func:`lean_for`), free of it.
 
     Raises:
-        DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
         Cancelled: raised by ``report``; the state is kept first.
     """
-    objective = tuning_objective(model, task)
-    if public is not None:
-        objective, batches = _free_of_lean(model, task, public, config, optimizer.prompt, batches)
+    objective = tuning_objective(model, task) if lean is None else lean
+
+    def batch(step: int) -> Batch:
+        if lean is not None:  # measured anew before each step
+            lean.look(step, optimizer.prompt)
+        return batches(step)
+
     averaged = Averaged(optimizer, since=steps // 2) if config.iterate == "average" else None
     tuned = train_prompt(
         averaged or optimizer,
         objective,
-        batches,
+        batch,
         steps=steps,
         learning_rate=config.learning_rate,
         stage="tune",
@@ -138,30 +141,28 @@ def train_on_task(
     return SoftPrompt(averaged.average if averaged else tuned)
 
 
-def own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:
-    """The rows' own texts in the place of public ones, where no privacy is promised; None if they can't help."""
-    texts = list(dict.fromkeys(row.text for row in rows))
-    return None if task.is_generation or len(texts) < LEAST_TEXTS else texts
+def lean_for(
+    model: LanguageModel,
+    task: Task,
+    rows: Sequence[Row],
+    public: Sequence[str] | None,
+    config: TuneConfig,
+    *,
+    private: bool,
+) -> LeanFreeLoss | None:
+    """The loss that is free of the lean which shows on ``public`` texts.
 
+    Without these, where no privacy is promised, the rows' own texts stand in their place; None if they can't help.
 
-def lean_free_loss(model: LanguageModel, task: Task, texts: Sequence[str], config: TuneConfig) -> LeanFreeLoss:
-    """The loss whose lean is measured on ``texts``, for prompts tuned by ``config``."""
+    Raises:
+        DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
+    """
+    texts = public if public is not None or private else _own_texts(task, rows)
+    if texts is None:
+        return None
     return LeanFreeLoss(model, task, texts, batch_size=PUBLIC_BATCH, max_length=config.max_length, room=config.length)
 
 
-def _free_of_lean(
-    model: LanguageModel,
-    task: Task,
-    texts: Sequence[str],
-    config: TuneConfig,
-    prompt: Tensor,
-    batches: Callable[[int], Batch],
-) -> tuple[Loss, Callable[[int], Batch]]:
-    """The loss without the lean, and batches before each of which the lean of ``prompt`` is measured anew."""
-    loss = lean_free_loss(model, task, texts, config)
-
-    def batch(step: int) -> Batch:
-        loss.look(step, prompt)
-        return batches(step)
-
-    return loss, batch
+def _own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:
+    texts = list(dict.fromkeys(row.text for row in rows))
+    return None if task.is_generation or len(texts) < LEAST_TEXTS else texts

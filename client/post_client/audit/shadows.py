@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from post_client.audit.many import MICRO_BATCH, Inserted, ManyAdam, ManyDPSGD, ManyLoss, ManyOptimizer, ManyRows
 from post_client.privacy import PoissonSampler, PrivacyConfig, PrivacyPlan
 from post_client.student_checks import check_rows_are_apart, check_vocabulary
-from post_client.tuning import TuneConfig, check_rows, encode_private, starting_prompt
+from post_client.tuning import TuneConfig, check_rows, encode_private, starting_prompt, work_of
 from post_shared.batches import EncodedRows, ShuffledBatches
 from post_shared.data import Row
 from post_shared.errors import InvalidInput
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
-from post_shared.lean import LeanFreeLoss
-from post_shared.prompt_tuning import lean_free_loss, own_texts
+from post_shared.prompt_tuning import lean_for
 from post_shared.tasks import Task
 from post_shared.training import (
     Checkpoint,
@@ -105,7 +104,11 @@ def tune_shadows(
         check_rows_are_apart(student, start, config.max_length)
         plan, optimizer, draw = _private(start, chosen, config, privacy, nominal or len(chosen[0]), inserted)
     every = ManyRows(encoded, len(chosen))
-    loss = ManyLoss(student, task, _leans(student, task, rows, chosen, config, public, private=privacy is not None))
+    leans = [
+        lean_for(student, task, [rows[at] for at in own.tolist()], public, config, private=privacy is not None)
+        for own in chosen
+    ]  # as in ``tune``
+    loss = ManyLoss(student, task, leans)
     steps = config.steps if plan is None else plan.steps
 
     def update(clock: Clock) -> Mapping[str, float]:
@@ -116,10 +119,8 @@ def tune_shadows(
 
     kept = None
     if checkpoint is not None:
-        work = fingerprint(
-            config, privacy, task.form().model_dump(), public, list(map(asdict, rows)), members.tolist(), nominal,
-            inserted is not None, *student.model.parameters(),
-        )  # fmt: skip
+        work = work_of(student, task, rows, config, privacy, public)
+        work = fingerprint(work, members.tolist(), nominal, inserted is not None)
         kept = Checkpoint(checkpoint, work, checkpoint_seconds)
     run_steps(update, optimizer, steps=steps, stage=stage, report=report, checkpoint=kept)
     if kept is not None:  # the next part of the audit may be killed: this one is done
@@ -136,12 +137,11 @@ def _plain(
 ) -> tuple[ManyOptimizer, Draw]:
     """The batches of plain tuning, seeded with ``config.seed + k``."""
     batches = [
-        ShuffledBatches(EncodedRows(tuple(encoded.rows[at] for at in own)), config.batch_size, config.seed + k)
-        for k, own in enumerate(chosen)
+        ShuffledBatches(encoded, config.batch_size, config.seed + k, rows=own.tolist()) for k, own in enumerate(chosen)
     ]
 
     def draw(step: int) -> list[Sequence[int]]:
-        return [own[list(some(step).index)].tolist() for own, some in zip(chosen, batches, strict=True)]
+        return [some(step).index for some in batches]
 
     return ManyAdam(start, len(chosen), config.learning_rate), draw
 
@@ -166,24 +166,6 @@ def _private(
         return [own[some.draw(step)].tolist() for own, some in zip(chosen, samplers, strict=True)]
 
     return plans[0], ManyDPSGD(runs, inserted), draw
-
-
-def _leans(
-    model: LanguageModel,
-    task: Task,
-    rows: Sequence[Row],
-    chosen: Sequence[NDArray[np.int64]],
-    config: TuneConfig,
-    public: Sequence[str] | None,
-    *,
-    private: bool,
-) -> list[LeanFreeLoss | None]:
-    """As in ``tune``: on public texts, or without privacy on each prompt's own."""
-    found: list[LeanFreeLoss | None] = []
-    for own in chosen:
-        texts = public if public is not None or private else own_texts(task, [rows[at] for at in own])
-        found.append(None if texts is None else lean_free_loss(model, task, texts, config))
-    return found
 
 
 @torch.no_grad()

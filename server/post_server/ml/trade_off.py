@@ -18,7 +18,7 @@ from post_server.ml.report_texts import PublicTask
 from post_server.ml.stages import Stages
 from post_shared.batches import ShuffledBatches, encode_rows
 from post_shared.language_model import LanguageModel
-from post_shared.prompt_tuning import TuneConfig, own_texts, starting_prompt, train_on_task
+from post_shared.prompt_tuning import TuneConfig, lean_for, starting_prompt, train_on_task
 from post_shared.report_schemas import Leakage, MeasuredLoss, ReportCreate, TaskFigures
 from post_shared.training import Checkpoint, Progress, PromptAdam, Reporter, fingerprint, ignore
 
@@ -106,7 +106,7 @@ def _tuned(model: LanguageModel, task: PublicTask, request: ReportCreate, kept: 
             ShuffledBatches(encoded, config.batch_size, config.seed),
             config,
             steps=config.steps,
-            public=own_texts(task.task, task.tune),
+            lean=lean_for(model, task.task, task.tune, None, config, private=False),
             report=tell,
             checkpoint=kept,
         )
