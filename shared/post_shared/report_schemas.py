@@ -44,7 +44,7 @@ class Figures(Document):
 
 
 class Estimate(Figures):
-    """A figure and its 95 % interval, by bootstrap over the texts."""
+    """A figure and its interval by bootstrap, of 95 % in a report."""
 
     value: float
     low: float

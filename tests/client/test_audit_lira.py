@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, norm
 
 from post_client.audit.lira import attack, likelihood_ratios
-from post_client.audit.roc import Ranking
 from post_client.audit.shadows import random_halves
 from post_shared.errors import InvalidInput
+from post_shared.estimates import Ranking
 
 
 def leaking(shift: float, *, prompts: int = 16, rows: int = 200, seed: int = 0):  # type: ignore[no-untyped-def]

@@ -13,9 +13,10 @@ from post_client.audit.bound import Evidence, epsilon_lower_bound, evidence, p_v
 from post_client.audit.canaries import Finding, audit_in_one_run
 from post_client.audit.lira import Attack, attack, likelihood_ratios
 from post_client.audit.report import to_json, to_markdown, to_picture
-from post_client.audit.roc import Curve, Estimate, Ranking
 from post_client.audit.shadows import Shadows, confidences, random_halves, tune_shadows
 from post_client.audit.whole import Arm, AuditConfig, Report, audit
+from post_shared.estimates import Curve, Ranking
+from post_shared.report_schemas import Estimate
 
 __all__ = [
     "Arm",

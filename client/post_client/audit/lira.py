@@ -14,15 +14,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from post_client.audit.roc import FALSE_ALARMS, Curve, Estimate, Floats, Ranking, interval
 from post_client.audit.shadows import Members, random_halves
 from post_shared.errors import InvalidInput
+from post_shared.estimates import RESAMPLES, Curve, Numbers, Ranking, estimate, interval
+from post_shared.report_schemas import Estimate
 
 Variant = Literal["online", "offline"]
 VARIANTS: tuple[Variant, ...] = ("online", "offline")
 LEAST_PROMPTS = 4
 LEAST_ROWS = 8
-RESAMPLES = 1000
+FALSE_ALARMS = (0.001, 0.01)
+"""The false positive rates at which attacks are compared (Carlini et al. 2022)."""
 
 
 def check_size(prompts: int, rows: int) -> None:
@@ -33,7 +35,7 @@ def check_size(prompts: int, rows: int) -> None:
         )
 
 
-def likelihood_ratios(confidences: Floats, members: Members) -> dict[Variant, Floats]:
+def likelihood_ratios(confidences: Numbers, members: Members) -> dict[Variant, Numbers]:
     """How likely each row is a member of each prompt by all *other* prompts, (K, N); NaN where those can't say.
 
     ``online``: log of the ratio of the two Gaussians' densities at the target's confidence. ``offline`` knows only
@@ -48,7 +50,7 @@ def likelihood_ratios(confidences: Floats, members: Members) -> dict[Variant, Fl
     return {"online": ratio, "offline": np.where(np.isnan(ratio), np.nan, from_out)}
 
 
-def _others(values: Floats, chosen: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+def _others(values: Numbers, chosen: NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
     """Of the chosen values of each row without the target's own: mean (K, N) and pooled deviation (K, 1)."""
     own = chosen.astype(float)
     count = own.sum(0) - own
@@ -80,7 +82,7 @@ class Attack:
 
 
 def attack(
-    confidences: Floats, members: Members, variant: Variant, *, confidence: float = 0.95, seed: int = 0
+    confidences: Numbers, members: Members, variant: Variant, *, confidence: float = 0.95, seed: int = 0
 ) -> Attack:
     """Run LiRA against every prompt by means of the others.
 
@@ -99,9 +101,9 @@ def attack(
     chance = np.array([_ranked(confidences, each, variant)[0].curve().auc for each in drawn])
     return Attack(
         variant=variant,
-        auc=Estimate(curve.auc, *interval(aucs, confidence)),
+        auc=estimate(curve.auc, aucs, confidence),
         true_positives={
-            rate: Estimate(curve.at(rate), *interval(np.array([each.at(rate) for each in resampled]), confidence))
+            rate: estimate(curve.at(rate), np.array([each.at(rate) for each in resampled]), confidence)
             for rate in FALSE_ALARMS
         },
         chance=interval(chance, confidence),
@@ -112,13 +114,13 @@ def attack(
     )
 
 
-def _ranked(confidences: Floats, members: Members, variant: Variant) -> tuple[Ranking, NDArray[np.bool_]]:
+def _ranked(confidences: Numbers, members: Members, variant: Variant) -> tuple[Ranking, NDArray[np.bool_]]:
     ratios = likelihood_ratios(confidences, members)[variant]
     keep = np.isfinite(ratios)
     return Ranking(ratios[keep], members[keep]), keep
 
 
-def _weights(keep: NDArray[np.bool_], generator: np.random.Generator) -> Floats:
+def _weights(keep: NDArray[np.bool_], generator: np.random.Generator) -> Numbers:
     """How often each kept pair is in a resample of prompts and rows, each with replacement (Owen 2007)."""
     prompts, rows = keep.shape
     often_prompt = np.bincount(generator.integers(prompts, size=prompts), minlength=prompts)

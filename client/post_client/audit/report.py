@@ -10,8 +10,8 @@ from typing import Any
 
 from post_client.audit.canaries import Finding
 from post_client.audit.lira import Attack
-from post_client.audit.roc import Estimate
 from post_client.audit.whole import Report
+from post_shared.report_schemas import Estimate
 
 KEEP = (
     "PRIVATE: these figures are computed from your rows without noise, and no epsilon covers them. Nothing was sent. "
@@ -37,8 +37,8 @@ def _attack(each: Attack) -> dict[str, Any]:
     curve = [each.curve.false_positives[::step].tolist(), each.curve.true_positives[::step].tolist()]
     return {
         "variant": each.variant,
-        "auc": asdict(each.auc),
-        "true_positives": {f"{rate:g}": asdict(estimate) for rate, estimate in each.true_positives.items()},
+        "auc": each.auc.model_dump(),
+        "true_positives": {f"{rate:g}": estimate.model_dump() for rate, estimate in each.true_positives.items()},
         "auc_by_chance": list(each.chance),
         "p_value": each.p_value,
         "members": each.members,

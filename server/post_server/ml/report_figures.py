@@ -10,7 +10,7 @@ import torch
 
 from post_server.ml.min_k import HEAD_POSITIONS, SCORES, SHARES, token_rows
 from post_server.ml.report_texts import PublicTask
-from post_shared.estimates import Numbers, auc, bootstrap, true_positive_rate
+from post_shared.estimates import FALSE_POSITIVE_RATE, Numbers, bootstrap, curve_of
 from post_shared.language_model import LanguageModel
 from post_shared.losses import cosine_loss, language_model_loss, softened_cross_entropy
 from post_shared.report_schemas import Attack, Leakage, TaskFigures
@@ -51,9 +51,9 @@ def _leakage(name: str, share: float, scores: Numbers, members: int, seed: int) 
     """``scores`` (texts, 2): target, student."""
 
     def statistic(seen: Numbers, unseen: Numbers) -> list[float]:
-        pairs = list(zip(seen.T, unseen.T, strict=True))
-        target, student = (auc(a, b) for a, b in pairs)
-        return [target, student, *(true_positive_rate(a, b) for a, b in pairs), target - student]
+        target, student = map(curve_of, seen.T, unseen.T)
+        found = (each.at(FALSE_POSITIVE_RATE) for each in (target, student))
+        return [target.auc, student.auc, *found, target.auc - student.auc]
 
     own, others, own_rate, others_rate, drop = bootstrap(statistic, scores[:members], scores[members:], seed=seed)
     return Leakage(
