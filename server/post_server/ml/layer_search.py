@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +10,12 @@ import torch
 from torch import Tensor
 
 from post_server.ml.layers import PATTERNS, copy_student
+from post_server.ml.notes import Notes
 from post_server.ml.start import STARTS, TargetStates
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
 from post_shared.losses import cosine_loss
 from post_shared.training import Progress, Reporter, fingerprint, ignore
-
-log = logging.getLogger("post.distillation")
 
 TRIES = 24
 MOVES = (2, -2, 1, -1)
@@ -112,29 +108,17 @@ def _neighbours(kept: Kept) -> Iterator[Kept]:
 
 
 class SearchNotes:
-    """The scores of a search in a file beside the checkpoint, replaced whole after each try."""
+    """The scores of a search, noted after each try."""
 
     def __init__(self, folder: Path, *work: object) -> None:
-        self._path, self._work = folder / "layers.json", fingerprint(*work)
+        self._notes = Notes(folder / "layers.json", fingerprint(*work))
 
     def read(self) -> dict[Kept, float]:
         """What an interrupted search of the same work has found."""
         try:
-            notes = json.loads(self._path.read_text("utf-8"))
-            if notes["work"] != self._work:
-                return {}
-            return {tuple(kept): float(score) for kept, score in notes["scores"]}
-        except (OSError, ValueError, KeyError, TypeError):
+            return {tuple(kept): float(score) for kept, score in self._notes.read() or []}
+        except (ValueError, TypeError):
             return {}
 
     def write(self, scores: dict[Kept, float]) -> None:
-        """A full disk ends no search."""
-        aside = self._path.with_suffix(f".{os.getpid()}.part")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps({"work": self._work, "scores": [[*pair] for pair in scores.items()]}))
-            aside.replace(self._path)
-        except OSError as error:
-            log.warning("the search's scores aren't kept: %s", error)
-        finally:
-            aside.unlink(missing_ok=True)
+        self._notes.write([[*pair] for pair in scores.items()])
