@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load
 
 from post_client.audit import Arm, AuditConfig, audit, to_json, to_markdown, to_picture
+from post_client.cli import console
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import TuneConfig
 from post_shared.cli import build_app, run
@@ -162,8 +162,7 @@ def test_bad_input_is_named(student: Path, data: Path, capsys: Captured, more: t
 def test_ctrl_c_stops_between_two_steps_and_says_how_to_go_on(
     student: Path, data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = import_module("post_client.cli.audit")  # the package's attribute of that name is the verb
-    monkeypatch.setattr(command, "stop_gently", lambda: nullcontext(lambda: True))
+    monkeypatch.setattr(console, "stop_gently", lambda: nullcontext(lambda: True))
     assert post(*options(student, data), "--checkpoint", tmp_path / "kept") == 130
     assert "goes on from" in capsys.readouterr().err
     assert (tmp_path / "kept" / "plain" / "shadows" / "checkpoint.safetensors").exists()

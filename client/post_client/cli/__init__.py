@@ -5,7 +5,6 @@ Everything heavy is imported when a verb runs, so that ``post --help`` answers a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import typer
@@ -33,16 +32,9 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    owners: dict[str, Callable[..., None]] = {
-        "pull": pull,
-        "tune": tune,
-        "audit": audit,
-        "push": push,
-        "transfer": transfer,
-    }
-    owners |= {"predict": predict, "ledger": ledger, "epsilon": epsilon}
-    for name, verb in owners.items():
-        app.command(name, rich_help_panel=OWNER)(verb)
+    verbs = (pull, tune, audit, push, transfer, predict, ledger, epsilon)
+    for verb in verbs:
+        app.command(verb.__name__, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)
     app.add_typer(report, name="report", rich_help_panel=PROVIDER)
     app.command("evaluate", rich_help_panel=BOTH)(evaluate)

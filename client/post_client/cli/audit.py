@@ -10,13 +10,11 @@ import typer
 from rich.markup import escape
 
 from post_client.cli.console import (
-    bar,
     check_writable,
     err,
-    metrics_note,
     quiet_libraries,
-    stop_gently,
     usage_error,
+    watched,
     write_file,
 )
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
@@ -125,9 +123,7 @@ def _audit(
     from post_client.audit import audit as audit_prompts
     from post_client.tuning import check_rows
     from post_shared.data import read_rows
-    from post_shared.errors import Cancelled
     from post_shared.language_model import LanguageModel
-    from post_shared.training import Progress
 
     quiet_libraries()
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
@@ -138,20 +134,9 @@ def _audit(
         known = [row.text for row in texts]
     err.print(f"Loading {escape(str(student))} …")
     model = LanguageModel.load(student, device=device)
-    with bar("audit") as show, stop_gently() as asked:
-
-        def report(progress: Progress) -> None:
-            note = f"{progress.stage}  {progress.step}/{progress.steps}  {metrics_note(progress.metrics)}"
-            show(progress.step, progress.steps, note)
-            if asked():
-                raise Cancelled("stopped by Ctrl-C")
-
-        try:
-            return audit_prompts(model, task, rows, arms, config, public=known, report=report, checkpoint=checkpoint)
-        except Cancelled:
-            kept = f"; the same command goes on from {checkpoint}" if checkpoint else "; nothing was kept"
-            err.print(f"Stopped{escape(kept)}.")
-            raise typer.Exit(130) from None
+    kept = f"; the same command goes on from {checkpoint}" if checkpoint else "; nothing was kept"
+    with watched("audit", f"Stopped{escape(kept)}.") as report:
+        return audit_prompts(model, task, rows, arms, config, public=known, report=report, checkpoint=checkpoint)
 
 
 def _write(report: Report, json: Path | None, plot: Path | None) -> None:

@@ -18,12 +18,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from post_shared.errors import InvalidInput
+from post_shared.errors import Cancelled, InvalidInput
 
 if TYPE_CHECKING:
     from post_client.client import Client
     from post_client.resources.jobs import Job
     from post_shared.schemas import Job as JobDocument
+    from post_shared.training import Progress as TrainingProgress
+    from post_shared.training import Reporter
 
 Url = Annotated[
     str | None, typer.Option("--url", help="Address of the server; by default POST_URL. The key is POST_API_KEY.")
@@ -172,6 +174,29 @@ def stop_gently() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def watched(what: str, stopped: str) -> Iterator[Reporter]:
+    """A bar for training on this machine. Ctrl-C ends it between two steps: ``stopped`` is said, the exit status 130.
+
+    Raises:
+        typer.Exit: in the place of :class:`post_shared.errors.Cancelled`.
+    """
+    with bar(what) as show, stop_gently() as asked:
+
+        def report(progress: TrainingProgress) -> None:
+            stage = "" if progress.stage == what else f"{progress.stage}  "
+            note = f"{stage}{progress.step}/{progress.steps}  {metrics_note(progress.metrics)}"
+            show(progress.step, progress.steps, note)
+            if asked():
+                raise Cancelled("stopped by Ctrl-C")
+
+        try:
+            yield report
+        except Cancelled:
+            err.print(stopped)
+            raise typer.Exit(130) from None
 
 
 def quiet_libraries() -> None:

@@ -13,13 +13,11 @@ from rich.markup import escape
 
 from post_client.cli.console import (
     AsJson,
-    bar,
     check_writable,
     err,
-    metrics_note,
     quiet_libraries,
-    stop_gently,
     usage_error,
+    watched,
     write_file,
 )
 from post_client.cli.ledger import LedgerPath, UserColumn, open_ledger
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from post_shared.data import Row
     from post_shared.language_model import LanguageModel
     from post_shared.tasks import Task
-    from post_shared.training import Progress, Reporter
+    from post_shared.training import Reporter
 
 DEFAULT_EPSILON = 8.0
 
@@ -163,33 +161,19 @@ def _run(
 ) -> tuple[TuneResult, str, tuple[Trial, ...]]:
     """Load the model and tune; Ctrl-C ends between two steps."""
     from post_client.student_store import student_hash
-    from post_shared.errors import Cancelled
     from post_shared.language_model import LanguageModel
 
     quiet_libraries()
     digest = student_hash(student)
     err.print(f"Loading {escape(str(student))} …")
     model = LanguageModel.load(student, device=device)
-    with bar("tune") as show, stop_gently() as asked:
-
-        def report(progress: Progress) -> None:
-            stage = "" if progress.stage == "tune" else f"{progress.stage}  "
-            note = f"{stage}{progress.step}/{progress.steps}  {metrics_note(progress.metrics)}"
-            show(progress.step, progress.steps, note)
-            if asked():
-                raise Cancelled("stopped by Ctrl-C")
-
-        try:
-            result, found = _tune(
-                order, model, task, report, checkpoint, partial(book.reserve, name=order.name, cap=cap)
-            )
-        except Cancelled:
-            where = f"from {checkpoint}" if checkpoint else "from the beginning"
-            err.print(
-                f"Stopped. The ledger has charged this run; the same command goes on {escape(where)}, with the same "
-                "randomness, and costs nothing more."
-            )
-            raise typer.Exit(130) from None
+    where = f"from {checkpoint}" if checkpoint else "from the beginning"
+    stopped = (
+        f"Stopped. The ledger has charged this run; the same command goes on {escape(where)}, with the same "
+        "randomness, and costs nothing more."
+    )
+    with watched("tune", stopped) as report:
+        result, found = _tune(order, model, task, report, checkpoint, partial(book.reserve, name=order.name, cap=cap))
     return result, digest, found
 
 
