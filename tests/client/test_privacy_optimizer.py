@@ -159,7 +159,7 @@ def test_no_gradient_whatever_counts_for_more_than_c(rows: list[list[float]], cl
         randomness=SeededRandomness(0),
     )
     before = torch.zeros(2, 3, dtype=torch.float64)
-    optimizer._begin()
+    optimizer.begin()
     for row in rows:
         optimizer.clip_and_accumulate(torch.tensor(row).reshape(1, 2, 3))
         moved = optimizer.summed_gradient - before

@@ -174,7 +174,7 @@ class ManyDPSGD:
         values: list[Tensor] = []
         prompts = self.prompts
         for run in self.runs:
-            run._begin()
+            run.begin()
         for part, owner in rows.by_length(batch):
             leaf = prompts[owner].requires_grad_()
             losses = loss.of_rows(leaf, part, owner)
@@ -197,7 +197,7 @@ class ManyDPSGD:
         if self.inserted is not None:
             self.inserted.see(k, run.master.grad.detach() - known)
         run.divide_by_expected_batch_size()
-        run._move()
+        run.move()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for run in self.runs:

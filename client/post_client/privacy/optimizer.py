@@ -82,14 +82,19 @@ class PromptDPSGD:
         doesn't count in the mean, as its gradient doesn't in the sum: whether a run ends must not depend on one row.
         """
         total, counted = 0.0, 0
-        self._begin()
+        self.begin()
         for losses in self.accumulate(loss, batch):
             finite = losses[torch.isfinite(losses)].double()
             total, counted = total + float(finite.sum()), counted + len(finite)
         self.add_noise()
         self.divide_by_expected_batch_size()
-        self._move()
+        self.move()
         return total / counted if counted else None
+
+    def begin(self) -> None:
+        """A new step: the sum is zero."""
+        self.optimizer.zero_grad()
+        self.master.summed_grad = torch.zeros_like(self.master, requires_grad=False)
 
     def accumulate(self, loss: Loss, batch: Batch) -> Iterator[Tensor]:
         """Add the clipped gradients of a batch to the sum, micro-batch by micro-batch; yields their losses (B,)."""
@@ -132,22 +137,19 @@ class PromptDPSGD:
         self.master.grad_sample = self.master.new_zeros(0, *self.master.shape)
         self.optimizer.scale_grad()
 
+    def move(self) -> None:
+        """Adam's step on the noisy mean; the loss sees the new prompt."""
+        self.optimizer.original_optimizer.step()
+        self.optimizer.steps_done += 1
+        with torch.no_grad():
+            self.prompt.copy_(self.master)
+
     # --- around it ------------------------------------------------------------------------------------
 
     @property
     def summed_gradient(self) -> Tensor:
         """The clipped sum (l, d) of the step that was made last, before noise. Private: for tests and audits."""
         return self.master.summed_grad  # type: ignore[no-any-return]
-
-    def _begin(self) -> None:
-        self.optimizer.zero_grad()
-        self.master.summed_grad = torch.zeros_like(self.master, requires_grad=False)
-
-    def _move(self) -> None:
-        self.optimizer.original_optimizer.step()
-        self.optimizer.steps_done += 1
-        with torch.no_grad():
-            self.prompt.copy_(self.master)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         set_learning_rate(self.optimizer.original_optimizer, learning_rate)
