@@ -79,7 +79,7 @@ class Bench:
         self.given = student
         self.tell = report
         self._set = lru_cache(maxsize=None)(lambda name: read_set(data, name))
-        self._student = lru_cache(maxsize=1)(lambda private: self._make_student(self._others(private)))
+        self._student_of = lru_cache(maxsize=1)(self._make_student)
         self._zero_shot = lru_cache(maxsize=None)(lambda name: self._measure(self.target, name, None))
 
     def run(self, keys: list[Key], left: Callable[[float | None], None] = lambda seconds: None) -> None:
@@ -176,6 +176,9 @@ class Bench:
             aside.replace(path)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("prompt"), float(file.metadata()["seconds"])
+
+    def _student(self, private: str) -> LanguageModel:
+        return self._student_of(self._others(private))
 
     def _others(self, private: str) -> tuple[str, ...]:
         """The public sets of this run that the provider's student is made with: all but the private one."""
