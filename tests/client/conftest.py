@@ -1,4 +1,4 @@
-"""A real API server without workers, and clients that speak to it."""
+"""A real API server without workers, clients that speak to it, and a student on this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from post_client import Client
+from tests.models import tiny_model
 from tests.server.front import Front
 
 
@@ -31,3 +32,11 @@ def owner(front: Front) -> Iterator[Client]:
 def provider(front: Front) -> Iterator[Client]:
     with Client(url=front.url, api_key=front.keys["provider"]) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny student. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("models") / "student"
+    tiny_model("llama", layers=2).save(folder)
+    return folder

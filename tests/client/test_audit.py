@@ -18,13 +18,12 @@ from post_client.audit import Arm, AuditConfig, audit, to_json, to_markdown, to_
 from post_client.cli import console
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import TuneConfig
-from post_shared.cli import build_app, run
 from post_shared.data import Row
 from post_shared.errors import InvalidInput
 from post_shared.tasks import Task
+from tests.client.terminal import Captured, post
 from tests.models import LABELS, TEXTS, WORDS, tiny_model
 
-Captured = pytest.CaptureFixture[str]
 TASK = Task.preset("sst2")
 WORD = WORDS.split()
 ROWS = [Row(f"{text} {WORD[at % len(WORD)]} {WORD[at // 4]}", label)
@@ -32,21 +31,10 @@ ROWS = [Row(f"{text} {WORD[at % len(WORD)]} {WORD[at // 4]}", label)
 LEARNT_BY_HEART = TuneConfig(length=8, steps=30, batch_size=20, learning_rate=0.1)
 
 
-def post(*arguments: object) -> int:
-    return run(build_app(), [str(each) for each in arguments])
-
-
 def noisy_labels() -> list[Row]:
     """Labels that nothing but learning them by heart gets right."""
     labels = [row.label for row in ROWS]
     return [Row(row.text, label) for row, label in zip(ROWS, labels[3:] + labels[:3], strict=True)]
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "student"
-    tiny_model("llama", layers=2).save(folder)
-    return folder
 
 
 @pytest.fixture

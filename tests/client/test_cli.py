@@ -14,21 +14,9 @@ import pytest
 from post_shared.cli import GROUP, build_app, run
 from post_shared.model_files import manifest, model_hash
 from post_shared.prompt_file import read_prompt
-from tests.models import LABELS, TEXTS, tiny_model
+from tests.client.terminal import Captured, post
+from tests.models import LABELS, TEXTS
 from tests.server.front import Front, prompt_bytes
-
-Captured = pytest.CaptureFixture[str]
-
-
-def post(*arguments: object) -> int:
-    return run(build_app(), [str(each) for each in arguments])
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "student"
-    tiny_model("llama", layers=2).save(folder)
-    return folder
 
 
 @pytest.fixture

@@ -11,21 +11,8 @@ from pathlib import Path
 import pytest
 
 from post_client.privacy import Mechanism, PrivacyConfig, compose
-from post_shared.cli import build_app, run
-from tests.models import LABELS, TEXTS, tiny_model
-
-Captured = pytest.CaptureFixture[str]
-
-
-def post(*arguments: object) -> int:
-    return run(build_app(), [str(each) for each in arguments])
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "student"
-    tiny_model("llama", layers=1).save(folder)
-    return folder
+from tests.client.terminal import Captured, post
+from tests.models import LABELS, TEXTS
 
 
 @pytest.fixture

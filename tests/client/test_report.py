@@ -10,13 +10,11 @@ import pytest
 from post_client import Client
 from post_client.report import markdown, sections
 from post_server.jobs import states
-from post_shared.cli import build_app, run
 from post_shared.errors import Conflict, Forbidden, InvalidInput
 from post_shared.report_schemas import TradeOffReport
+from tests.client.terminal import Captured, post
 from tests.server.front import TASK, Front
 from tests.server.test_api_reports import ORDER, example
-
-Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def test_a_report_is_shown_and_kept(
     monkeypatch.setenv("COLUMNS", "200")
     finish(front, job)
     folder = tmp_path / "new" / "report"
-    assert run(build_app(), ["report", "show", job, "--out", str(folder)]) == 0
+    assert post("report", "show", job, "--out", folder) == 0
     shown = capsys.readouterr().out
     report = TradeOffReport.model_validate(example(job))
     for section in sections(report):
@@ -66,14 +64,14 @@ def test_a_report_is_shown_and_kept(
     assert TradeOffReport.model_validate_json((folder / "report.json").read_bytes()) == report
     assert (folder / "report.md").read_text("utf-8") == markdown(report)
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert run(build_app(), ["report", "show", job, "--json"]) == 0
+    assert post("report", "show", job, "--json") == 0
     assert json.loads(capsys.readouterr().out) == example(job)
 
 
 @pytest.mark.parametrize("option", ["public", "=sst2", "public=", "public=sst2 --public public=imdb"])
 def test_a_public_task_is_a_dataset_and_a_task(option: str, capsys: Captured) -> None:
     line = f"report make small --public {option} --members seen --non-members unseen"
-    assert run(build_app(), line.split()) == 2
+    assert post(*line.split()) == 2
     assert "--public" in capsys.readouterr().err
 
 

@@ -1,0 +1,14 @@
+"""`post` as typed, within the test's process."""
+
+from __future__ import annotations
+
+import pytest
+
+from post_shared.cli import build_app, run
+
+Captured = pytest.CaptureFixture[str]
+
+
+def post(*arguments: object) -> int:
+    """The exit status of `post` with these arguments."""
+    return run(build_app(), [str(each) for each in arguments])
