@@ -223,6 +223,7 @@ def test_a_text_on_both_sides_fails_the_job(ready: Backstage) -> None:
     assert (job.state, job.error["code"]) == (JobState.FAILED, "data_invalid")
 
 
+@pytest.mark.slow  # three processes that each load torch; stages that go on are tested above
 def test_a_killed_report_goes_on_and_ends_as_an_undisturbed_one(ready: Backstage) -> None:
     """The worker and its job's process are killed while the student is tuned."""
     job_id = add_report(ready, steps=STEPS)
