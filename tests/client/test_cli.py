@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer
 
+from post_client.cli import console
 from post_shared.cli import GROUP, build_app, run
 from post_shared.model_files import manifest, model_hash
 from post_shared.prompt_file import read_prompt
@@ -51,6 +57,25 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"post {version('post-transfer')}" in done.stdout
+
+
+def test_a_ctrl_c_that_was_lost_ends_the_watching_at_the_next_news(capsys: Captured) -> None:
+    """Raised at a bad moment, it can be swallowed in a library."""
+    before = signal.getsignal(signal.SIGINT)
+
+    class Job:
+        id, document = "job_1", SimpleNamespace(kind="distil")
+
+        def wait(self, progress: Callable[[object], None]) -> None:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            progress(self.document)
+
+    with pytest.raises(typer.Exit) as stopped:
+        console.follow(Job())  # type: ignore[arg-type]
+    assert stopped.value.exit_code == 130
+    assert "post jobs cancel job_1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_every_verb_has_help(capsys: Captured) -> None:

@@ -138,9 +138,11 @@ def follow(job: Job) -> Job:
     from post_shared.errors import Unavailable
 
     try:
-        with bar(f"{job.document.kind} {job.id}") as show:
+        with bar(f"{job.document.kind} {job.id}") as show, interruptible(signal.SIGINT) as stopped:
 
             def heard(document: JobDocument) -> None:
+                if stopped():
+                    raise KeyboardInterrupt
                 note = "  ".join(filter(None, [document.stage or str(document.state), metrics_note(document.metrics)]))
                 show(document.progress, 1.0, note)
 
@@ -156,6 +158,25 @@ def follow(job: Job) -> Job:
     except Unavailable:
         err.print(f"Lost sight of {job.id}. Look again later: post jobs watch {job.id}")
         raise
+
+
+@contextmanager
+def interruptible(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """Each of ``signals`` interrupts at once, as Ctrl-C does by default. Yields whether one came: an exception that is
+    raised at a bad moment can be lost inside a library, so long work asks now and then.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in signals}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager

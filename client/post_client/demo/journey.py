@@ -5,17 +5,14 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from post_client.cli.console import quiet_libraries
+from post_client.cli.console import interruptible, quiet_libraries
 from post_client.client import Client
 from post_client.demo import texts, tiny
 from post_client.demo.display import Display
@@ -35,6 +32,8 @@ if TYPE_CHECKING:
 
 TARGET, STUDENT, PUBLIC, CORPUS = "smollm2", "smollm2-student", "reviews", "prose"
 TINY_TARGET = "tiny"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""A closed terminal or a ``kill`` stops the server child as Ctrl-C does."""
 DEFAULT_REPORT = Path("demo-report") / "report.json"
 
 
@@ -56,7 +55,7 @@ def run_demo(
     provider.home.mkdir(parents=True, exist_ok=True)
     console.print(f"Everything of this run is in {folder}", highlight=False, markup=False, soft_wrap=True)
     try:
-        with _signals_as_interrupt() as stopped, Display(console, stopped) as display:
+        with interruptible(*STOPS) as stopped, Display(console, stopped) as display:
             report = Journey(settings, folder, provider, display).run()
     except KeyboardInterrupt:
         _tidy(folder, keep or home is not None, console)
@@ -222,20 +221,3 @@ def _tidy(folder: Path, keep: bool, console: Console) -> None:
         console.print(f"The folder of this run is kept: {escape(str(folder))}")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _signals_as_interrupt() -> Iterator[Callable[[], bool]]:
-    """A closed terminal or a ``kill`` stops the server child as Ctrl-C does. Yields whether a signal came."""
-    came: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
