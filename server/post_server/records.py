@@ -190,7 +190,10 @@ class JobRow(Base):
     state: Mapped[JobState] = mapped_column(default=JobState.QUEUED)
     request: Mapped[dict[str, Any]]
     owner_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
+    queued_at: Mapped[datetime] = mapped_column(default=now)
+    """When it last began to wait."""
     attempt: Mapped[int] = mapped_column(default=0)
+    lease_losses: Mapped[int] = mapped_column(default=0)
     lease_until: Mapped[datetime | None]
     heartbeat_at: Mapped[datetime | None]
     token: Mapped[str | None] = mapped_column(String(64))

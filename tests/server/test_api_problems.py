@@ -161,7 +161,7 @@ def test_a_document_has_a_limit(small_front: Front) -> None:
 
 
 def test_health_readiness_and_metrics_need_no_key(front: Front) -> None:
-    assert front(None, "GET", "/healthz").json() == {"status": "ok", "checks": {}}
+    assert front(None, "GET", "/livez").json() == {"status": "ok", "checks": {}}
     ready = front(None, "GET", "/readyz")
     assert ready.status_code == 503  # no broker is running here
     assert ready.json()["checks"]["records"] == ready.json()["checks"]["blobs"] == "ok"

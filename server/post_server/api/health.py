@@ -16,8 +16,8 @@ router = APIRouter(tags=["health"])
 _SECONDS = 1.0
 
 
-@router.get("/healthz")
-async def get_health() -> Health:
+@router.get("/livez")
+async def get_liveness() -> Health:
     """The process answers."""
     return Health(status="ok")
 

@@ -19,7 +19,7 @@ from post_shared.errors import PayloadTooLarge
 log = structlog.get_logger("post.api")
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
-_QUIET = {"/healthz", "/readyz", "/metrics"}
+_QUIET = {"/livez", "/readyz", "/metrics"}
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from post_server.records import JobEventRow, JobRow, now
@@ -56,6 +56,7 @@ def claim(session: Session, job_id: str, *, lease_seconds: float, max_attempts: 
         and_(JobRow.id == job_id, free),
         state=JobState.RUNNING,
         attempt=JobRow.attempt + 1,
+        lease_losses=JobRow.lease_losses + case((JobRow.state == JobState.RUNNING, 1), else_=0),
         token=token,
         lease_until=at + timedelta(seconds=lease_seconds),
         heartbeat_at=at,
@@ -93,11 +94,13 @@ def report(
     step: int,
     steps: int,
     metrics: Mapping[str, float],
+    step_seconds: float | None = None,
 ) -> None:
     """Where the work stands: into the row, and as events for whoever follows."""
     known = _fenced(session, lease, progress=min(1.0, max(0.0, progress)), stage=stage[:64])
     at = {"stage": stage, "step": step}
-    _append(session, lease.job_id, "progress", {"progress": round(progress, 4), **at, "steps": steps})
+    pace = {} if step_seconds is None else {"step_seconds": round(step_seconds, 6)}
+    _append(session, lease.job_id, "progress", {"progress": round(progress, 4), **at, "steps": steps, **pace})
     if metrics:
         known.metrics = {**known.metrics, **metrics}
         _append(session, lease.job_id, "metrics", {**at, "values": dict(metrics)})
@@ -176,7 +179,7 @@ def expired(session: Session) -> list[JobRow]:
 def take_back(session: Session, job_id: str, token: str | None, *, max_attempts: int) -> JobState | None:
     """End the lease of a lost worker: queue the job again, or end it; None when it wasn't lost after all."""
     where = and_(JobRow.id == job_id, JobRow.token == token, JobRow.state.in_(HELD), JobRow.lease_until < now())
-    if not _update(session, where, lease_until=JobRow.lease_until):  # locks the row
+    if not _update(session, where, lease_losses=JobRow.lease_losses + 1):  # locks the row
         return None
     row, lease = _fresh(session, job_id), Lease(job_id, str(token))
     if row.state is JobState.CANCELLING:
@@ -189,9 +192,9 @@ def take_back(session: Session, job_id: str, token: str | None, *, max_attempts:
 
 
 def overdue(session: Session, seconds: float) -> list[str]:
-    """Ids of jobs that are queued and older than ``seconds``, oldest first."""
+    """Ids of jobs that have waited for longer than ``seconds``, oldest first."""
     before = now() - timedelta(seconds=seconds)
-    where = and_(JobRow.state == JobState.QUEUED, JobRow.created_at <= before)
+    where = and_(JobRow.state == JobState.QUEUED, JobRow.queued_at <= before)
     return list(session.scalars(select(JobRow.id).where(where).order_by(JobRow.created_at)))
 
 
@@ -216,7 +219,7 @@ def _end(session: Session, lease: Lease, state: JobState, **values: Any) -> None
 
 
 def _requeue(session: Session, where: ColumnElement[bool], attempt: int) -> None:
-    _update(session, where, state=JobState.QUEUED, attempt=attempt, token=None, lease_until=None)
+    _update(session, where, state=JobState.QUEUED, queued_at=now(), attempt=attempt, token=None, lease_until=None)
 
 
 def _fresh(session: Session, job_id: str) -> JobRow:

@@ -40,7 +40,7 @@ class JobReporter:
 
     def __init__(self, database: Database, lease: Lease, stop_if_told: Callable[[], None]) -> None:
         self._database, self._lease, self._stop_if_told = database, lease, stop_if_told
-        self._began, self._last, self._stage = time.monotonic(), -math.inf, ""
+        self._began, self._last, self._stage, self._step = time.monotonic(), -math.inf, "", 0
 
     def __call__(self, progress: Progress) -> None:
         """Called at every step.
@@ -54,7 +54,8 @@ class JobReporter:
         pause = min(_LONGEST, max(_SHORTEST, (at - self._began) * _SHARE))
         if progress.stage == self._stage and at - self._last < pause and progress.step < progress.steps:
             return
-        self._last, self._stage = at, progress.stage
+        step_seconds = self._pace(progress, at)
+        self._last, self._stage, self._step = at, progress.stage, progress.step
         low, high = SPANS.get(progress.stage, (0.0, 0.98))
         try:
             with self._database.write() as session:
@@ -66,9 +67,15 @@ class JobReporter:
                     step=progress.step,
                     steps=progress.steps,
                     metrics=_finite(progress.metrics),
+                    step_seconds=step_seconds,
                 )
         except OperationalError as error:  # a report more or less doesn't matter; the lease is watched elsewhere
             log.warning("progress not written: %s", error.orig, extra={"job": self._lease.job_id})
+
+    def _pace(self, progress: Progress, at: float) -> float | None:
+        """Seconds for each step since the last report; None at a stage's first."""
+        steps = progress.step - self._step
+        return (at - self._last) / steps if progress.stage == self._stage and steps > 0 else None
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,129 @@
+"""A database of an earlier version, with something in every table, becomes one of this version and loses nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from sqlalchemy import Connection, inspect, text
+
+from post_server.database import Database, alembic_config
+from post_server.records import ApiKeyRow, JobEventRow, JobRow
+from post_shared.schemas import JobState, Role
+
+AT = "2026-01-02 03:04:05.000000"
+FIRST: dict[str, dict[str, Any]] = {
+    "api_keys": {"id": "key_1", "name": "alice", "role": "owner", "key_hash": "a" * 64, "created_at": AT},
+    "models": {
+        "id": "mod_1",
+        "name": "small",
+        "role": "student",
+        "hash": "b" * 64,
+        "kind": "causal",
+        "architecture": "Llama",
+        "layers": 2,
+        "hidden_size": 8,
+        "vocabulary": 6,
+        "parameters": 48,
+        "size_bytes": 10,
+        "files": "[]",
+        "created_at": AT,
+    },
+    "datasets": {
+        "id": "set_1",
+        "name": "public",
+        "kind": "rows",
+        "rows": 1,
+        "sha256": "c" * 64,
+        "size_bytes": 3,
+        "created_at": AT,
+    },
+    "prompts": {
+        "id": "prm_1",
+        "role": "source",
+        "owner_key_id": "key_1",
+        "model_id": "mod_1",
+        "model_hash": "b" * 64,
+        "length": 3,
+        "width": 8,
+        "task": '{"template": "{text}"}',
+        "sha256": "d" * 64,
+        "size_bytes": 4,
+        "created_at": AT,
+    },
+    "jobs": {
+        "id": "job_1",
+        "kind": "transfer",
+        "state": "queued",
+        "request": "{}",
+        "owner_key_id": "key_1",
+        "attempt": 1,
+        "progress": 0.5,
+        "metrics": "{}",
+        "created_at": AT,
+    },
+    "job_events": {"job_id": "job_1", "sequence": 1, "at": AT, "kind": "state", "data": '{"state": "queued"}'},
+    "idempotency": {
+        "key_id": "key_1",
+        "key": "k",
+        "body_hash": "e" * 64,
+        "status": 202,
+        "response": '{"json": "{}"}',
+        "created_at": AT,
+    },
+}
+"""A row for every table of revision 0001, in an order that references allow."""
+
+
+def fill(connection: Connection) -> None:
+    for table, row in FIRST.items():
+        names = ", ".join(row)
+        connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in row)})"), row)
+
+
+def contents(connection: Connection) -> dict[str, list[dict[str, Any]]]:
+    """The columns of revision 0001 of every row."""
+    return {
+        table: [dict(each) for each in connection.execute(text(f"SELECT {', '.join(row)} FROM {table}")).mappings()]
+        for table, row in FIRST.items()
+    }
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Database:
+    """A database of revision 0001 with rows in it."""
+    database = Database(f"sqlite:///{tmp_path}/post.db")
+    with database.engine.begin() as connection:
+        command.upgrade(alembic_config(connection), "0001")
+        fill(connection)
+        assert {*FIRST, "alembic_version"} == set(inspect(connection).get_table_names())
+    return database
+
+
+def test_an_upgrade_keeps_every_row(old: Database) -> None:
+    with old.engine.begin() as connection:
+        before = contents(connection)
+    old.migrate()
+    with old.engine.begin() as connection:
+        assert contents(connection) == before
+        command.check(alembic_config(connection))
+
+
+def test_old_rows_are_read_as_what_they_were(old: Database) -> None:
+    old.migrate()
+    with old.read() as session:
+        job = session.get_one(JobRow, "job_1")
+        assert (job.state, job.queued_at, job.lease_losses) == (JobState.QUEUED, job.created_at, 0)
+        assert session.get_one(JobEventRow, ("job_1", 1)).data == {"state": "queued"}
+        assert session.get_one(ApiKeyRow, "key_1").role is Role.OWNER
+
+
+def test_going_back_keeps_every_row_too(old: Database) -> None:
+    with old.engine.begin() as connection:
+        before = contents(connection)
+    old.migrate()
+    with old.engine.begin() as connection:
+        command.downgrade(alembic_config(connection), "0001")
+        assert contents(connection) == before
