@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
+    BloomConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -79,13 +80,14 @@ def _config(family: str, layers: int, vocabulary: int) -> Any:
             ffn_dim=64,
             max_position_embeddings=256,
         ),
+        "bloom": lambda: BloomConfig(**small, hidden_size=32, n_layer=layers, n_head=4),
         "bert": lambda: BertConfig(**small, **body, **dropped, max_position_embeddings=256),
         "roberta": lambda: RobertaConfig(**small, **body, **dropped, max_position_embeddings=258, type_vocab_size=1),
     }
     return makers[family]()
 
 
-CAUSAL = ("llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "opt")
+CAUSAL = ("llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "opt", "bloom")
 MASKED = ("bert", "roberta")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -25,12 +25,13 @@ SPREAD = 12
 @dataclass(frozen=True)
 class EncodedRow:
     """One text in the template. ``positions`` are the places whose logits answer; ``tokens`` the answers
-    expected there (generation only); ``label`` the index of its label, if known."""
+    expected there (generation only); ``label`` the index of its label, if known; ``cut`` whether it was too long."""
 
     token_ids: list[int]
     positions: list[int]
     tokens: list[int]
     label: int | None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
-    def split(self, size: int) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows, none :data:`SPREAD` longer than another; together the same rows."""
+    def split(self, size: int, *, tokens: int | None = None) -> list[Batch]:
+        """Micro-batches of at most ``size`` rows, none :data:`SPREAD` longer than another; together the same rows.
+
+        ``tokens`` bounds what a micro-batch of more than one row holds, padding included.
+        """
         parts: list[list[int]] = []
         for row in sorted(self.index, key=self.encoded.length):
-            shortest = self.encoded.length(parts[-1][0]) if parts else 0
-            if not parts or len(parts[-1]) == size or self.encoded.length(row) > shortest + SPREAD:
+            shortest, length = self.encoded.length(parts[-1][0]) if parts else 0, self.encoded.length(row)
+            full = parts and (len(parts[-1]) == size or (tokens is not None and (len(parts[-1]) + 1) * length > tokens))
+            if not parts or full or length > shortest + SPREAD:
                 parts.append([])
             parts[-1].append(row)
         return [Batch(self.encoded, tuple(part)) for part in parts]
@@ -187,16 +192,20 @@ def encode_rows(
     names = labels if labels is not None else [None] * len(texts)
     answers = [_answer(model, name) if task.is_generation and name is not None else [] for name in names]
     # A row keeps room for its own answer. Room for the longest one would let one private row change all others.
-    every = _tokenise(model, template, texts, [max_length - len(answer) for answer in answers])
+    every, cut = _tokenise(model, template, texts, [max_length - len(answer) for answer in answers])
     if task.is_generation:
-        return EncodedRows(tuple(_generation_row(ids, answer) for ids, answer in zip(every, answers, strict=True)))
-    return EncodedRows(tuple(_row(model, task, ids, name) for ids, name in zip(every, names, strict=True)))
+        rows = [_generation_row(ids, answer) for ids, answer in zip(every, answers, strict=True)]
+    else:
+        rows = [_row(model, task, ids, name) for ids, name in zip(every, names, strict=True)]
+    return EncodedRows(tuple(replace(row, cut=True) if at in cut else row for at, row in enumerate(rows)))
 
 
-def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], most: Sequence[int]) -> list[list[int]]:
-    """Token ids of each text in the template, at most ``most[row]`` of them."""
+def _tokenise(
+    model: LanguageModel, template: str, texts: Sequence[str], most: Sequence[int]
+) -> tuple[list[list[int]], set[int]]:
+    """Token ids of each text in the template, at most ``most[row]`` of them, and the rows that had to be cut."""
     if not texts:
-        return []
+        return [], set()
     before, after = template.split(TEXT)
 
     def ids_of(some: Sequence[str]) -> list[list[int]]:
@@ -206,14 +215,15 @@ def _tokenise(model: LanguageModel, template: str, texts: Sequence[str], most: S
     bare = len(ids_of([""])[0])
     if bare >= min(most):
         raise TaskInvalid(f"the template alone takes {bare} tokens; {min(most)} are there for template and text")
-    every = ids_of(texts)
+    every, cut = ids_of(texts), set()
     for at, ids in enumerate(every):
         text, excess = texts[at], len(ids) - most[at]
         while excess > 0:
+            cut.add(at)
             text = _cut(model, text, excess)
             every[at] = ids_of([text])[0]
             excess = len(every[at]) - most[at]
-    return every
+    return every, cut
 
 
 def _cut(model: LanguageModel, text: str, excess: int) -> str:

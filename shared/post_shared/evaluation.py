@@ -12,7 +12,8 @@ from post_shared.batches import encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.label_words import label_words
-from post_shared.language_model import LanguageModel, Prefix
+from post_shared.language_model import LanguageModel
+from post_shared.prefixes import Prefix
 from post_shared.tasks import Task
 
 
@@ -43,7 +44,7 @@ def classify(
         InvalidInput: the model's answers to this prompt are no numbers.
     """
     words = label_words(model, task)
-    if isinstance(prompt, Tensor) and model.kind == "causal":
+    if isinstance(prompt, Tensor) and model.keeps_prefix:
         prompt = model.prefix(prompt)
     room = prompt.length if isinstance(prompt, Prefix) else 0 if prompt is None else prompt.shape[-2]
     encoded = encode_rows(model, task, texts, max_length, room=room)

@@ -3,17 +3,13 @@
 Everything that POST does with a model goes through :class:`LanguageModel`: embeddings, hidden states,
 logits at the answer positions, a prompt's key/value prefix, generation. No architecture is named here:
 what differs between families is asked of the configuration or of a signature.
-
 Shapes: B rows, T tokens, l prompt vectors, L = l + T positions, d hidden width, V vocabulary,
-P answer positions (P = B for classification).
-"""
+P answer positions (P = B for classification)."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,25 +22,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    DynamicCache,
     GgufConfig,
 )
 
 from post_shared.devices import choose_device
 from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.head import Head
+from post_shared.prefixes import Prefix, behind, can_keep_prefix
 
 if TYPE_CHECKING:
     from post_shared.batches import Batch
 
 Kind = Literal["causal", "masked"]
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The key/value cache of one prompt, computed once and reused for every text (serving)."""
-
-    cache: Any
-    length: int
 
 
 class LanguageModel:
@@ -195,21 +185,30 @@ class LanguageModel:
         """Logits at the answer positions: (P, V), float32. The head sees the P gathered rows and nothing else."""
         return self.head(self.answer_hidden(batch, prompt))
 
+    @cached_property
+    def keeps_prefix(self) -> bool:
+        """Whether a prompt can be run once and kept as a :class:`Prefix`. A masked model's prompt sees the text too."""
+        return self.kind == "causal" and can_keep_prefix(self.body, self.config)
+
     @torch.no_grad()
     def prefix(self, prompt: Tensor) -> Prefix:
-        """The key/value cache of ``prompt`` (l, d). Causal models only: a masked model looks both ways.
+        """The keys and values of ``prompt`` (l, d), for :meth:`answer_logits_after`.
 
         Raises:
-            InvalidInput: the model is a masked one.
+            InvalidInput: the model is a masked one, or keeps more of a text than keys and values.
         """
-        if self.kind != "causal":
-            raise InvalidInput("a masked model has no key/value prefix: its prompt sees the text too")
-        return Prefix(self._cache_of(prompt), prompt.shape[0])
+        if not self.keeps_prefix:
+            raise InvalidInput("a masked or recurrent model has no key/value prefix: put the prompt before each text")
+        self._check_width(prompt)
+        cache = DynamicCache()  # without the configuration: a sliding layer keeps all of the prompt, and masks it
+        self._run(inputs_embeds=prompt[None].to(self.device, self.dtype), past_key_values=cache, use_cache=True)
+        return Prefix.of(cache)
 
     @torch.no_grad()
-    def answer_logits_after(self, batch: Batch, prefix: Prefix) -> Tensor:
-        """As :meth:`answer_logits` with the prompt of ``prefix``, without running the prompt again."""
-        return self._continue(batch, copy.deepcopy(prefix.cache))
+    def answer_logits_after(self, batch: Batch, prefix: Prefix | Sequence[Prefix]) -> Tensor:
+        """As :meth:`answer_logits` without running a prompt again: one prefix for all, or one for each row."""
+        prefixes = [prefix] * len(batch) if isinstance(prefix, Prefix) else prefix
+        return self._at_answers(batch, **behind(prefixes, batch.token_ids.shape[1], self.device))
 
     def answer_logits_shared(self, batch: Batch, prompt: Tensor, owner: Tensor | None = None) -> Tensor:
         """As :meth:`answer_logits` with one prompt (l, d), or several (K, l, d) of which row i has ``owner[i]``.
@@ -219,7 +218,9 @@ class LanguageModel:
         """
         if self.kind == "masked":
             return self.answer_logits(batch, prompt if owner is None else prompt[owner])
-        return self._continue(batch, self._cache_of(prompt), owner)
+        cache = self._cache_of(prompt)
+        cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long) if owner is None else owner)
+        return self._at_answers(batch, past_key_values=cache, use_cache=True)
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Sequence[int]], prompt: Tensor | None, max_new_tokens: int) -> list[str]:
@@ -256,10 +257,9 @@ class LanguageModel:
         inputs = prompt.reshape(-1, *prompt.shape[-2:]).to(self.device, self.dtype)
         return self._run(inputs_embeds=inputs, use_cache=True).past_key_values
 
-    def _continue(self, batch: Batch, cache: Any, owner: Tensor | None = None) -> Tensor:
-        """Logits (P, V) at the answer positions of ``batch`` behind its rows' parts of ``cache``, which is used up."""
-        cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long) if owner is None else owner)
-        output = self._run(inputs_embeds=self.embed(batch.token_ids), past_key_values=cache, use_cache=True)
+    def _at_answers(self, batch: Batch, **inputs: Any) -> Tensor:
+        """Logits (P, V) at the answer positions of ``batch``, the body's further inputs being ``inputs``."""
+        output = self._run(inputs_embeds=self.embed(batch.token_ids), **inputs)
         rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
         return self.head(output.last_hidden_state[rows, positions])  # (B, T, d) -> (P, d) -> (P, V)
 

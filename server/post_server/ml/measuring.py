@@ -28,7 +28,7 @@ def guess_labels(
     max_length: int = 128,
 ) -> list[int]:
     """Which of the task's labels the model holds likeliest for each text."""
-    kept = model.prefix(prompt) if prompt is not None and model.kind == "causal" else prompt
+    kept = model.prefix(prompt) if prompt is not None and model.keeps_prefix else prompt
     guesses: list[int] = []
     for at in range(0, len(texts), PIECE):
         scores = classify(model, task, texts[at : at + PIECE], kept, max_length=max_length)

@@ -18,7 +18,8 @@ from post_server.records import ModelRow, PromptRow
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_shared.errors import NotFound, PromptMismatch
-from post_shared.language_model import LanguageModel, Prefix
+from post_shared.language_model import LanguageModel
+from post_shared.prefixes import Prefix
 from post_shared.prompt_file import read_prompt
 from post_shared.tasks import Task
 
@@ -119,5 +120,5 @@ class Shelf:
     def _prepare(self, model: LanguageModel, row: PromptRow) -> ReadyPrompt:
         file = read_prompt(self._store.read(row.sha256), max_bytes=self._settings.prompt_bytes)
         embeddings = torch.from_numpy(file.embeddings)
-        prefix = model.prefix(embeddings) if model.kind == "causal" else None
+        prefix = model.prefix(embeddings) if model.keeps_prefix else None
         return ReadyPrompt(Task.from_form(file.task), embeddings, prefix)
