@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from post_server.database import guard_blobs
 from post_server.records import DatasetRow
 from post_server.storage import BlobStore
 from post_shared.data import iter_paragraphs, iter_rows, read_corpus
+from post_shared.dataset_schemas import PreviewRow
 from post_shared.errors import Conflict, DataInvalid, InvalidInput, NotFound
 from post_shared.schemas import Dataset, DatasetKind
 
 MAX_LABELS = 1000
 """More different labels than that are free answers, which nobody wants listed."""
+_PREVIEW_CHARACTERS = 2000
 _GZIP = b"\x1f\x8b"
 
 
@@ -111,6 +114,35 @@ def find_dataset(session: Session, reference: str) -> DatasetRow:
     if row is None:
         raise NotFound(f"There is no dataset {reference!r}.", dataset=reference)
     return row
+
+
+def first_rows(store: BlobStore, row: DatasetRow, count: int) -> list[PreviewRow]:
+    """The dataset's first rows or paragraphs; no more of the blob is read than they take."""
+    found: list[PreviewRow] = []
+    for line in _lines(store.open(row.sha256)):
+        if not line.strip():
+            continue
+        found.append(_preview(line.decode("utf-8-sig" if not found else "utf-8"), row.kind))
+        if len(found) == count:
+            break
+    return found
+
+
+def _preview(line: str, kind: DatasetKind) -> PreviewRow:
+    """A line that :func:`summarise` took, so that it needs no checks here."""
+    if kind is DatasetKind.CORPUS:
+        return PreviewRow(text=line.strip()[:_PREVIEW_CHARACTERS])
+    columns = json.loads(line)
+    label = columns.get("label")
+    return PreviewRow(text=columns["text"][:_PREVIEW_CHARACTERS], label=None if label is None else str(label).strip())
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    left = b""
+    for chunk in chunks:
+        *whole, left = (left + chunk).split(b"\n")
+        yield from whole
+    yield left
 
 
 def check_labelled(row: DatasetRow) -> None:

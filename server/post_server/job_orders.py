@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -12,11 +14,13 @@ from post_server.prompt_store import ENDED, visible_prompt
 from post_server.records import ApiKeyRow, JobRow, ModelRow, PromptRow
 from post_server.reports import check_report
 from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch, TooManyRequests
+from post_shared.job_schemas import MetricPoint
 from post_shared.report_schemas import ReportCreate
 from post_shared.schemas import (
     DistillationCreate,
     EvaluationCreate,
     Job,
+    JobEvent,
     JobKind,
     ModelRole,
     PromptRole,
@@ -77,6 +81,17 @@ def job_document(row: JobRow) -> Job:
     members = {name: getattr(row, name) for name in Job.model_fields}
     members["metrics"] = {name: value for name, value in row.metrics.items() if value is not None}
     return Job.model_validate(members)
+
+
+def metric_series(events: Iterable[JobEvent], wanted: set[str] | None = None) -> dict[str, list[MetricPoint]]:
+    """The series in a job's ``metrics`` events: all, or the wanted ones. What was no number is left out."""
+    series: dict[str, list[MetricPoint]] = {}
+    for event in events:
+        at = {"sequence": event.sequence, "at": event.at, "stage": event.data["stage"], "step": event.data["step"]}
+        for name, value in event.data["values"].items():
+            if value is not None and (wanted is None or name in wanted):
+                series.setdefault(name, []).append(MetricPoint(**at, value=value))
+    return series
 
 
 def check_prompt_fits(prompt: PromptRow, model: ModelRow) -> None:

@@ -175,6 +175,11 @@ def _tree(base: type[PostError]) -> dict[str, type[PostError]]:
     return found
 
 
+def errors() -> list[type[PostError]]:
+    """Every class of the tree."""
+    return list(_tree(PostError).values())
+
+
 def from_problem(problem: dict[str, Any]) -> PostError:
     """The error that a problem document describes; an unknown code gives a plain :class:`PostError`."""
     members = dict(problem)

@@ -92,3 +92,33 @@ def test_only_the_provider_uploads(front: Front) -> None:
 )
 def test_a_bad_query_is_refused(front: Front, query: str) -> None:
     assert code(front("provider", "POST", f"/v1/datasets?{query}", content=ROWS)) == (422, "invalid_input")
+
+
+def test_a_preview_shows_the_first_rows(front: Front) -> None:
+    lines = [b'{"text": "%s", "label": %d}' % (b"a" * n, n) for n in range(1, 40)]
+    front.add_dataset("rows", b"\xef\xbb\xbf" + b"\n\n".join(lines))
+    shown = front("bob", "GET", "/v1/datasets/rows/preview").json()
+    assert shown["items"] == [{"text": "a" * n, "label": str(n)} for n in range(1, 11)]
+    assert len(front("bob", "GET", "/v1/datasets/rows/preview?rows=100").json()["items"]) == 39
+    front.add_dataset("prose", b"One.\n\n  Two.\n" + b"x" * 5000, "corpus")
+    items = front("bob", "GET", "/v1/datasets/prose/preview?rows=3").json()["items"]
+    assert items == [{"text": text, "label": None} for text in ("One.", "Two.", "x" * 2000)]
+    for rows in (0, 101, "x"):
+        assert code(front("bob", "GET", f"/v1/datasets/rows/preview?rows={rows}")) == (422, "invalid_input")
+    assert code(front("bob", "GET", "/v1/datasets/none/preview")) == (404, "not_found")
+
+
+def test_a_preview_reads_no_more_than_it_shows(front: Front) -> None:
+    front.add_dataset("rows", b"".join(b'{"text": "row %d"}\n' % n for n in range(100_000)))
+    read = 0
+    open_blob = front.app.state.context.store.open
+
+    def counted(sha256: str):  # type: ignore[no-untyped-def]
+        nonlocal read
+        for chunk in open_blob(sha256):
+            read += len(chunk)
+            yield chunk
+
+    front.app.state.context.store.open = counted
+    assert front("bob", "GET", "/v1/datasets/rows/preview").json()["items"][9] == {"text": "row 9", "label": None}
+    assert 0 < read <= 2**20

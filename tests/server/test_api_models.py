@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from post_server.api.models import byte_range
+from post_server.api.downloads import byte_range
 from post_server.model_store import add_model, find_model, materialise_model
 from post_server.records import ModelRow
 from post_shared.errors import Conflict, ModelUnsafe, RangeInvalid

@@ -198,9 +198,14 @@ def test_problems_have_the_shape_that_they_are_documented_with(front: Front) -> 
             for status, answer in operation["responses"].items():
                 if status >= "400" and path.startswith("/v1/"):
                     assert list(answer["content"]) == ["application/problem+json"], (method, path, status)
+                    codes = answer["content"]["application/problem+json"]["schema"]["allOf"][1]["properties"]["code"]
+                    assert codes["enum"] == sorted(codes["enum"]) != [], (method, path, status)
             if path.startswith("/v1/"):
                 assert {"401", "422"} <= operation["responses"].keys(), (method, path)
                 assert operation["security"], (method, path)
     assert len(ids) == len(set(ids))
     assert "HTTPValidationError" not in document["components"]["schemas"]
-    check_problem(front("alice", "GET", "/v1/jobs/none"))
+    refusal = front("alice", "GET", "/v1/jobs/none")
+    check_problem(refusal)
+    declared = document["paths"]["/v1/jobs/{job}"]["get"]["responses"]["404"]["content"]["application/problem+json"]
+    assert declared["schema"]["allOf"][1]["properties"]["code"]["enum"] == [refusal.json()["code"]]

@@ -79,7 +79,7 @@ def _operation_id(route: APIRoute) -> str:
 
 
 def _name_problems(app: FastAPI) -> None:
-    """In the OpenAPI document, errors have the media type that they are sent with."""
+    """In the OpenAPI document, errors have the media type that they are sent with, and their codes."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -95,7 +95,8 @@ def _name_problems(app: FastAPI) -> None:
             content = response.get("content", {})
             schema = content.get("application/json", {}).get("schema", {})
             if status >= "400" and str(schema.get("$ref", "")).endswith("/Problem"):
-                content[PROBLEM_MEDIA_TYPE] = content.pop("application/json")
+                del content["application/json"]
+                content[PROBLEM_MEDIA_TYPE] = {"schema": problems.describe_problem(int(status))}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

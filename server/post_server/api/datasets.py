@@ -15,13 +15,14 @@ from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
 from post_server.api.uploads import raw_body, received_file
-from post_server.dataset_store import add_dataset, dataset_document, find_dataset, summarise
+from post_server.dataset_store import add_dataset, dataset_document, find_dataset, first_rows, summarise
 from post_server.records import DatasetRow
+from post_shared.dataset_schemas import DatasetPreview, LicenceName
 from post_shared.schemas import Dataset, DatasetKind, Name, Page
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
-Licence = Annotated[str | None, Query(max_length=128, pattern=r"^[\x20-\x7e]+$", description="SPDX id or a few words.")]
+DatasetReference = Annotated[str, Path(min_length=1, max_length=64, description="Id or name.")]
 
 
 @router.get("", responses=problems())
@@ -32,12 +33,23 @@ def list_datasets(app: App, caller: Caller, paging: Paging) -> Page[Dataset]:
 
 
 @router.get("/{dataset}", responses=problems(404))
-def get_dataset(
-    app: App, caller: Caller, dataset: Annotated[str, Path(min_length=1, max_length=64, description="Id or name.")]
-) -> Dataset:
+def get_dataset(app: App, caller: Caller, dataset: DatasetReference) -> Dataset:
     """One dataset."""
     with app.database.read() as session:
         return dataset_document(find_dataset(session, dataset))
+
+
+@router.get("/{dataset}/preview", responses=problems(404))
+def get_dataset_preview(
+    app: App,
+    caller: Caller,
+    dataset: DatasetReference,
+    rows: Annotated[int, Query(ge=1, le=100, description="How many, at most.")] = 10,
+) -> DatasetPreview:
+    """The first rows of a dataset, long texts cut."""
+    with app.database.read() as session:
+        row = find_dataset(session, dataset)
+    return DatasetPreview(dataset_id=row.id, items=first_rows(app.store, row, rows))
 
 
 @router.post(
@@ -53,7 +65,7 @@ async def create_dataset(
     caller: Provider,
     name: Annotated[Name, Query()],
     kind: DatasetKind,
-    licence: Licence = None,
+    licence: Annotated[LicenceName | None, Query()] = None,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Upload public data (provider). Every line is checked first; nothing is kept of a file with a mistake."""

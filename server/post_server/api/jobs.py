@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Header, Path, Query
+from pydantic import AwareDatetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -15,16 +16,18 @@ from starlette.concurrency import run_in_threadpool
 from post_server.api.context import App, Caller, Context
 from post_server.api.pagination import MAX_LIMIT, Paging, paginate
 from post_server.api.problems import problems
-from post_server.job_orders import job_document, visible_job
+from post_server.job_orders import job_document, metric_series, visible_job
 from post_server.jobs.states import request_cancel
 from post_server.records import ApiKeyRow, JobEventRow, JobRow
 from post_shared.errors import InvalidInput, Unauthenticated
+from post_shared.job_schemas import JobMetrics
 from post_shared.schemas import Job, JobEvent, JobKind, JobState, Page, Role
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[str, Path(min_length=1, max_length=64)]
 Sequence = Annotated[int, Query(ge=0, le=2**31 - 1, description="Events behind this sequence number.")]
+Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]
 _LOOK_SECONDS = 0.3
 _PING_SECONDS = 15
 _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
@@ -32,18 +35,25 @@ _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 @router.get("", responses=problems())
 def list_jobs(
-    app: App, caller: Caller, paging: Paging, kind: JobKind | None = None, state: JobState | None = None
+    app: App,
+    caller: Caller,
+    paging: Paging,
+    kind: Annotated[list[JobKind] | None, Query(max_length=10, description="Only these kinds.")] = None,
+    state: Annotated[list[JobState] | None, Query(max_length=10, description="Only these states.")] = None,
+    since: Annotated[AwareDatetime | None, Query(description="Only those made then or later.")] = None,
+    before: Annotated[AwareDatetime | None, Query(description="Only those made earlier.")] = None,
 ) -> Page[Job]:
     """The caller's jobs (a provider's: all), newest first."""
-    statement = select(JobRow)
-    if caller.role is not Role.PROVIDER:
-        statement = statement.where(JobRow.owner_key_id == caller.id)
-    if kind is not None:
-        statement = statement.where(JobRow.kind == kind)
-    if state is not None:
-        statement = statement.where(JobRow.state == state)
+    wanted = {
+        "owner_key_id": None if caller.role is Role.PROVIDER else [caller.id],
+        "kind": kind,
+        "state": state,
+    }
+    conditions = [getattr(JobRow, name).in_(values) for name, values in wanted.items() if values]
+    conditions += [] if since is None else [JobRow.created_at >= since]
+    conditions += [] if before is None else [JobRow.created_at < before]
     with app.database.read() as session:
-        return paginate(session, statement, JobRow, paging, job_document)
+        return paginate(session, select(JobRow).where(*conditions), JobRow, paging, job_document)
 
 
 @router.get("/{job}", responses=problems(404))
@@ -61,6 +71,25 @@ def cancel_job(app: App, caller: Caller, job: JobId) -> Job:
         return job_document(request_cancel(session, job))
 
 
+@router.get("/{job}/metrics", responses=problems(404))
+def get_job_metrics(
+    app: App,
+    caller: Caller,
+    job: JobId,
+    name: Annotated[list[str] | None, Query(max_length=20, description="Only these series.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Steps at which something was measured.")] = 1000,
+    cursor: Cursor = None,
+) -> JobMetrics:
+    """What a job measured, as series, oldest first."""
+    after = _number(cursor, 0)
+    with app.database.read() as session:
+        visible_job(session, caller, job)
+        rows = _events(session, job, after, limit + 1, kind="metrics")
+    last = rows[limit - 1].sequence if len(rows) > limit else None
+    series = metric_series(rows[:limit], None if name is None else set(name))
+    return JobMetrics(job_id=job, series=series, next_cursor=None if last is None else str(last))
+
+
 @router.get(
     "/{job}/events",
     response_model=Page[JobEvent],
@@ -72,7 +101,7 @@ async def get_job_events(
     job: JobId,
     after: Sequence = 0,
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = MAX_LIMIT,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
+    cursor: Cursor = None,
     accept: Annotated[str, Header()] = "application/json",
     last_event_id: Annotated[str | None, Header(max_length=100)] = None,
 ) -> Any:
@@ -120,13 +149,11 @@ def _page(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) 
     return Page(items=events[:limit], next_cursor=str(events[limit - 1].sequence) if more else None)
 
 
-def _events(session: Session, job_id: str, after: int, limit: int) -> list[JobEvent]:
-    statement = (
-        select(JobEventRow)
-        .where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
-        .order_by(JobEventRow.sequence)
-        .limit(limit)
-    )
+def _events(session: Session, job_id: str, after: int, limit: int, kind: str | None = None) -> list[JobEvent]:
+    statement = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
+    if kind is not None:
+        statement = statement.where(JobEventRow.kind == kind)
+    statement = statement.order_by(JobEventRow.sequence).limit(limit)
     return [
         JobEvent.model_validate({name: getattr(row, name) for name in JobEvent.model_fields})
         for row in session.scalars(statement)

@@ -28,6 +28,7 @@ from post_shared.errors import (
     TooManyRequests,
     Unauthenticated,
     Unavailable,
+    errors,
 )
 from post_shared.schemas import Problem
 
@@ -47,6 +48,8 @@ _BY_STATUS: dict[int, type[PostError]] = {
         Unavailable,
     )
 }
+CLIENT_SIDE = {"budget_exceeded", "cancelled", "job_failed", "ledger_invalid", "privacy_invalid"}
+"""Codes that never are an answer of the API."""
 _HEADERS: dict[int, dict[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},
     409: {"Retry-After": "1"},
@@ -60,6 +63,13 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
         status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in sorted({401, 422, *statuses})
     }
+
+
+def describe_problem(status: int) -> dict[str, Any]:
+    """The schema of an error with that status: a problem whose ``code`` is one of those that it may have."""
+    codes = sorted(each.code for each in errors() if each.status == status and each.code not in CLIENT_SIDE)
+    members = {"status": {"const": status}, "code": {"enum": codes}}
+    return {"allOf": [{"$ref": "#/components/schemas/Problem"}, {"type": "object", "properties": members}]}
 
 
 def respond(error: PostError, request_id: str | None, headers: dict[str, str] | None = None) -> Response:
@@ -143,9 +153,14 @@ def _allowed(request: Request) -> str:
         method.upper()
         for path, operations in request.app.openapi()["paths"].items()
         if compile_path(path)[0].fullmatch(request.url.path)
-        for method in operations
+        for method in (*operations, *_heads(operations))
     }
     return ", ".join(sorted(methods))
+
+
+def _heads(operations: dict[str, Any]) -> list[str]:
+    """What can be had in parts also answers HEAD; see :mod:`post_server.api.downloads`."""
+    return ["head"] if "206" in operations.get("get", {}).get("responses", {}) else []
 
 
 async def _database_away(request: Request, error: Exception) -> Response:

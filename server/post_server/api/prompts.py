@@ -6,24 +6,25 @@ import hashlib
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from post_server.api.context import App, Caller
+from post_server.api.context import App, Caller, Context
+from post_server.api.downloads import Part, downloads, serve
 from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
 from post_server.api.uploads import raw_body
 from post_server.prompt_store import add_prompt, delete_prompt, prompt_document, visible_prompt
-from post_server.records import PromptRow
+from post_server.records import ApiKeyRow, PromptRow
 from post_shared.errors import Forbidden
 from post_shared.schemas import Page, Prompt, PromptRole, Role
 
 router = APIRouter(prefix="/v1/prompts", tags=["prompts"])
 
 PromptId = Annotated[str, Path(min_length=1, max_length=64)]
-_BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 
 @router.get("", responses=problems())
@@ -45,19 +46,12 @@ def get_prompt(app: App, caller: Caller, prompt: PromptId) -> Prompt:
         return prompt_document(visible_prompt(session, caller, prompt))
 
 
-@router.get(
-    "/{prompt}/file",
-    response_class=Response,
-    responses=problems(403, 404) | {200: {"description": "The prompt file"} | _BINARY},
-)
-def get_prompt_file(app: App, caller: Caller, prompt: PromptId) -> Response:
+@router.head("/{prompt}/file", include_in_schema=False)
+@router.get("/{prompt}/file", response_class=StreamingResponse, responses=downloads(403, 404))
+async def get_prompt_file(app: App, caller: Caller, prompt: PromptId, part: Part) -> Response:
     """The prompt file as it was pushed. Target prompts belong to the target model: only the provider gets those."""
-    with app.database.read() as session:
-        row = visible_prompt(session, caller, prompt)
-    if row.role is PromptRole.TARGET and caller.role is not Role.PROVIDER:
-        raise Forbidden("A target prompt belongs to the target model and stays with the provider; ask for predictions.")
-    headers = {"ETag": f'"{row.sha256}"', "Cache-Control": "private, no-cache"}
-    return Response(app.store.read(row.sha256), media_type="application/octet-stream", headers=headers)
+    row = await run_in_threadpool(_readable_prompt, app, caller, prompt)
+    return await serve(app.store, row.sha256, row.size_bytes, part)
 
 
 @router.post(
@@ -80,6 +74,14 @@ def remove_prompt(app: App, caller: Caller, prompt: PromptId) -> None:
     """Delete a prompt and its bytes. Target prompts made from it stay until they are deleted too."""
     with app.database.write() as session:
         delete_prompt(session, app.store, visible_prompt(session, caller, prompt))
+
+
+def _readable_prompt(app: Context, caller: ApiKeyRow, prompt: str) -> PromptRow:
+    with app.database.read() as session:
+        row = visible_prompt(session, caller, prompt)
+    if row.role is PromptRole.TARGET and caller.role is not Role.PROVIDER:
+        raise Forbidden("A target prompt belongs to the target model and stays with the provider; ask for predictions.")
+    return row
 
 
 def _create(once: Once, data: bytes) -> Response:

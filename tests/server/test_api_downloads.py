@@ -1,0 +1,46 @@
+"""Files come whole, in parts, as headers alone or not at all, by the same rules wherever they come from."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.server.front import Front, code, prompt_bytes
+
+
+@pytest.fixture(params=["model", "prompt"])
+def address(request: pytest.FixtureRequest, front: Front) -> str:
+    """A file that alice may have."""
+    _, student = front.add_pair()
+    if request.param == "model":
+        return "/v1/models/small/files/model.safetensors"
+    return f"/v1/prompts/{front.push('alice', prompt_bytes(student.hash)).json()['id']}/file"
+
+
+def test_a_head_says_what_a_get_would_and_sends_nothing(front: Front, address: str) -> None:
+    whole = front("alice", "GET", address)
+    head = front("alice", "HEAD", address, headers={"Range": "bytes=5-"})
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("etag", "content-length", "content-type", "accept-ranges", "cache-control"):
+        assert head.headers[name] == whole.headers[name]
+    known = front("alice", "HEAD", address, headers={"If-None-Match": whole.headers["etag"]})
+    assert known.status_code == 304
+    allowed = front("alice", "PUT", address).headers["allow"].split(", ")
+    assert {"GET", "HEAD"} <= set(allowed)
+
+
+def test_a_head_is_refused_as_a_get_is(front: Front, address: str) -> None:
+    assert front._clients[None].head(address).status_code == 401
+    assert front._clients["bob"].head("/v1/prompts/prm_none/file").status_code == 404
+    assert front._clients["bob"].head("/v1/models/large/files/model.safetensors").status_code == 403
+
+
+def test_parts_and_conditions_hold_for_every_file(front: Front, address: str) -> None:
+    whole = front("alice", "GET", address)
+    etag, size = whole.headers["etag"], len(whole.content)
+    part = front("alice", "GET", address, headers={"Range": "bytes=7-", "If-Range": etag})
+    assert (part.status_code, part.content) == (206, whole.content[7:])
+    assert part.headers["content-range"] == f"bytes 7-{size - 1}/{size}"
+    for other in ('"0"', f"W/{etag}", "Wed, 21 Oct 2015 07:28:00 GMT"):  # only the strong ETag may be resumed on
+        assert front("alice", "GET", address, headers={"Range": "bytes=7-", "If-Range": other}).status_code == 200
+    assert front("alice", "GET", address, headers={"If-None-Match": etag}).status_code == 304
+    assert code(front("alice", "GET", address, headers={"Range": f"bytes={size}-"})) == (416, "range_invalid")
