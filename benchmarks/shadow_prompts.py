@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.dp_cost import LABEL_WORDS, reviews, student_shaped_model
+from post_bench.speed.arithmetic import Arithmetic
+from post_bench.speed.machine import matrix_rate
 from post_client.audit.many import ManyAdam, ManyDPSGD, ManyLoss, ManyRows
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
@@ -36,25 +38,9 @@ Way = tuple[Callable[[int], None], float]
 """One step of all prompts, and the arithmetic (FLOP) of a step on average."""
 
 
-def matrix_rate(clock: Clock, seconds: float = 1.0) -> float:
-    """FLOP per second of this machine's own matrix product, at a size that suits it."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    done, began = 0, clock()
-    while clock() - began < seconds:
-        a @ b
-        done += 1
-    return done * 2 * 1024**3 / (clock() - began)
-
-
-def flop_per_token(model: LanguageModel) -> float:
-    """Of one pass forward through the layers: two for each weight of their matrices. Backward costs the same again."""
-    layers = [w for name, w in model.body.named_parameters() if w.dim() == 2 and "embed" not in name]
-    return 2.0 * sum(weight.numel() for weight in layers)
-
-
 def work(model: LanguageModel, rows: int, tokens: int) -> float:
     """FLOP forward and backward of ``tokens`` in the layers and ``rows`` in the head."""
-    return 2 * (tokens * flop_per_token(model) + rows * 2.0 * model.vocabulary * model.hidden_size)
+    return Arithmetic.of(model).to_prompt(tokens, rows)
 
 
 def ways(
@@ -166,7 +152,7 @@ def main() -> None:
             for private in (False, True):
                 config = TuneConfig(length=length)
                 encoded, start = encode_private(model, task, rows, config), starting_prompt(model, task, config)
-                rate = matrix_rate(clock)
+                rate = matrix_rate(clock=clock, seconds=1.0)
                 found = measure(
                     model, encoded, start.embeddings, task, count=given.prompts, batch_size=batch_size,
                     steps=given.steps, private=private, clock=clock,

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from post_bench.speed.cli import speed
 from post_client.cli.console import metrics_note
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
         raise ImportError("No module named 'opacus'")
     bench = typer.Typer(no_args_is_help=True, help="Measure POST on this machine: minutes to hours, run by hand.")
     bench.command("quality")(quality)
+    bench.command("speed")(speed)
     app.add_typer(bench, name="bench")
 
 

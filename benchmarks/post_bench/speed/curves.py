@@ -1,0 +1,65 @@
+"""Cost curves: how the time of a step grows with each size, the others as they are by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from post_bench.speed.bench import Bench, Race
+from post_bench.speed.parts import predict, transfer, transfer_constants, tune
+from post_server.ml.layers import chosen_layers, copy_student
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``race(bench, value)`` is timed at each of ``values``."""
+
+    what: str
+    values: Sequence[int]
+    race: Callable[[Bench, int], Race[Any]]
+
+
+def _of_length(bench: Bench, words: int) -> Bench:
+    """Texts of so many words each, made of the public ones."""
+    stream = " ".join(bench.public).split()
+    count = min(len(bench.public), max(64, len(stream) // words))
+    while len(stream) < count * words:
+        stream += stream
+    texts = [" ".join(stream[at * words : (at + 1) * words]) for at in range(count)]
+    return replace(bench, public=texts, max_length=max(bench.max_length, 4 * words))
+
+
+def _layers(bench: Bench, count: int) -> Bench:
+    return replace(bench, student=copy_student(bench.target, chosen_layers(count, bench.target.layers)))
+
+
+CURVES = {
+    "prompt_length": Curve(
+        "transfer step over vectors in the prompt", (10, 20, 50, 100), lambda b, n: transfer(replace(b, length=n))
+    ),
+    "text_length": Curve(
+        "transfer step over words of a text", (8, 16, 32, 64), lambda b, n: transfer(_of_length(b, n))
+    ),
+    "batch": Curve("transfer step over texts a batch", (4, 8, 16, 32), lambda b, n: transfer(replace(b, batch_size=n))),
+    "public_texts": Curve(
+        "a transfer's constants over public texts",
+        (32, 64, 128, 256),
+        lambda b, n: transfer_constants(b, rows=n),
+    ),
+    "prompts": Curve("predict over prompts mixed in a batch", (1, 4, 16, 64), lambda b, n: predict(b, count=n)),
+    "layers": Curve("tuning step over the student's layers", (2, 4, 8, 15), lambda b, n: tune(_layers(b, n))),
+}
+"""Every curve by name."""
+
+
+def measure(bench: Bench, name: str, rounds: int) -> list[dict[str, float]]:
+    """The points of one curve: value, seconds of a step, and share of the matrix rate."""
+    curve, points = CURVES[name], []
+    for value in curve.values:
+        if name == "layers" and value > bench.target.layers:
+            continue
+        part = curve.race(bench, value).alone().run(rounds, bench.device)
+        ours = part.ways["post"]
+        points.append({"value": value, "seconds": ours.seconds, "share": ours.share or 0.0})
+    return points

@@ -1,0 +1,57 @@
+"""Peak memory of a transfer over the target model's own size, in a process of its own: ``python -m`` with a folder.
+
+The process does what a worker's does: it loads both models from their folders and transfers a prompt. What it held
+before it loaded them (Python and its libraries) doesn't count; the models themselves do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from post_bench.speed.machine import Peak
+from post_server.ml.transfer import TransferConfig, transfer
+from post_shared.language_model import LanguageModel
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+
+STEPS = 10
+
+
+def transfer_memory(
+    folder: Path, target: LanguageModel, student: LanguageModel, task: Task, texts: Sequence[str], prompt: torch.Tensor
+) -> dict[str, float]:
+    """``{"peak_bytes", "target_bytes", "ratio"}`` of a transfer with the default settings, few steps long."""
+    for name, model in (("target", target), ("student", student)):
+        if not (folder / name).exists():
+            model.save(folder / name)
+    words = {label: list(some) for label, some in (task.label_words or {}).items()}
+    (folder / "task.json").write_text(json.dumps({"template": task.template, "label_words": words}), "utf-8")
+    (folder / "transfer.json").write_text(json.dumps({"texts": list(texts), "prompt": prompt.tolist()}), "utf-8")
+    command = [sys.executable, "-m", "post_bench.speed.memory", str(folder), str(target.device)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the transfer that was to be measured failed: {done.stderr.strip()[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(folder: Path, device: str) -> dict[str, float]:
+    """In the new process."""
+    given = json.loads((folder / "transfer.json").read_text("utf-8"))
+    task, prompt = Task.load(folder / "task.json"), torch.tensor(given["prompt"])
+    with Peak(torch.device(device)) as peak:
+        target = LanguageModel.load(folder / "target", device=device)
+        student = LanguageModel.load(folder / "student", device=device)
+        transfer(target, student, task, SoftPrompt(prompt), given["texts"], TransferConfig(steps=STEPS))
+    size = sum(weight.nbytes for weight in target.model.parameters())
+    return {"peak_bytes": peak.bytes, "target_bytes": size, "ratio": peak.bytes / size}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2])))

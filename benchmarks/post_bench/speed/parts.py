@@ -1,0 +1,224 @@
+"""The measured parts: for each, POST's own way first and the plain references beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from post_bench.speed.arithmetic import Arithmetic, distillation_step, transfer_step, tuning_step
+from post_bench.speed.bench import Bench, Race, fresh, tokens_of
+from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
+from post_bench.speed.serving import mixed, mixed_generation
+from post_client.privacy import PrivacyConfig
+from post_server.ml.corpus import prepare_corpus
+from post_server.ml.descent import HEAD_SHARE, Descent, Student, predictions
+from post_server.ml.distillation import DistilConfig
+from post_server.ml.layers import chosen_layers, copy_student
+from post_server.ml.objective import Objective
+from post_server.ml.processes import ALONE
+from post_server.ml.transfer import TransferConfig, constants, ensemble_objective
+from post_shared.batches import Batch, EncodedRows, ShuffledBatches
+from post_shared.label_words import label_words
+from post_shared.language_model import LanguageModel
+from post_shared.prompt_tuning import PLAIN, lean_for, tuning_objective
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.training import Loss, PromptAdam, PromptOptimizer
+
+CONSTANT_ROWS = 32
+"""Texts of one measurement of a transfer's constants."""
+
+
+def transfer(bench: Bench) -> Race[Batch]:
+    """A step of the transfer against the published loop's, on the same public texts."""
+    target, config = bench.target, TransferConfig()
+    prompt, words = bench.prompt(target), label_words(target, bench.task)
+    known = constants(target, bench.student, SoftPrompt(bench.prompt(bench.student)), bench.public_rows, words)
+    loss = ensemble_objective(target, known, config.alpha, words)
+    optimizer = _adam(prompt, target)
+    theirs = PublishedTransfer(target, bench.student, prompt, alpha=config.alpha, temperature=config.temperature)
+    return Race(
+        {
+            "post": partial(_update, optimizer, loss),
+            "published": lambda batch: theirs.step(fresh(batch)),
+        },
+        bench.batches(bench.public_rows, config.batch_size),
+        lambda batch: transfer_step(target, tokens_of(batch), len(batch), bench.length),
+        tokens_of,
+    )
+
+
+def transfer_constants(bench: Bench, rows: int = CONSTANT_ROWS) -> Race[Batch]:
+    """What is computed once before a transfer, on as many texts as a batch has."""
+    target, student, words = bench.target, bench.student, label_words(bench.target, bench.task)
+    prompt = SoftPrompt(bench.prompt(student))
+
+    def way(batch: Batch) -> None:
+        some = EncodedRows(tuple(batch.encoded.rows[at] for at in batch.index))
+        constants(target, student, prompt, some, words)
+
+    def flop(batch: Batch) -> float:
+        tokens, heads = tokens_of(batch), len(batch)
+        prompted = Arithmetic.of(student).forward(tokens + bench.length, heads)
+        return prompted + Arithmetic.of(target).forward(tokens, heads)
+
+    return Race({"post": way}, ShuffledBatches(bench.public_rows, rows, seed=0), flop, tokens_of)
+
+
+def tune(bench: Bench) -> Race[Batch]:
+    """A step of tuning, plainly and with differential privacy, against PEFT's with the Hugging Face Trainer."""
+    return _tune(bench, bench.student)
+
+
+def tune_target(bench: Bench) -> Race[Batch]:
+    """The same on the target model: what nobody may do with private rows, and what the journey is measured against."""
+    return _tune(bench, bench.target)
+
+
+def _tune(bench: Bench, model: LanguageModel) -> Race[Batch]:
+    size, loss, start = bench.batch_size or PLAIN.batch_size, tuning_objective(model, bench.task), bench.prompt(model)
+    plan = PrivacyConfig(seed=0).plan(1000, batch_size=size, steps=100)
+    steps: dict[str, PromptOptimizer] = {
+        "post": _adam(start, model),
+        "private": plan.optimizer(nn.Parameter(start.clone().to(model.device)), 0.01),
+    }
+    ways: dict[str, Any] = {name: partial(_update, optimizer, loss) for name, optimizer in steps.items()}
+    peft = PeftTrainer(model, bench.task, length=bench.length)
+    return Race(
+        {**ways, "peft": peft.seconds},
+        bench.batches(bench.private_rows, size),
+        lambda batch: tuning_step(model, tokens_of(batch), len(batch), bench.length),
+        tokens_of,
+    )
+
+
+def tune_whole(bench: Bench) -> Race[Batch]:
+    """A whole step of ``post tune`` with its defaults, the lean included."""
+    student, optimizer = bench.student, _adam(bench.prompt(bench.student), bench.student)
+    lean = lean_for(student, bench.task, bench.private, None, PLAIN, private=False)
+    steps = iter(range(1_000_000))
+
+    def way(batch: Batch) -> None:
+        if lean is not None:
+            lean.look(next(steps), optimizer.prompt)
+        optimizer.update(lean or tuning_objective(student, bench.task), fresh(batch))
+
+    return Race(
+        {"post": way},
+        bench.batches(bench.private_rows, PLAIN.batch_size),
+        lambda batch: tuning_step(student, tokens_of(batch), len(batch), bench.length),
+        tokens_of,
+    )
+
+
+def distil(bench: Bench) -> Race[int]:
+    """A step of distillation; beside it, the vocabulary losses at every position, as the paper takes them."""
+    target, config = bench.target, DistilConfig(steps=1)
+    corpus = prepare_corpus(target, bench.corpus, config.sequence_length, None)
+    kept = chosen_layers(bench.student.layers, target.layers, config.layer_pattern)
+
+    def descent(share: float) -> Callable[[int], None]:
+        model = copy_student(target, kept)
+        student = Student(model, learning_rate=1e-4, freeze_head=True, freeze_embeddings=True)
+        run = Descent(student, Objective(target, model, config.temperature), corpus, ALONE, config.rows, 1, 0, share)
+
+        def step(number: int) -> None:
+            run.gradients(number)
+            student.step(1e-4)
+
+        return step
+
+    def heads(step: int) -> int:
+        return len(predictions(target, corpus, step, config.rows, 0, HEAD_SHARE).rows)
+
+    size = config.rows * config.sequence_length
+    return Race(
+        {"post": descent(HEAD_SHARE), "every_position": descent(1.0)},
+        int,
+        lambda step: distillation_step(target, bench.student, size, heads(step)),
+        lambda step: size,
+    )
+
+
+@dataclass(frozen=True)
+class Requests:
+    """As many prompts as texts, one each; all texts of as many tokens."""
+
+    prompts: list[Tensor]
+    token_ids: list[list[int]]
+
+    @classmethod
+    def draw(cls, bench: Bench, *, count: int, length: int, tokens: int) -> Requests:
+        """Rows of the vocabulary as prompts, and the corpus's own words as texts."""
+        generator = torch.Generator().manual_seed(0)
+        matrix = bench.target.model.get_input_embeddings().weight.detach()
+        rows = [torch.randint(len(matrix), (length,), generator=generator).to(matrix.device) for _ in range(count)]
+        ids = bench.target.tokenizer("\n".join(bench.corpus[: 50 * count]), add_special_tokens=False).input_ids
+        while len(ids) < count * tokens:
+            ids = ids + ids
+        texts = [ids[at * tokens : (at + 1) * tokens] for at in range(count)]
+        return cls([matrix[some].float().cpu() for some in rows], texts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+
+def predict(bench: Bench, *, count: int = 64, length: int = 100, tokens: int = 30) -> Race[int]:
+    """One text for each of ``count`` prompts: all mixed in a batch, against PEFT's one prompt at a time."""
+    model, asked = bench.target, Requests.draw(bench, count=count, length=length, tokens=tokens)
+    theirs = PeftPrompts(model, asked.prompts)
+
+    def peft(_: int) -> None:
+        for at, ids in enumerate(asked.token_ids):
+            theirs.logits(at, ids)
+
+    return Race(
+        {"post": mixed(model, asked.prompts, asked.token_ids), "peft": peft},
+        int,
+        lambda _: Arithmetic.of(model).forward(asked.tokens, count),
+        lambda _: asked.tokens,
+    )
+
+
+def generate(bench: Bench, *, count: int = 8, length: int = 100, tokens: int = 30, new: int = 16) -> Race[int]:
+    """``new`` tokens behind one text for each of ``count`` prompts, against PEFT's ``generate`` per request."""
+    model, asked = bench.target, Requests.draw(bench, count=count, length=length, tokens=tokens)
+    theirs = PeftPrompts(model, asked.prompts)
+
+    def peft(_: int) -> None:
+        for at, ids in enumerate(asked.token_ids):
+            theirs.generate(at, ids, new)
+
+    made = count * (new - 1)
+    return Race(
+        {"post": mixed_generation(model, asked.prompts, asked.token_ids, new), "peft": peft},
+        int,
+        lambda _: Arithmetic.of(model).forward(asked.tokens + made, count * new),
+        lambda _: count * new,
+    )
+
+
+def _adam(start: Tensor, model: LanguageModel) -> PromptAdam:
+    return PromptAdam(nn.Parameter(start.clone().to(model.device)), 0.01)
+
+
+def _update(optimizer: PromptOptimizer, loss: Loss, batch: Batch) -> None:
+    optimizer.update(loss, fresh(batch))
+
+
+PARTS: dict[str, Callable[[Bench], Race[Any]]] = {
+    "transfer": transfer,
+    "transfer_constants": transfer_constants,
+    "distil": distil,
+    "tune": tune,
+    "tune_whole": tune_whole,
+    "tune_target": tune_target,
+    "predict": predict,
+    "generate": generate,
+}
+"""Every part by name; what they measure is in their docstrings."""

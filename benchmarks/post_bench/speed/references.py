@@ -1,0 +1,158 @@
+"""Plain ways of doing what POST does, written for this benchmark alone: what the paper published, and PEFT's.
+
+They are the other side of the comparison and are used nowhere else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from post_shared.batches import Batch
+from post_shared.label_words import label_words
+from post_shared.language_model import LanguageModel
+from post_shared.losses import divergence, soften, transfer_loss
+from post_shared.tasks import Task
+
+PADDED = 128
+"""Tokens to which the published loop pads every text."""
+
+
+class PublishedTransfer:
+    """The paper's transfer as its code has it: four forward passes a step, three of which never change.
+
+    All positions of texts padded to 128 tokens go through the head with its whole vocabulary; the loss is Eq. 3.
+    """
+
+    def __init__(
+        self, target: LanguageModel, student: LanguageModel, prompt: Tensor, *, alpha: float, temperature: float
+    ) -> None:
+        self.target, self.student, self.alpha, self.temperature = target, student, alpha, temperature
+        self.source = prompt.to(student.device)
+        self.prompt = nn.Parameter(prompt.clone().to(target.device))
+        self.optimizer = torch.optim.Adam([self.prompt], lr=1e-3)
+
+    def step(self, batch: Batch) -> None:
+        with torch.no_grad():
+            prompted = _answers(self.student, batch, self.source)
+            plain, target_plain = _answers(self.student, batch, None), _answers(self.target, batch, None)
+        logits = _answers(self.target, batch, self.prompt)
+        heat = self.temperature
+        imitation = divergence(soften(prompted, heat), soften(logits, heat))
+        shift = divergence(soften(prompted - plain, heat), soften(logits - target_plain, heat))
+        self.optimizer.zero_grad()
+        transfer_loss(imitation, shift, self.alpha).mean().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+
+def _answers(model: LanguageModel, batch: Batch, prompt: Tensor | None) -> Tensor:
+    """(P, V): taken from the logits of all positions."""
+    inputs = model.embed(nn.functional.pad(batch.token_ids, (0, PADDED - batch.token_ids.shape[1])))
+    if prompt is not None:
+        inputs = torch.cat([prompt.to(inputs.dtype).expand(len(batch), -1, -1), inputs], dim=1)
+    logits = model.model(inputs_embeds=inputs, use_cache=False).logits  # (B, L, V)
+    shift = 0 if prompt is None else prompt.shape[0]
+    return logits[batch.rows.to(logits.device), batch.positions.to(logits.device) + shift].float()  # type: ignore[no-any-return]
+
+
+class PeftTrainer:
+    """PEFT's prompt tuning with the Hugging Face Trainer, on the rows of one batch after the other."""
+
+    def __init__(self, model: LanguageModel, task: Task, *, length: int) -> None:
+        from peft import PromptTuningConfig, TaskType, get_peft_model
+
+        settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length)
+        self.peft = get_peft_model(model.model, settings)
+        words = label_words(model, task)
+        self._answers = [int(words.token_ids[int(row.argmax())]) for row in words.weights]
+        self._cpu = model.device.type == "cpu"
+        self._folder = tempfile.TemporaryDirectory()
+
+    def seconds(self, batch: Batch) -> float:
+        """Of one step itself: what the Trainer sets up before and tidies up after isn't counted."""
+        from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+        spent: list[float] = []
+
+        class Watch(TrainerCallback):  # type: ignore[misc]
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                self.began = time.perf_counter()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                spent.append(time.perf_counter() - self.began)
+
+        arguments = TrainingArguments(
+            self._folder.name,
+            per_device_train_batch_size=len(batch),
+            max_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            use_cpu=self._cpu,
+            dataloader_pin_memory=False,
+        )
+        rows = [self._row(batch, at) for at in batch.index]
+        trainer = Trainer(self.peft, arguments, train_dataset=rows, data_collator=_padded, callbacks=[Watch()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return spent[0]
+
+    def _row(self, batch: Batch, at: int) -> dict[str, list[int]]:
+        row = batch.encoded.rows[at]
+        ids = [*row.token_ids, self._answers[row.label or 0]]
+        return {"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]}
+
+
+def _padded(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def column(name: str, fill: int) -> Tensor:
+        return torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(longest)[None, :] < lengths[:, None]).long()
+    return {"input_ids": column("input_ids", 0), "labels": column("labels", -100), "attention_mask": mask}
+
+
+class PeftPrompts:
+    """Many prompts on one model as PEFT has them: an adapter each, and a request at a time."""
+
+    def __init__(self, model: LanguageModel, prompts: Sequence[Tensor]) -> None:
+        from peft import PromptTuningConfig, TaskType, get_peft_model
+
+        settings = PromptTuningConfig(
+            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=prompts[0].shape[0], inference_mode=True
+        )
+        self.peft = get_peft_model(model.model, settings, adapter_name="0")
+        for at, prompt in enumerate(prompts):
+            if at:
+                self.peft.add_adapter(str(at), settings)
+            with torch.no_grad():
+                self.peft.prompt_encoder[str(at)].embedding.weight.copy_(prompt)
+
+    @torch.no_grad()
+    def logits(self, prompt: int, token_ids: Sequence[int]) -> Tensor:
+        """(V,) behind the last token, as a request for one text gives them."""
+        self.peft.set_adapter(str(prompt))
+        ids = torch.tensor([list(token_ids)])
+        return self.peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(self, prompt: int, token_ids: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy continuation of one text."""
+        self.peft.set_adapter(str(prompt))
+        ids = torch.tensor([list(token_ids)])
+        made = self.peft.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        return made[0].tolist()[-new_tokens:]  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+"""``post bench speed``: both sides of each comparison do the same work, and the report has every figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from post_bench.speed import cli, curves, machine, results
+from post_bench.speed.arithmetic import Arithmetic, distillation_step, transfer_step, tuning_step
+from post_bench.speed.bench import Bench, Race
+from post_bench.speed.machine import Peak, matrix_rate
+from post_bench.speed.memory import transfer_memory
+from post_bench.speed.parts import PARTS, Requests
+from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
+from post_server.ml.layers import copy_student
+from post_server.ml.transfer import constants, paper_objective
+from post_shared.data import Row
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from tests.client.terminal import Captured, post
+from tests.models import LABELS, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("terrible", "bad"), "positive": ("great", "good")})
+FIGURES = {
+    "transfer_vs_published",
+    "share_of_limit.transfer",
+    "share_of_limit.distil",
+    "dp_vs_plain",
+    "tune_vs_peft",
+    "predict_vs_peft",
+    "generate_vs_peft",
+    "journey_vs_target",
+    "transfer_memory_ratio",
+}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    target = tiny_model(layers=4)
+    rows = [Row(f"{text} {at}", label) for at in range(5) for text, label in zip(TEXTS, LABELS, strict=True)]
+    student = copy_student(target, [0, 3])
+    return Bench(target, student, TASK, rows, [row.text for row in rows], [" ".join(TEXTS)] * 150, length=5)
+
+
+def test_the_published_loop_makes_the_step_that_ours_makes_for_the_same_loss(bench: Bench) -> None:
+    prompt, batch = bench.prompt(bench.target), bench.batches(bench.public_rows, 8)(0)
+    known = constants(bench.target, bench.student, SoftPrompt(prompt), bench.public_rows)
+    ours = nn.Parameter(prompt.clone())
+    optimizer = torch.optim.Adam([ours], lr=1e-3)
+    paper_objective(bench.target, known, 0.7, 2.0)(ours, batch).mean().backward()
+    optimizer.step()
+    published = PublishedTransfer(bench.target, bench.student, prompt, alpha=0.7, temperature=2.0)
+    published.step(batch)
+    torch.testing.assert_close(published.prompt, ours, rtol=0, atol=2e-5)
+    assert float((ours.detach() - prompt).abs().max()) > 5e-4
+
+
+def test_peft_says_what_ours_says_for_the_same_prompt(bench: Bench) -> None:
+    asked = Requests.draw(bench, count=3, length=4, tokens=6)
+    theirs = PeftPrompts(bench.target, asked.prompts)
+    for at, ids in enumerate(asked.token_ids):
+        hidden = bench.target.hidden(torch.tensor([ids]), prompt=asked.prompts[at])
+        torch.testing.assert_close(theirs.logits(at, ids), bench.target.head(hidden)[0, -1], rtol=1e-4, atol=1e-4)
+        assert len(theirs.generate(at, ids, 3)) == 3
+
+
+def test_the_trainer_moves_its_own_prompt_and_no_weight(bench: Bench) -> None:
+    before = {name: weight.clone() for name, weight in bench.student.model.named_parameters()}
+    trainer = PeftTrainer(bench.student, TASK, length=5)
+    start = trainer.peft.prompt_encoder["default"].embedding.weight.detach().clone()
+    assert trainer.seconds(bench.batches(bench.private_rows, 8)(0)) > 0
+    assert not torch.equal(start, trainer.peft.prompt_encoder["default"].embedding.weight)
+    after = dict(bench.student.model.named_parameters())
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_operations_are_counted_as_by_hand() -> None:
+    model = tiny_model(layers=2)
+    config = model.config
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_key_value_heads
+    kept = width * width * 2 + 2 * width * heads * (width // config.num_attention_heads) + 3 * width * inner
+    one = Arithmetic.of(model)
+    assert (one.layers, one.head) == (2 * 2 * kept, 2 * config.vocab_size * width)
+    assert transfer_step(model, 30, 2, 5) == 2 * (35 * one.layers + 2 * one.head)
+    assert tuning_step(model, 30, 2, 5) == 2 * (40 * one.layers + 2 * one.head)
+    assert distillation_step(model, model, 30, 4) == 4 * 30 * one.layers + 3 * 4 * one.head
+
+
+def test_the_first_round_warms_up_and_ratios_are_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = iter([9.0, 1.0, 2.0, 4.0]), iter([1.0, 3.0, 4.0, 8.0])
+    monkeypatch.setattr(machine, "PROBE", 0.01)
+    part = Race({"post": lambda _: next(ours), "other": lambda _: next(theirs)}, int, float, int).run(
+        3, torch.device("cpu")
+    )
+    assert part.ways["post"].seconds == 2.0
+    assert part.ratios == {"other": 2.0}  # of 3, 2 and 2; the medians' own ratio is 2 as well, their mean's isn't
+
+
+def test_the_machine_is_measured() -> None:
+    assert matrix_rate(seconds=0.01) > 1e6
+    with Peak() as peak:
+        block = torch.ones(8 * 2**20)
+    assert peak.bytes > 0.9 * block.nbytes
+
+
+def test_every_figure_is_reported_and_compared(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(cli, "_bench", lambda *_: bench)
+    monkeypatch.setattr(machine, "PROBE", 0.01)
+    monkeypatch.setattr(curves, "CURVES", {"batch": replace(curves.CURVES["batch"], values=(2, 4))})
+    path = tmp_path / "speed.json"
+    assert post("bench", "speed", "--json", path, "--rounds", 1, "--curves") == 0
+    document = json.loads(path.read_text())
+    figures = results.flat(document)
+    assert set(figures) == FIGURES | {f"{name}.seconds" for name in PARTS}
+    assert all(math.isfinite(value) and value > 0 for value in figures.values())
+    assert [point["value"] for point in document["curves"]["batch"]] == [2, 4]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "journey_vs_target" in path.with_suffix(".md").read_text()
+    capsys.readouterr()
+    other = tmp_path / "other.json"
+    assert post("bench", "speed", "--json", other, "--rounds", 1, "--part", "tune", "--compare", path) == 0
+    shown = capsys.readouterr().out
+    assert "now / before" in shown
+    assert "| dp_vs_plain |" in shown
+    assert json.loads(other.read_text())["journey_vs_target"] is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": []}'])
+def test_what_is_compared_with_is_a_report(text: str, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "old.json").write_text(text)
+    line = ("bench", "speed", "--json", tmp_path / "new.json", "--compare", tmp_path / "old.json")
+    assert post(*line) != 0
+    assert "old.json" in capsys.readouterr().err
+    assert post("bench", "speed", "--json", tmp_path / "new.json", "--part", "flight") == 2
+    assert "flight" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_transfer_is_that_of_a_process(bench: Bench, tmp_path: Path) -> None:
+    found = transfer_memory(tmp_path, bench.target, bench.student, TASK, bench.public, bench.prompt(bench.student))
+    assert found["target_bytes"] == sum(weight.nbytes for weight in bench.target.model.parameters())
+    assert found["ratio"] == found["peak_bytes"] / found["target_bytes"]
