@@ -23,6 +23,23 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backing",
+        choices=("embedded", "real"),
+        default="embedded",
+        help="what the servers of tests stand on; real: Redis, PostgreSQL and S3, and only the tests of servers run",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On the real parts, leave out what wouldn't notice them."""
+    if config.getoption("--backing") == "real":
+        kept = [item for item in items if "backing" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def own_ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Every test has a privacy ledger of its own; nobody's real one is touched."""

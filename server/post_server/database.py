@@ -15,7 +15,15 @@ from sqlalchemy.orm import Session, sessionmaker
 from post_server.settings import Settings
 
 _BUSY_MILLISECONDS = 30_000
-_BLOB_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock that guards blobs against deletion
+_GUARD_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock behind :func:`guard`
+_POSTGRES_OPTIONS: dict[str, str | int] = {
+    # A server that went away without a word is noticed within the lease, not after TCP's quarter of an hour.
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 
 class Database:
@@ -24,12 +32,13 @@ class Database:
     :meth:`read` sees one snapshot and never waits for writers. :meth:`write` is one transaction: it
     commits when the block ends and rolls back when it raises. On SQLite it takes the write lock at its
     first statement, so it waits for its turn instead of failing half-way; keep slow work (files, models)
-    before that statement.
+    before that statement. PostgreSQL lets writers go side by side; :func:`guard` makes them wait there too.
     """
 
     def __init__(self, url: str) -> None:
         self.engine = _create_engine(url)
-        self._read = sessionmaker(self.engine, expire_on_commit=False)
+        snapshot = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        self._read = sessionmaker(self.engine.execution_options(**snapshot), expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
 
     @classmethod
@@ -55,7 +64,7 @@ class Database:
 
         with self.engine.execution_options(immediate=True).begin() as connection:
             if self.engine.dialect.name == "postgresql":
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _BLOB_LOCK + 1})
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _GUARD_LOCK + 1})
             command.upgrade(alembic_config(connection), "head")
 
     def dispose(self) -> None:
@@ -63,13 +72,14 @@ class Database:
         self.engine.dispose()
 
 
-def guard_blobs(session: Session) -> None:
-    """Hold off other writers that store or delete blobs, until this transaction ends.
+def guard(session: Session) -> None:
+    """Hold off other guarded writers until this transaction ends: what it then reads stays true while it writes.
 
-    Without it, deleting an unused blob could race with a row that is about to name the same bytes.
+    Without it, deleting an unused blob could race with a row that is about to name the same bytes, and two orders
+    could each find that the name of their student is free.
     """
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _BLOB_LOCK})
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _GUARD_LOCK})
     else:  # any statement takes SQLite's write lock, since the session is a writing one
         session.execute(text("SELECT 1"))
 
@@ -103,7 +113,8 @@ def _finite(value: Any) -> Any:
 def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, json_serializer=to_json)
+        options = {name: value for name, value in _POSTGRES_OPTIONS.items() if name not in parsed.query}
+        return create_engine(parsed, pool_pre_ping=True, connect_args=options, json_serializer=to_json)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     engine = create_engine(parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000}, json_serializer=to_json)

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from post_server.database import guard_blobs
+from post_server.database import guard
 from post_server.records import DatasetRow
 from post_server.storage import BlobStore
 from post_shared.data import iter_paragraphs, iter_rows, read_corpus
@@ -73,7 +73,7 @@ def add_dataset(
     Raises:
         Conflict: the name belongs to another dataset.
     """
-    guard_blobs(session)
+    guard(session)
     existing = session.scalar(select(DatasetRow).where(DatasetRow.name == name))
     if existing is not None and existing.sha256 == summary.sha256 and existing.kind is kind:
         return existing, False

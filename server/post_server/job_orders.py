@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from post_server.database import guard
 from post_server.dataset_store import check_labelled, find_dataset
 from post_server.jobs.states import announce
 from post_server.model_store import find_model
@@ -42,6 +43,7 @@ def place_order(session: Session, caller: ApiKeyRow, order: Order, *, jobs_per_k
         Conflict: the student's name is taken.
         TooManyRequests: the caller has too many jobs that have not ended.
     """
+    guard(session)  # a name that is free, a prompt that is there: they stay so until the order stands
     active = session.scalar(
         select(func.count()).select_from(JobRow).where(JobRow.owner_key_id == caller.id, JobRow.state.not_in(ENDED))
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from post_server.database import guard_blobs
+from post_server.database import guard
 from post_server.model_store import find_model_by_hash
 from post_server.records import ApiKeyRow, DatasetRow, JobRow, ModelRow, PromptRow
 from post_server.storage import BlobStore
@@ -36,7 +36,7 @@ def add_prompt(
         PromptMismatch: its model isn't here, or the model has another width.
     """
     prompt = read_prompt(data, max_bytes=max_bytes)
-    guard_blobs(session)
+    guard(session)
     model = _model_of(session, prompt)
     sha256 = store.put(data)
     if role is PromptRole.SOURCE:
@@ -82,7 +82,7 @@ def delete_prompt(session: Session, store: BlobStore, row: PromptRow) -> None:
     Raises:
         Conflict: a job that has not ended needs it.
     """
-    guard_blobs(session)
+    guard(session)
     for job in session.scalars(select(JobRow).where(JobRow.state.not_in(ENDED))):
         if job.request.get("prompt") == row.id:
             raise Conflict(f"The job {job.id} needs this prompt; cancel it or wait for its end.", job=job.id)

@@ -21,6 +21,7 @@ from post_server.settings import Settings
 from post_shared.errors import IntegrityError, NotFound
 
 CHUNK_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 8 * CHUNK_BYTES  # of an object store, for each reader
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,7 +34,8 @@ class BlobStore:
 
     def __init__(self, storage_url: str, cache: Path | None = None) -> None:
         self._is_local = urlsplit(storage_url).scheme in ("", "file", "local")
-        self._fs, root = fsspec.core.url_to_fs(storage_url)
+        # A kept listing would hide what other processes store and delete.
+        self._fs, root = fsspec.core.url_to_fs(storage_url, use_listings_cache=False)
         self._root = str(root).rstrip("/")
         self._cache = Path(self._root) if self._is_local else cache or Path(tempfile.gettempdir()) / "post-blobs"
         (self._cache / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -81,7 +83,7 @@ class BlobStore:
     def open(self, sha256: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """The bytes from ``start`` up to ``stop`` (exclusive) in chunks; a missing blob is known at once."""
         try:
-            stream = self._fs.open(self._key(sha256), "rb")
+            stream = self._fs.open(self._key(sha256), "rb", block_size=_READ_AHEAD_BYTES)
         except FileNotFoundError:
             raise _missing(sha256) from None
         return _chunks(stream, start, stop)

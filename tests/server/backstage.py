@@ -22,7 +22,6 @@ from post_server.database import Database
 from post_server.jobs import states
 from post_server.keys import create_key
 from post_server.records import ApiKeyRow, DatasetRow, JobEventRow, JobRow, ModelRow, PromptRow
-from post_server.serve import embedded_redis
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_shared.schemas import (
@@ -36,6 +35,7 @@ from post_shared.schemas import (
     TaskForm,
 )
 from tests.models import LABELS, TEXTS, tiny_model
+from tests.server.backing import redis_command
 
 T = TypeVar("T")
 
@@ -84,8 +84,7 @@ class Backstage:
         return process
 
     def start_redis(self) -> subprocess.Popen[bytes]:
-        socket = self.settings.home / "redis.sock"
-        process = self.start(*embedded_redis.command(embedded_redis.find_program(), socket))
+        process = self.start(*redis_command(self.settings))
         wait_for(self._pings, 10.0, 0.01)
         return process
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from post_server.settings import Settings
+from tests.server.backing import Backing, check_real_parts, real_backing
 from tests.server.backstage import Backstage
 from tests.server.front import Front
+from tests.server.real_parts import ObjectStore, Postgres
 
 
 @pytest.fixture
@@ -20,11 +22,40 @@ def home() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """PostgreSQL for the whole run, started when a test first asks for it."""
+    check_real_parts()
+    part = Postgres()
+    yield part
+    part.close()
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """An S3 server for the whole run, which every process that is started hears of."""
+    part = ObjectStore()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in part.environment.items():
+            patch.setenv(name, value)
+        yield part
+    part.close()
+
+
 @pytest.fixture
-def backstage(home: Path) -> Iterator[Backstage]:
+def backing(request: pytest.FixtureRequest) -> Backing:
+    """What the servers of a test stand on: see ``--backing``."""
+    if request.config.getoption("--backing") == "embedded":
+        return Backing()
+    return real_backing(request.getfixturevalue("postgres"), request.getfixturevalue("object_store"))
+
+
+@pytest.fixture
+def backstage(home: Path, backing: Backing) -> Iterator[Backstage]:
     """Database, store and, on demand, real Redis, worker and predictor processes, with short leases."""
     settings = Settings(
         home=home,
+        **backing.urls,
         lease_seconds=3.0,
         heartbeat_seconds=0.5,
         reconcile_seconds=0.3,
@@ -41,16 +72,17 @@ def backstage(home: Path) -> Iterator[Backstage]:
 
 
 @pytest.fixture
-def front(home: Path) -> Iterator[Front]:
+def front(home: Path, backing: Backing) -> Iterator[Front]:
     """A real API server, without workers."""
-    server = Front(home)
+    server = Front(home, **backing.urls)
     yield server
     server.close()
 
 
 @pytest.fixture
-def small_front(home: Path) -> Iterator[Front]:
+def small_front(home: Path, backing: Backing) -> Iterator[Front]:
     """The same with limits that a test can reach."""
-    server = Front(home, prompt_bytes=4096, dataset_bytes=4096, document_bytes=4096, jobs_per_key=2)
+    limits = {"prompt_bytes": 4096, "dataset_bytes": 4096, "document_bytes": 4096, "jobs_per_key": 2}
+    server = Front(home, **backing.urls, **limits)
     yield server
     server.close()

@@ -25,6 +25,7 @@ from post_server.storage import BlobStore
 from post_shared.errors import PROBLEM_MEDIA_TYPE
 from post_shared.prompt_file import PromptFile, write_prompt
 from post_shared.schemas import ModelRole, Role, TaskForm
+from tests.server.backing import temporary_files
 
 WIDTH, LAYERS = 8, 4
 TASK = TaskForm(template="{text}, it was", label_words={"positive": ["good"], "negative": ["bad"]})
@@ -113,8 +114,7 @@ class Front:
         tables = [table for table in Base.metadata.sorted_tables if table.name != "api_keys"]
         with self.database.read() as session:
             rows = {table.name: sorted(map(repr, session.execute(table.select()))) for table in tables}
-        left = list((self.settings.home / "blobs" / "tmp").iterdir())
-        return {**rows, "blobs": self.store.list(), "temporary": left}
+        return {**rows, "blobs": self.store.list(), "temporary": temporary_files(self.settings)}
 
     def job(self, job_id: str) -> JobRow:
         with self.database.read() as session:

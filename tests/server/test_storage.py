@@ -5,23 +5,32 @@ from __future__ import annotations
 import hashlib
 import io
 import secrets
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from post_server.storage import BlobStore, copy_to
 from post_shared.errors import IntegrityError, NotFound
+from tests.server.real_parts import ObjectStore
 
 DATA = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(DATA).hexdigest()
+_PUT = """
+import sys
+from pathlib import Path
+from post_server.storage import BlobStore
+BlobStore(sys.argv[1], cache=Path(sys.argv[2])).put(sys.stdin.buffer.read())
+"""
 
 
-@pytest.fixture(params=["file", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlobStore]:
-    urls = {"file": f"file://{tmp_path}/blobs", "memory": f"memory://{secrets.token_hex(8)}"}
-    return BlobStore(urls[request.param], cache=tmp_path / "cache")
+@pytest.fixture(params=["file", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    urls = {"file": lambda: f"file://{tmp_path}/blobs", "memory": lambda: f"memory://{secrets.token_hex(8)}"}
+    urls["s3"] = lambda: request.getfixturevalue("object_store").new_bucket()
+    return BlobStore(urls[request.param](), cache=tmp_path / "cache")
 
 
 class TestContract:
@@ -92,6 +101,19 @@ class TestContract:
         assert (tmp_path / "model" / "weights").read_bytes() == DATA
         (tmp_path / "model" / "weights").unlink()
         assert store.read(SHA256) == DATA
+
+
+def test_another_process_sees_every_change_at_once(object_store: ObjectStore, tmp_path: Path) -> None:
+    """Two hosts, one bucket: what one lists is not what it knew before."""
+    url = object_store.new_bucket()
+    here, there = (BlobStore(url, cache=tmp_path / name) for name in ("here", "there"))
+    assert not here.list()
+    assert not here.exists(SHA256)
+    subprocess.run([sys.executable, "-c", _PUT, url, str(tmp_path / "other")], input=DATA, check=True)
+    assert here.list() == [SHA256]
+    assert here.read(SHA256) == DATA
+    there.delete(SHA256)
+    assert not here.exists(SHA256)
 
 
 def test_changed_bytes_are_noticed(tmp_path: Path) -> None:
