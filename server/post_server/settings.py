@@ -49,7 +49,17 @@ class Settings(BaseSettings):
     stop_seconds: float = Field(default=10.0, gt=0, description="From a stop signal to kill, for every process.")
 
     predictor_models: int = Field(default=2, ge=1, description="Models that a predictor keeps in memory.")
-    predictor_prompts: int = Field(default=64, ge=1, description="Prompts that it keeps ready for each model.")
+    predictor_prompt_bytes: int = Field(
+        default=2**30, ge=0, description="Memory that it uses for prompts it keeps ready, of all models together."
+    )
+    predictor_text_tokens: int = Field(
+        default=2048,
+        ge=8,
+        description="Most tokens of a text in its template, where the model's context allows as many.",
+    )
+    predictor_queue: int = Field(
+        default=256, ge=1, description="Requests that wait for a predictor; with more, callers are told to come later."
+    )
 
     prompt_bytes: int = Field(default=64 * 2**20, description="Largest prompt file.")
     dataset_bytes: int = Field(default=2 * 2**30, description="Largest dataset upload.")

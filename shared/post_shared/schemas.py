@@ -275,6 +275,7 @@ class Prediction(Document):
     label: str | None = Field(default=None, description="The label with the highest score; null for generation.")
     scores: dict[str, float] = Field(default_factory=dict, description="Label -> probability.")
     text: str | None = Field(default=None, description="The generated answer; null for classification.")
+    cut: bool = Field(default=False, description="The text was too long for the model and lost its end.")
 
 
 class Predictions(Document):

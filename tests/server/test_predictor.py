@@ -17,10 +17,18 @@ import torch
 
 from post_server.model_store import materialise_model
 from post_server.predictor import transport
-from post_server.predictor.models import LastUsed
-from post_server.predictor.server import Predictor, Question, _joined
+from post_server.predictor.backlog import Backlog, Question
+from post_server.predictor.server import Predictor
 from post_server.records import ModelRow, PromptRow
-from post_shared.errors import InvalidInput, NotFound, PromptMismatch, TaskInvalid, Timeout, Unavailable
+from post_shared.errors import (
+    InvalidInput,
+    NotFound,
+    PromptMismatch,
+    TaskInvalid,
+    Timeout,
+    TooManyRequests,
+    Unavailable,
+)
 from post_shared.evaluation import classify, generate
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_file import read_prompt
@@ -109,10 +117,10 @@ def test_questions_asked_at_once_are_joined_and_each_gets_its_own(backstage: Bac
         sizes: list[int] = []
         predict = predictor.predict
 
-        def slowly(form: Any, texts: Any) -> Any:
-            sizes.append(len(texts))
+        def slowly(model: Any, shares: Any) -> Any:
+            sizes.append(len(shares))
             time.sleep(0.3)
-            return predict(form, texts)
+            return predict(model, shares)
 
         predictor.predict = slowly  # type: ignore[method-assign]
         together = ask(backstage, *(payload(row, prompt, texts=[text]) for text in TEXTS))
@@ -197,24 +205,75 @@ def test_the_process_answers_logs_no_text_and_stops_when_told(backstage: Backsta
     assert "unmistakable" not in backstage.log()
 
 
-def test_groups_are_alike_and_bearable() -> None:
-    def question(model: str, texts: int) -> Question:
-        form = PredictionCreate(model=model, task=TASK, texts=["a"] * texts)
-        return Question("reply", time.time() + 1, form)
+def test_batches_are_of_one_model_and_a_long_question_lets_the_others_in() -> None:
+    def question(model: str, texts: int, seconds: float = 9.0) -> Question:
+        form = PredictionCreate(model=model, task=TASK, texts=[f"{at}" for at in range(texts)])
+        return Question(model, time.time() + seconds, form)
 
-    asked = [question("a", 200), question("b", 1), question("a", 56), question("a", 1), question("b", 2)]
-    groups = [[(each.form.model, len(each.form.texts)) for each in group] for group in _joined(asked)]
-    assert groups == [[("a", 200), ("a", 56)], [("b", 1), ("b", 2)], [("a", 1)]]
+    backlog = Backlog()
+    for each in (question("a", 200), question("b", 2), question("a", 3), question("a", 40), question("b", 1, -1.0)):
+        backlog.add(each)
+    assert [late.reply for late in backlog.expired(time.time())] == ["b"]
+    assert backlog.texts == 245
+    batches = []
+    while batch := backlog.next_batch(64):
+        batches.append([(share.question.form.model, len(share.texts)) for share in batch])
+    assert batches == [
+        [("a", 31), ("a", 3), ("a", 30)],
+        [("a", 54), ("a", 10)],
+        [("a", 64)],
+        [("a", 51)],
+        [("b", 2)],
+    ]
+    assert len(backlog) == 0
 
 
-def test_the_last_used_stay() -> None:
-    kept: LastUsed[int, int] = LastUsed(2)
-    made: list[int] = []
+def test_different_prompts_share_a_batch_and_one_of_no_use_spoils_nothing(backstage: Backstage, tmp_path: Path) -> None:
+    backstage.start_redis()
+    row = backstage.add_target()
+    prompts = [backstage.add_source_prompt(row, length=length) for length in (4, 9)]
+    model, task = load(backstage, row, tmp_path), Task.from_form(TASK)
+    predictor = Predictor(backstage.settings)
+    asked = [payload(row, each) for each in prompts] + [
+        payload(row),
+        payload(row) | {"prompt": "prm_gone", "task": None},
+    ]
+    reply = [f"reply{at}" for at in range(len(asked))]
+    with redis.Redis.from_url(backstage.settings.redis_url) as client:
+        for key, each in zip(reply, asked, strict=True):
+            question = {"reply": key, "deadline": time.time() + 60, "payload": each}
+            client.lpush(transport.QUESTIONS, json.dumps(question))
+        sizes: list[int] = []
+        predict = predictor.predict
+        predictor.predict = lambda model, shares: sizes.append(len(shares)) or predict(model, shares)  # type: ignore
+        predictor._take(threading.Event())
+        while batch := predictor._backlog.next_batch():
+            predictor._answer(batch)
+        answers = [json.loads(client.lpop(key) or b"{}") for key in reply]
+    predictor.close()
+    assert sizes == [4]
+    assert answers[3]["problem"]["code"] == "not_found"
+    for answer, used in zip(answers, [*(embeddings(backstage, each) for each in prompts), None], strict=False):
+        found = Predictions.model_validate(answer["ok"])
+        scores = torch.tensor([[item.scores[label] for label in task.labels] for item in found.items])
+        assert torch.allclose(scores, classify(model, task, TEXTS, used), atol=1e-5)
 
-    def get(key: int) -> int:
-        return kept.get(key, lambda: made.append(key) or key)  # type: ignore[func-returns-value]
 
-    for key in (1, 2, 1, 3, 1, 2):
-        assert get(key) == key
-        assert len(kept) <= 2
-    assert made == [1, 2, 3, 2]
+def test_a_text_that_is_too_long_is_cut_and_said(backstage: Backstage) -> None:
+    backstage.start_redis()
+    row = backstage.add_target()
+    with answering(backstage):
+        (answer,) = ask(backstage, payload(row, texts=["a nice film " * 150, "a nice film"]))
+    assert [item["cut"] for item in answer["items"]] == [True, False]
+
+
+def test_with_a_full_queue_callers_are_told_to_come_later(backstage: Backstage) -> None:
+    backstage.start_redis()
+    row = backstage.add_target()
+    with redis.Redis.from_url(backstage.settings.redis_url) as client:
+        client.set(transport.ALIVE, 1, ex=30)
+        client.lpush(transport.QUESTIONS, *["{}"] * backstage.settings.predictor_queue)
+        (error,) = ask(backstage, payload(row))
+        assert type(error) is TooManyRequests
+        assert error.fields["retry_after"] == 2
+        assert client.llen(transport.QUESTIONS) == backstage.settings.predictor_queue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -73,8 +74,11 @@ def describe_problem(status: int) -> dict[str, Any]:
 
 
 def respond(error: PostError, request_id: str | None, headers: dict[str, str] | None = None) -> Response:
-    """The problem document of an error."""
-    return _render(error.problem(), request_id, _HEADERS.get(error.status, {}) | (headers or {}))
+    """The problem document of an error; its ``retry_after``, if it has one, is the header's too."""
+    known = _HEADERS.get(error.status, {})
+    if "retry_after" in error.fields:
+        known = known | {"Retry-After": str(math.ceil(error.fields["retry_after"]))}
+    return _render(error.problem(), request_id, known | (headers or {}))
 
 
 def _render(problem: dict[str, Any], request_id: str | None, headers: dict[str, str]) -> Response:

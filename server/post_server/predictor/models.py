@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from post_server.database import Database
 from post_server.ml.loading import load_stored
@@ -17,57 +14,20 @@ from post_server.model_store import find_model, materialise_model
 from post_server.records import ModelRow, PromptRow
 from post_server.settings import Settings
 from post_server.storage import BlobStore
-from post_shared.errors import NotFound, PromptMismatch
+from post_shared.errors import InvalidInput, NotFound, PromptMismatch
 from post_shared.language_model import LanguageModel
-from post_shared.prefixes import Prefix
 from post_shared.prompt_file import read_prompt
+from post_shared.schemas import TaskForm
+from post_shared.serving import PromptCache, PromptKey, ServedPrompt
 from post_shared.tasks import Task
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-
-class LastUsed(Generic[K, V]):
-    """At most ``size`` values; the one that wasn't used for longest goes first."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._kept: OrderedDict[K, V] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, key: K, make: Callable[[], V]) -> V:
-        """The value of ``key``, made if need be. Room is made first, so that never more than ``size`` exist."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        while len(self._kept) >= self._size:
-            self._kept.popitem(last=False)
-        self._kept[key] = make()
-        return self._kept[key]
 
 
 @dataclass(frozen=True)
-class ReadyPrompt:
-    """A prompt with its task. ``prefix`` is the key/value cache, which only causal models have."""
-
-    task: Task
-    embeddings: Tensor
-    prefix: Prefix | None
-
-    @property
-    def for_classes(self) -> Tensor | Prefix:
-        return self.embeddings if self.prefix is None else self.prefix
-
-
-@dataclass
 class ReadyModel:
-    """A loaded model and the prompts used with it."""
+    """A loaded model with its row."""
 
     row: ModelRow
     model: LanguageModel
-    prompts: LastUsed[str, ReadyPrompt] = field(default_factory=lambda: LastUsed(1))
 
 
 class Shelf:
@@ -75,25 +35,37 @@ class Shelf:
 
     def __init__(self, settings: Settings, database: Database, store: BlobStore) -> None:
         self._settings, self._database, self._store = settings, database, store
-        self._models: LastUsed[str, ReadyModel] = LastUsed(settings.predictor_models)
+        self._models: OrderedDict[str, ReadyModel] = OrderedDict()
+        self._prompts = PromptCache(settings.predictor_prompt_bytes)
 
     def model(self, reference: str) -> ReadyModel:
-        """The model of that id or name.
+        """The model of that id or name. Room is made first, so that no more than ``predictor_models`` exist at a time.
 
         Raises:
             NotFound: there is none.
         """
         with self._database.read() as session:
             row = find_model(session, reference)
-        return self._models.get(row.id, lambda: self._load(row))
+        if row.id not in self._models:
+            while len(self._models) >= self._settings.predictor_models:
+                gone, _ = self._models.popitem(last=False)
+                self._prompts.forget(model=gone)
+            self._models[row.id] = self._load(row)
+        self._models.move_to_end(row.id)
+        return self._models[row.id]
 
-    def prompt(self, ready: ReadyModel, prompt_id: str) -> ReadyPrompt:
-        """A prompt, ready for that model.
+    def prompt(self, ready: ReadyModel, prompt_id: str | None, form: TaskForm | None) -> ServedPrompt:
+        """A prompt ready for that model; without one, the task alone.
 
         Raises:
             NotFound: there is none (any more).
             PromptMismatch: the prompt has another width than the model.
+            InvalidInput: neither a prompt nor a task.
         """
+        if prompt_id is None:
+            if form is None:
+                raise InvalidInput("a prediction needs a prompt or a task")
+            return ServedPrompt.of(ready.model, Task.from_form(form), None)
         with self._database.read() as session:
             row = session.get(PromptRow, prompt_id)
         if row is None:
@@ -104,7 +76,8 @@ class Shelf:
                 width=row.width,
                 hidden_size=ready.model.hidden_size,
             )
-        return ready.prompts.get(row.id, lambda: self._prepare(ready.model, row))
+        key = PromptKey(row.owner_key_id, ready.row.id, row.id)
+        return self._prompts.get(key, lambda: self._prepare(ready.model, row))
 
     def _load(self, row: ModelRow) -> ReadyModel:
         folder = self._settings.home / "cache" / "predictor" / row.hash
@@ -114,11 +87,8 @@ class Shelf:
             materialise_model(self._store, row, aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-        model = load_stored(row, folder, self._settings.device)
-        return ReadyModel(row, model, LastUsed(self._settings.predictor_prompts))
+        return ReadyModel(row, load_stored(row, folder, self._settings.device))
 
-    def _prepare(self, model: LanguageModel, row: PromptRow) -> ReadyPrompt:
+    def _prepare(self, model: LanguageModel, row: PromptRow) -> ServedPrompt:
         file = read_prompt(self._store.read(row.sha256), max_bytes=self._settings.prompt_bytes)
-        embeddings = torch.from_numpy(file.embeddings)
-        prefix = model.prefix(embeddings) if model.keeps_prefix else None
-        return ReadyPrompt(Task.from_form(file.task), embeddings, prefix)
+        return ServedPrompt.of(model, Task.from_form(file.task), torch.from_numpy(file.embeddings))

@@ -1,4 +1,4 @@
-"""The predictor process: takes questions from Redis, joins what belongs together, answers. Torch lives here."""
+"""The predictor process: takes questions from Redis, answers what waits in shared batches. Torch lives here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import redis
 import torch
@@ -17,47 +16,37 @@ from pydantic import ValidationError
 from post_server.database import Database
 from post_server.logs import configure_logs
 from post_server.predictor import transport
-from post_server.predictor.models import Shelf
+from post_server.predictor.backlog import Backlog, Question, Share
+from post_server.predictor.models import ReadyModel, Shelf
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_server.worker.quiet import quiet_models
 from post_shared.errors import InvalidInput, PostError
-from post_shared.evaluation import classify, generate
+from post_shared.evaluation import generate
+from post_shared.language_model import LanguageModel
 from post_shared.schemas import Prediction, PredictionCreate, Predictions
-from post_shared.tasks import Task
+from post_shared.serving import Classified, ServedPrompt, classify_mixed
 
 log = logging.getLogger("post.predictor")
 
 _WAIT_SECONDS = 1.0
-_MOST_JOINED = 32
+_MOST_TAKEN = 32
 """Questions that are taken from the list at once."""
-_MOST_TEXTS = 256
-"""In one joined batch, so that nobody waits long for the texts of others."""
+_MOST_TEXTS = 1024
+"""That wait in this process. The rest stays in the list, where another predictor can take it."""
 _ANSWER_SECONDS = 60
 """How long an answer that nobody fetches is kept."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """A request that still waits for its answer."""
-
-    reply: str
-    deadline: float
-    form: PredictionCreate
-
-    @property
-    def group(self) -> str:
-        """Equal for questions that can share a batch: all but the texts is the same."""
-        return self.form.model_dump_json(exclude={"texts"})
-
-
 class Predictor:
-    """Answers questions one batch after the other."""
+    """Answers one batch after the other. Whatever came while one ran goes into the next; nothing waits for company."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._database = Database.from_settings(settings)
         self._shelf = Shelf(settings, self._database, BlobStore.from_settings(settings))
         self._redis = redis.Redis.from_url(settings.redis_url, socket_timeout=10.0, socket_connect_timeout=2.0)
+        self._backlog = Backlog()
 
     def beat(self, stopping: threading.Event) -> None:
         """Give signs of life, in a thread of its own: a long batch is no death."""
@@ -69,47 +58,78 @@ class Predictor:
             stopping.wait(transport.ALIVE_SECONDS / 3)
 
     def serve(self, stopping: threading.Event) -> None:
-        """Answer until told to stop; the batch under way is still answered."""
-        while not stopping.is_set():
+        """Answer until told to stop; what was taken by then is still answered."""
+        while len(self._backlog) or not stopping.is_set():
             try:
-                questions = self._take()
+                self._take(stopping)
             except redis.RedisError as error:
                 log.warning("redis away: %s", type(error).__name__)
                 stopping.wait(_WAIT_SECONDS)
-                continue
-            for group in _joined(questions):
-                self._answer([question for question in group if question.deadline > time.time()])
+            self._backlog.expired(time.time())
+            self._answer(self._backlog.next_batch())
 
     def close(self) -> None:
         """Let go of the database and Redis."""
         self._database.dispose()
         self._redis.close()
 
-    def predict(self, form: PredictionCreate, texts: Sequence[str]) -> list[Prediction]:
-        """One prediction per text, in order."""
-        ready = self._shelf.model(form.model)
-        prompt = self._shelf.prompt(ready, form.prompt) if form.prompt else None
-        if prompt is not None:
-            task = prompt.task
-        elif form.task is not None:
-            task = Task.from_form(form.task)
-        else:
-            raise InvalidInput("a prediction needs a prompt or a task")
-        if task.is_generation:
-            embeddings = prompt.embeddings if prompt else None
-            made = generate(ready.model, task, texts, embeddings, max_new_tokens=form.max_new_tokens)
-            return [Prediction(text=text) for text in made]
-        scores = classify(ready.model, task, texts, prompt.for_classes if prompt else None)  # (N, C)
-        return [_prediction(task, row) for row in scores.tolist()]
+    def predict(self, model: str, shares: Sequence[Share]) -> list[list[Prediction | PostError]]:
+        """A prediction, or what is wrong with it, for every text of every share, all of them questions to ``model``.
 
-    def _take(self) -> list[Question]:
-        """The next question, and those that wait behind it."""
-        first = self._redis.brpop([transport.QUESTIONS], timeout=_WAIT_SECONDS)
-        if not first:
-            return []
-        more = self._redis.rpop(transport.QUESTIONS, _MOST_JOINED - 1) or []
-        found = [self._read(data) for data in [first[1], *more]]
-        return [question for question in found if question is not None]
+        Raises:
+            NotFound: there is no such model.
+            TaskInvalid: a template leaves no room for a text.
+        """
+        ready = self._shelf.model(model)
+        prompts = [self._prompt(ready, share.question.form) for share in shares]
+        rows: list[tuple[str, ServedPrompt]] = [
+            (text, prompt)
+            for prompt, share in zip(prompts, shares, strict=True)
+            if not isinstance(prompt, PostError) and not prompt.task.is_generation
+            for text in share.texts
+        ]
+        most = self._settings.predictor_text_tokens
+        found = iter(
+            classify_mixed(ready.model, [text for text, _ in rows], [prompt for _, prompt in rows], max_length=most)
+        )
+        results: list[list[Prediction | PostError]] = []
+        for prompt, share in zip(prompts, shares, strict=True):
+            if isinstance(prompt, PostError):
+                results.append([prompt])
+            elif prompt.task.is_generation:
+                results.append(list(self._generate(ready.model, prompt, share)))
+            else:
+                results.append([_prediction(prompt, next(found)) for _ in share.texts])
+        return results
+
+    def _prompt(self, ready: ReadyModel, form: PredictionCreate) -> ServedPrompt | PostError:
+        try:
+            return self._shelf.prompt(ready, form.prompt, form.task)
+        except PostError as error:
+            return error
+
+    def _generate(self, model: LanguageModel, prompt: ServedPrompt, share: Share) -> list[Prediction]:
+        made = generate(
+            model, prompt.task, share.texts, prompt.embeddings, max_new_tokens=share.question.form.max_new_tokens
+        )
+        return [Prediction(text=text) for text in made]
+
+    def _take(self, stopping: threading.Event) -> None:
+        """Put what waits in the list into the backlog; wait for it when there is nothing else to do."""
+        if stopping.is_set() or self._backlog.texts >= _MOST_TEXTS:
+            return
+        found: list[bytes | str] = []
+        if not len(self._backlog):
+            first = self._redis.brpop([transport.QUESTIONS], timeout=_WAIT_SECONDS)
+            if not first:
+                return
+            found.append(first[1])
+        more = self._redis.rpop(transport.QUESTIONS, _MOST_TAKEN - len(found))
+        found += more if isinstance(more, list) else []
+        for data in found:
+            question = self._read(data)
+            if question is not None:
+                self._backlog.add(question)
 
     def _read(self, data: bytes | str) -> Question | None:
         try:
@@ -124,32 +144,41 @@ class Predictor:
             self._send(reply, transport.refusal(InvalidInput("the question is no prediction request")))
             return None
 
-    def _answer(self, group: Sequence[Question]) -> None:
-        """Answer questions of one group together; when that fails, each alone, so that none spoils another's."""
-        if not group:
+    def _answer(self, shares: Sequence[Share]) -> None:
+        """Answer shares of one model together; when that fails, each alone, so that none spoils another's."""
+        if not shares:
             return
         began = time.monotonic()
-        texts = [text for question in group for text in question.form.texts]
-        form = group[0].form
         try:
-            items = self.predict(form, texts)
+            results = self.predict(shares[0].question.form.model, shares)
         except Exception as error:
-            if len(group) > 1:
-                for question in group:
-                    self._answer([question])
-                return
-            self._send(group[0].reply, transport.refusal(_as_post_error(error)))
+            if len(shares) > 1:
+                for share in shares:
+                    self._answer([share])
+            else:
+                self._refuse(shares[0].question, _as_post_error(error))
             return
-        at = 0
-        for question in group:
-            mine = items[at : at + len(question.form.texts)]
-            at += len(mine)
-            document = Predictions(model_id=form.model, prompt_id=form.prompt, items=mine)
+        for share, result in zip(shares, results, strict=True):
+            self._add(share.question, result)
+        texts = sum(len(share.texts) for share in shares)
+        seconds = round(time.monotonic() - began, 3)
+        log.info("answered", extra={"questions": len(shares), "texts": texts, "seconds": seconds})
+
+    def _add(self, question: Question, result: Sequence[Prediction | PostError]) -> None:
+        """Keep the results of some of a question's texts; send its answer once it has them all."""
+        for item in result:
+            if isinstance(item, PostError):
+                self._refuse(question, item)
+                return
+            question.found.append(item)
+        if question.answered:
+            form = question.form
+            document = Predictions(model_id=form.model, prompt_id=form.prompt, items=question.found)
             self._send(question.reply, transport.answer(document.model_dump(mode="json")))
-        log.info(
-            "answered",
-            extra={"questions": len(group), "texts": len(texts), "seconds": round(time.monotonic() - began, 3)},
-        )
+
+    def _refuse(self, question: Question, error: PostError) -> None:
+        self._backlog.drop(question)
+        self._send(question.reply, transport.refusal(error))
 
     def _send(self, reply: str, data: str) -> None:
         try:
@@ -161,22 +190,11 @@ class Predictor:
             log.warning("answer not sent: %s", type(error).__name__)
 
 
-def _joined(questions: Sequence[Question]) -> list[list[Question]]:
-    """Questions that can share a batch, in the order in which they came, each group of a bearable size."""
-    open_groups: dict[str, list[Question]] = {}
-    groups: list[list[Question]] = []
-    for question in questions:
-        group = open_groups.get(question.group)
-        if group is None or sum(len(q.form.texts) for q in group) + len(question.form.texts) > _MOST_TEXTS:
-            group = open_groups[question.group] = []
-            groups.append(group)
-        group.append(question)
-    return groups
-
-
-def _prediction(task: Task, row: Sequence[float]) -> Prediction:
-    scores = dict(zip(task.labels, row, strict=True))
-    return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores)
+def _prediction(prompt: ServedPrompt, found: Classified) -> Prediction | PostError:
+    if found.scores is None:
+        return InvalidInput("the model's answers are no numbers; the prompt's may be far too large: tune it again")
+    scores = dict(zip(prompt.task.labels, found.scores, strict=True))
+    return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores, cut=found.cut)
 
 
 def _as_post_error(error: Exception) -> PostError:

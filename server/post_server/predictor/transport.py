@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from post_server.settings import Settings, get_settings
-from post_shared.errors import PostError, Timeout, Unavailable, from_problem
+from post_shared.errors import PostError, Timeout, TooManyRequests, Unavailable, from_problem
 
 QUESTIONS = "post:predictor:questions"
 ALIVE = "post:predictor:alive"
@@ -40,13 +40,14 @@ async def request(
     Raises:
         Unavailable: no predictor is there, or the one that had the question is gone.
         Timeout: none answered in time.
+        TooManyRequests: as many requests as may wait are waiting.
         PostError: whatever the predictor says, for example :class:`~post_shared.errors.PromptMismatch`.
     """
     known = settings or get_settings()
     seconds = known.prediction_seconds if timeout is None else timeout
     client = _client(known)
     try:
-        answer = await _ask(client, payload, seconds)
+        answer = await _ask(client, payload, seconds, known.predictor_queue)
     except (RedisError, OSError) as error:
         raise Unavailable(f"the predictors can't be reached ({type(error).__name__}); try again") from error
     if "problem" in answer:
@@ -68,9 +69,15 @@ async def close() -> None:
         await client.aclose()
 
 
-async def _ask(client: Redis, payload: dict[str, Any], seconds: float) -> dict[str, Any]:
-    if not await client.exists(ALIVE):
+async def _ask(client: Redis, payload: dict[str, Any], seconds: float, most_waiting: int) -> dict[str, Any]:
+    async with client.pipeline(transaction=False) as pipe:
+        pipe.exists(ALIVE)
+        pipe.llen(QUESTIONS)
+        found, waiting = await pipe.execute()
+    if not found:
         raise Unavailable("no predictor is running; it may be starting: try again in some seconds")
+    if waiting >= most_waiting:
+        raise TooManyRequests(f"{waiting} requests wait for a prediction already; come back later", retry_after=2)
     reply = f"post:predictor:answer:{secrets.token_hex(16)}"
     question = {"reply": reply, "deadline": time.time() + seconds, "payload": payload}
     await client.lpush(QUESTIONS, json.dumps(question))
