@@ -10,12 +10,14 @@ from sqlalchemy.orm import Session
 from post_server.database import guard
 from post_server.dataset_store import check_labelled, find_dataset
 from post_server.jobs.states import announce
+from post_server.keys import check_scope
 from post_server.model_store import find_model
 from post_server.prompt_store import ENDED, visible_prompt
 from post_server.records import ApiKeyRow, JobRow, ModelRow, PromptRow
 from post_server.reports import check_report
 from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch, TooManyRequests
 from post_shared.job_schemas import MetricPoint
+from post_shared.key_schemas import Scope
 from post_shared.report_schemas import ReportCreate
 from post_shared.schemas import (
     DistillationCreate,
@@ -64,6 +66,11 @@ def place_order(session: Session, caller: ApiKeyRow, order: Order, *, jobs_per_k
     row = JobRow(kind=kind, owner_key_id=caller.id, request=order.model_dump(mode="json"))
     announce(session, row)
     return row
+
+
+def check_may_order(caller: ApiKeyRow, kind: JobKind) -> None:
+    """Raise :class:`Forbidden` when the caller's key may not order, and so not cancel, jobs of the kind."""
+    check_scope(caller, Scope.PROVIDE if kind in (JobKind.DISTIL, JobKind.REPORT) else Scope.TRANSFER)
 
 
 def visible_job(session: Session, caller: ApiKeyRow, job_id: str) -> JobRow:

@@ -101,7 +101,15 @@ class ApiKeyRow(Base):
     name: Mapped[str] = mapped_column(String(64))
     role: Mapped[Role]
     key_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    scopes: Mapped[list[str] | None]
+    """:class:`post_shared.key_schemas.Scope` values; null: all that the role may."""
     created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    rotated_at: Mapped[datetime | None]
+    previous_hash: Mapped[str | None] = mapped_column(String(64), unique=True, index=True)
+    """Of the text before the last rotation, which opens until ``previous_until``."""
+    previous_until: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
 
 

@@ -11,6 +11,7 @@
     │   ├── LedgerInvalid          422  a privacy ledger that can't be read or written (client side)
     │   └── IdempotencyMismatch    422  an Idempotency-Key reused with another body
     ├── Unauthenticated            401
+    │   └── KeyExpired             401  the key's time is over
     ├── Forbidden                  403
     ├── NotFound                   404
     ├── Conflict                   409
@@ -102,6 +103,10 @@ class IdempotencyMismatch(InvalidInput):
 
 class Unauthenticated(PostError):
     code, status, title = "unauthenticated", 401, "No valid API key"
+
+
+class KeyExpired(Unauthenticated):
+    code, title = "key_expired", "The API key has expired"
 
 
 class Forbidden(PostError):

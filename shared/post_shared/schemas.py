@@ -284,15 +284,7 @@ class Predictions(Document):
     items: list[Prediction]
 
 
-# --- keys ---------------------------------------------------------------------------------------------
-
-
-class ApiKey(Document):
-    id: str
-    name: str
-    role: Role
-    created_at: datetime
-    revoked_at: datetime | None = None
+# --- health ------------------------------------------------------------------------------------------
 
 
 class Health(Document):

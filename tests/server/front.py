@@ -19,7 +19,7 @@ from post_server.api.app import create_app
 from post_server.database import Database
 from post_server.keys import create_key
 from post_server.model_store import add_model
-from post_server.records import Base, JobRow, ModelRow
+from post_server.records import ApiKeyRow, Base, JobRow, ModelRow
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_shared.errors import PROBLEM_MEDIA_TYPE
@@ -48,13 +48,17 @@ class Front:
         self._thread.start()
         self.keys: dict[str, str] = {}
         self.key_ids: dict[str, str] = {}
+        self._clients = {None: self._client(None)}
         for name, role in (("provider", Role.PROVIDER), ("alice", Role.OWNER), ("bob", Role.OWNER)):
             with self.database.write() as session:
-                row, self.keys[name] = create_key(session, name=name, role=role)
-                self.key_ids[name] = row.id
-        self._clients = {name: self._client(name) for name in (*self.keys, None)}
+                self.add_caller(name, *create_key(session, name=name, role=role))
         while not self._server.started:
             time.sleep(0.005)
+
+    def add_caller(self, name: str, row: ApiKeyRow, text: str) -> None:
+        """From now on ``name`` calls with this key."""
+        self.key_ids[name], self.keys[name] = row.id, text
+        self._clients[name] = self._client(name)
 
     def close(self) -> None:
         for client in self._clients.values():

@@ -58,6 +58,21 @@ def test_a_key_is_printed_once_and_works_until_revoked(settings: Settings) -> No
         run("key", "revoke", "alice")
 
 
+def test_a_key_with_few_scopes_and_an_end_is_rotated(settings: Settings) -> None:
+    old = run("key", "create", "--role", "owner", "--name", "app", "--scope", "predict", "--expires-days", "30").strip()
+    new = run("key", "rotate", "app", "--grace-hours", "1").strip()
+    assert old != new
+    shown = run("key", "list")
+    assert "predict" in shown
+    assert "transfer" not in shown
+    assert old not in shown
+    assert new not in shown
+    with Database.from_settings(settings).read() as session:
+        assert authenticate(session, old).id == authenticate(session, new).id
+    with pytest.raises(InvalidInput):
+        run("key", "create", "--role", "owner", "--name", "app2", "--scope", "provide")
+
+
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb"])
 def test_a_keys_name_can_be_shown(settings: Settings, name: str) -> None:
     with pytest.raises(InvalidInput):

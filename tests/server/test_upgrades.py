@@ -10,7 +10,9 @@ from alembic import command
 from sqlalchemy import Connection, inspect, text
 
 from post_server.database import Database, alembic_config
+from post_server.keys import scopes_of
 from post_server.records import ApiKeyRow, JobEventRow, JobRow
+from post_shared.key_schemas import SCOPES
 from post_shared.schemas import JobState, Role
 
 AT = "2026-01-02 03:04:05.000000"
@@ -117,7 +119,10 @@ def test_old_rows_are_read_as_what_they_were(old: Database) -> None:
         job = session.get_one(JobRow, "job_1")
         assert (job.state, job.queued_at, job.lease_losses) == (JobState.QUEUED, job.created_at, 0)
         assert session.get_one(JobEventRow, ("job_1", 1)).data == {"state": "queued"}
-        assert session.get_one(ApiKeyRow, "key_1").role is Role.OWNER
+        key = session.get_one(ApiKeyRow, "key_1")
+        assert key.role is Role.OWNER
+        assert scopes_of(key) == SCOPES[Role.OWNER], "an old key may do what it could"
+        assert (key.expires_at, key.previous_hash) == (None, None)
 
 
 def test_going_back_keeps_every_row_too(old: Database) -> None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, cast
 
-from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+import structlog
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+from sqlalchemy.exc import OperationalError
 
 from post_server.database import Database
-from post_server.keys import authenticate
+from post_server.keys import authenticate, check_scope, note_use, use_is_due
+from post_server.logs import where
 from post_server.records import ApiKeyRow
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_shared.errors import Forbidden, Unauthenticated
+from post_shared.key_schemas import Scope
 from post_shared.schemas import Role
+
+log = structlog.get_logger("post.api")
 
 
 @dataclass(frozen=True)
@@ -39,25 +45,39 @@ _bearer = HTTPBearer(auto_error=False, bearerFormat="post_…", description="An 
 
 
 def get_caller(
-    request: Request, app: App, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request,
+    app: App,
+    scopes: SecurityScopes,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> ApiKeyRow:
-    """The API key that the request carries.
+    """The API key that the request carries, with the scopes that the endpoint asks for.
 
     Raises:
         Unauthenticated: there is none, or none that is valid.
+        KeyExpired: its time is over.
+        Forbidden: it lacks a scope.
     """
     if credentials is None:
         raise Unauthenticated("Pass an API key as 'Authorization: Bearer post_…'.")
     with app.database.read() as session:
         caller = authenticate(session, credentials.credentials)
     request.state.caller = caller.id
+    if use_is_due(caller):
+        _note_use(app, caller)
+    for scope in scopes.scopes:
+        check_scope(caller, Scope(scope))
     return caller
 
 
-Caller = Annotated[ApiKeyRow, Depends(get_caller)]
+def _note_use(app: Context, caller: ApiKeyRow) -> None:
+    try:
+        with app.database.write() as session:
+            note_use(session, caller.id)
+    except OperationalError as error:  # nobody is refused because a note could not be made
+        log.warning("use of a key not noted", error=type(error).__name__, where=where(error))
 
 
-def get_provider(caller: Caller) -> ApiKeyRow:
+def get_provider(caller: Annotated[ApiKeyRow, Depends(get_caller)]) -> ApiKeyRow:
     """A caller that is the provider.
 
     Raises:
@@ -68,4 +88,10 @@ def get_provider(caller: Caller) -> ApiKeyRow:
     return caller
 
 
-Provider = Annotated[ApiKeyRow, Depends(get_provider)]
+AnyCaller = Annotated[ApiKeyRow, Security(get_caller)]
+"""With any scope: what the endpoint calls asks for more."""
+Caller = Annotated[ApiKeyRow, Security(get_caller, scopes=[Scope.READ.value])]
+Mover = Annotated[ApiKeyRow, Security(get_caller, scopes=[Scope.TRANSFER.value])]
+Asker = Annotated[ApiKeyRow, Security(get_caller, scopes=[Scope.PREDICT.value])]
+ProviderReader = Annotated[ApiKeyRow, Security(get_provider, scopes=[Scope.READ.value])]
+Provider = Annotated[ApiKeyRow, Security(get_provider, scopes=[Scope.PROVIDE.value])]

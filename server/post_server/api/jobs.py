@@ -13,11 +13,12 @@ from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from post_server.api.context import App, Caller, Context
+from post_server.api.context import AnyCaller, App, Caller, Context
 from post_server.api.pagination import MAX_LIMIT, Paging, paginate
 from post_server.api.problems import problems
-from post_server.job_orders import job_document, metric_series, visible_job
+from post_server.job_orders import check_may_order, job_document, metric_series, visible_job
 from post_server.jobs.states import request_cancel
+from post_server.keys import check_still_valid
 from post_server.records import ApiKeyRow, JobEventRow, JobRow
 from post_shared.errors import InvalidInput, Unauthenticated
 from post_shared.job_schemas import JobMetrics
@@ -64,10 +65,10 @@ def get_job(app: App, caller: Caller, job: JobId) -> Job:
 
 
 @router.post("/{job}/cancel", responses=problems(404))
-def cancel_job(app: App, caller: Caller, job: JobId) -> Job:
+def cancel_job(app: App, caller: AnyCaller, job: JobId) -> Job:
     """Ask a job to stop. A queued one ends at once, a running one soon; an ended one stays as it is."""
     with app.database.write() as session:
-        visible_job(session, caller, job)
+        check_may_order(caller, visible_job(session, caller, job).kind)
         return job_document(request_cancel(session, job))
 
 
@@ -116,7 +117,7 @@ async def get_job_events(
 async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
     """Every event behind ``after``, as it comes; at the end of the job one event ``end`` with its document.
 
-    The stream also ends when the caller's key is revoked.
+    The stream also ends when the caller's key is revoked or expires.
     """
     while True:
         try:
@@ -137,8 +138,7 @@ async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int) -> A
 def _look(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) -> tuple[Job, list[JobEvent]]:
     """The job first and then its events: what was written before the job ended is never missed."""
     with app.database.read() as session:
-        if session.get_one(ApiKeyRow, caller.id).revoked_at is not None:
-            raise Unauthenticated("The API key is not valid any more.")
+        check_still_valid(session, caller.id)
         job = job_document(visible_job(session, caller, job_id))
         return job, _events(session, job_id, after, limit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, BackgroundTasks, Response
 from sqlalchemy.orm import Session
 
-from post_server.api.context import App, Caller, Context, Provider
+from post_server.api.context import App, Context, Mover, Provider
 from post_server.api.idempotency import IdempotencyKey, Once, document_hash
 from post_server.api.problems import problems
 from post_server.job_orders import Order, job_document, place_order
@@ -34,7 +34,7 @@ def create_distillation(
 def create_transfer(
     order: TransferCreate,
     app: App,
-    caller: Caller,
+    caller: Mover,
     tasks: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
@@ -46,7 +46,7 @@ def create_transfer(
 def create_evaluation(
     order: EvaluationCreate,
     app: App,
-    caller: Caller,
+    caller: Mover,
     tasks: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:

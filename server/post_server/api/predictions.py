@@ -5,26 +5,35 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
-from post_server.api.context import App, Caller, Context
+from post_server.api.context import App, Asker, Context
 from post_server.api.problems import problems
 from post_server.job_orders import check_prompt_fits, check_task
+from post_server.keys import scopes_of
 from post_server.model_store import find_model
 from post_server.predictor import transport
 from post_server.prompt_store import visible_prompt
 from post_server.records import ApiKeyRow
+from post_shared.key_schemas import Scope
 from post_shared.schemas import ModelRole, PredictionCreate, Predictions
 
 router = APIRouter(prefix="/v1/predictions", tags=["predictions"])
 
 
 @router.post("", responses=problems(404, 413, 503, 504))
-async def create_predictions(question: PredictionCreate, app: App, caller: Caller) -> Predictions:
-    """Ask a target model about up to 256 texts, in their order. The provider sees the texts."""
+async def create_predictions(question: PredictionCreate, app: App, caller: Asker) -> Predictions:
+    """Ask a target model about up to 256 texts, in their order. The provider sees the texts.
+
+    Probabilities come to keys with the scope `scores`.
+    """
     resolved = await run_in_threadpool(_resolve, app, caller, question)
     answer = await transport.request(
         resolved.model_dump(mode="json"), app.settings.prediction_seconds, settings=app.settings
     )
-    return Predictions.model_validate(answer)
+    predictions = Predictions.model_validate(answer)
+    if Scope.SCORES not in scopes_of(caller):
+        for item in predictions.items:
+            item.scores = {}
+    return predictions
 
 
 def _resolve(app: Context, caller: ApiKeyRow, question: PredictionCreate) -> PredictionCreate:

@@ -60,9 +60,10 @@ _HEADERS: dict[int, dict[str, str]] = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors that an endpoint may answer with, for its OpenAPI document; 401 and 422 may always come."""
+    """The errors that an endpoint may answer with, for its OpenAPI document; these four may always come."""
+    always = {401, 403, 422, 429}
     return {
-        status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in sorted({401, 422, *statuses})
+        status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in sorted(always | {*statuses})
     }
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from post_server.api.context import App, Caller, Context
+from post_server.api.context import App, Caller, Context, Mover
 from post_server.api.downloads import Part, downloads, serve
 from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
@@ -61,7 +61,7 @@ async def get_prompt_file(app: App, caller: Caller, prompt: PromptId, part: Part
     responses=problems(409, 413) | {200: {"model": Prompt, "description": "It was there already"}},
     openapi_extra=raw_body("application/octet-stream", "A prompt file, and nothing else."),
 )
-async def create_prompt(request: Request, app: App, caller: Caller, idempotency_key: IdempotencyKey = None) -> Response:
+async def create_prompt(request: Request, app: App, caller: Mover, idempotency_key: IdempotencyKey = None) -> Response:
     """Push a source prompt. Its bytes are checked before anything is stored."""
     once = Once(app, caller, idempotency_key)
     with once.in_flight():
@@ -70,7 +70,7 @@ async def create_prompt(request: Request, app: App, caller: Caller, idempotency_
 
 
 @router.delete("/{prompt}", status_code=204, responses=problems(404, 409))
-def remove_prompt(app: App, caller: Caller, prompt: PromptId) -> None:
+def remove_prompt(app: App, caller: Mover, prompt: PromptId) -> None:
     """Delete a prompt and its bytes. Target prompts made from it stay until they are deleted too."""
     with app.database.write() as session:
         delete_prompt(session, app.store, visible_prompt(session, caller, prompt))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks, Path, Response
 
-from post_server.api.context import App, Provider
+from post_server.api.context import App, Provider, ProviderReader
 from post_server.api.idempotency import IdempotencyKey
 from post_server.api.orders import ORDER_PROBLEMS, place
 from post_server.api.problems import problems
@@ -30,7 +30,9 @@ def create_report(
 
 
 @router.get("/{report}", responses=problems(403, 404, 409))
-def get_report(app: App, caller: Provider, report: Annotated[str, Path(min_length=1, max_length=64)]) -> TradeOffReport:
+def get_report(
+    app: App, caller: ProviderReader, report: Annotated[str, Path(min_length=1, max_length=64)]
+) -> TradeOffReport:
     """A finished report (provider)."""
     with app.database.read() as session:
         return finished_report(session, report)

@@ -1,0 +1,53 @@
+"""The provider's verbs of the ``post`` command. They act on this machine's store, not over HTTP.
+
+Everything heavy is imported when a verb runs, so that ``post --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from post_server.cli.keys import keys
+from post_server.cli.store import datasets, models
+
+_PANEL = "Provider"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the provider's verbs."""
+    for name, verbs in (("model", models), ("dataset", datasets), ("key", keys)):
+        app.add_typer(verbs, name=name, rich_help_panel=_PANEL)
+    for name, verb in (("serve", serve), ("worker", worker), ("predictor", predictor)):
+        app.command(name, rich_help_panel=_PANEL)(verb)
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder of all embedded parts.")] = None,
+) -> None:
+    """Run everything on this machine: the API, a worker, a predictor and an embedded broker."""
+    from post_server.serve import main
+    from post_server.settings import Settings
+
+    given: dict[str, Any] = {"host": host, "port": port, "home": home}
+    raise typer.Exit(main(Settings(**{name: value for name, value in given.items() if value is not None})))
+
+
+def worker() -> None:
+    """Run one worker for jobs; start as many as you like, on any host that reaches the same parts."""
+    from post_server.settings import get_settings
+    from post_server.worker import main
+
+    raise typer.Exit(main(get_settings()))
+
+
+def predictor() -> None:
+    """Run one predictor, which answers questions to target models."""
+    from post_server.predictor import main
+    from post_server.settings import get_settings
+
+    raise typer.Exit(main(get_settings()))

@@ -1,0 +1,79 @@
+"""``post key``: who may call, for what and how long."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from post_server.cli.parts import parts, show, table, when
+from post_shared.errors import InvalidInput
+from post_shared.key_schemas import Scope
+from post_shared.schemas import Role
+
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+
+Key = Annotated[str, typer.Argument(help="Its id, or its name if only one valid key has it.")]
+Scopes = Annotated[
+    list[Scope] | None,
+    typer.Option("--scope", help="What it may do; repeat it for several. Default: all that its role may."),
+]
+Days = Annotated[int | None, typer.Option("--expires-days", min=1, help="It ends by itself after so many days.")]
+
+
+@keys.command("create")
+def create_key_(
+    name: Annotated[str, typer.Option("--name", help="Who it is for.")],
+    role: Annotated[Role, typer.Option(help="owner: tunes and asks; provider: may do everything.")],
+    scope: Scopes = None,
+    expires_days: Days = None,
+) -> None:
+    """Make an API key. It is printed once, on standard output, and can't be shown again."""
+    from post_server.keys import create_key
+
+    if not 1 <= len(name) <= 64 or not name.isprintable():
+        raise InvalidInput("The name of a key has 1 to 64 printable characters.")
+    with parts() as (_, database, _), database.write() as session:
+        row, text = create_key(session, name=name, role=role, scopes=scope, expires_days=expires_days)
+    until = f", until {when(row.expires_at)} UTC" if row.expires_at else ""
+    typer.echo(f"{row.id}  {row.name} ({row.role}){until}: keep the key safe, it can't be shown again.", err=True)
+    typer.echo(text)
+
+
+@keys.command("list")
+def list_keys_() -> None:
+    """All API keys, without their secrets."""
+    from post_server.keys import key_document, list_keys
+
+    with parts() as (_, database, _), database.read() as session:
+        found = [key_document(row) for row in list_keys(session)]
+    shown = table("id", "name", "role", "scopes", "created", "last used", "expires", "revoked")
+    for key in found:
+        times = (when(at) for at in (key.created_at, key.last_used_at, key.expires_at, key.revoked_at))
+        shown.add_row(key.id, key.name, key.role.value, " ".join(key.scopes), *times)
+    show(shown)
+
+
+@keys.command("rotate")
+def rotate_key_(
+    key: Key,
+    grace_hours: Annotated[float, typer.Option(min=0, help="How long the old text still opens.")] = 24.0,
+    expires_days: Days = None,
+) -> None:
+    """Give a key a new text, printed once. What it owns and may do stays; if it expires, it lives as long again."""
+    from post_server.keys import rotate_key
+
+    with parts() as (_, database, _), database.write() as session:
+        row, text = rotate_key(session, key, grace_hours=grace_hours, expires_days=expires_days)
+    typer.echo(f"{row.id}  {row.name}: the old text opens until {when(row.previous_until)} UTC.", err=True)
+    typer.echo(text)
+
+
+@keys.command("revoke")
+def revoke_key_(key: Key) -> None:
+    """End an API key at once."""
+    from post_server.keys import revoke_key
+
+    with parts() as (_, database, _), database.write() as session:
+        row = revoke_key(session, key)
+    typer.echo(f"{row.id}  {row.name}: revoked")

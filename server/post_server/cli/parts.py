@@ -1,0 +1,51 @@
+"""What the verbs share: the store that the settings name, and tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from rich.table import Table
+
+    from post_server.database import Database
+    from post_server.settings import Settings
+    from post_server.storage import BlobStore
+
+
+@contextmanager
+def parts() -> Iterator[tuple[Settings, Database, BlobStore]]:
+    """The store that the settings name, its schema up to date."""
+    from post_server.database import Database
+    from post_server.settings import get_settings
+    from post_server.storage import BlobStore
+
+    settings = get_settings()
+    database = Database.from_settings(settings)
+    try:
+        database.migrate()
+        yield settings, database, BlobStore.from_settings(settings)
+    finally:
+        database.dispose()
+
+
+def table(*columns: str) -> Table:
+    """A plain table, to be filled with ``add_row``."""
+    from rich.table import Table
+
+    return Table(*columns, box=None, pad_edge=False)
+
+
+def show(rows: Table) -> None:
+    """Print a table on standard output."""
+    from rich.console import Console
+
+    Console().print(rows)
+
+
+def when(at: datetime | None) -> str:
+    """A time in a table, in UTC; nothing when there is none."""
+    return f"{at:%Y-%m-%d %H:%M}" if at else ""
