@@ -142,6 +142,17 @@ def rotate_key(
     return row, text
 
 
+def limit_key(session: Session, reference: str, *, requests_per_minute: int | None) -> ApiKeyRow:
+    """Give a key its own limits; None: the server's.
+
+    Raises:
+        NotFound: no valid key, or more than one, fits.
+    """
+    row = find_key(session, reference)
+    row.requests_per_minute = requests_per_minute
+    return row
+
+
 def revoke_key(session: Session, reference: str) -> ApiKeyRow:
     """End a key by its id, or by its name when one valid key has it.
 

@@ -110,6 +110,8 @@ class ApiKeyRow(Base):
     """Of the text before the last rotation, which opens until ``previous_until``."""
     previous_until: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
+    requests_per_minute: Mapped[int | None]
+    """Null: the server's setting; 0: no limit."""
     revoked_at: Mapped[datetime | None]
 
 

@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     prompt_bytes: int = Field(default=64 * 2**20, description="Largest prompt file.")
     dataset_bytes: int = Field(default=2 * 2**30, description="Largest dataset upload.")
     document_bytes: int = Field(default=32 * 2**20, description="Largest JSON document.")
+    requests_per_minute: int = Field(
+        default=1200, ge=0, description="Requests that an API key may make in a minute; 0: no limit."
+    )
     jobs_per_key: int = Field(default=100, ge=1, description="Jobs of one API key that have not ended.")
     prediction_seconds: float = Field(default=120.0, gt=0, description="How long a request waits for a prediction.")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")

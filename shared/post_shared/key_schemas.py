@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
+from pydantic import Field
+
 from post_shared.schemas import Document, Role
 
 
@@ -42,3 +44,4 @@ class ApiKey(Document):
     rotated_at: datetime | None = None
     last_used_at: datetime | None = None
     revoked_at: datetime | None = None
+    requests_per_minute: int | None = Field(default=None, description="Null: the server's setting; 0: no limit.")

@@ -69,6 +69,8 @@ def test_a_key_with_few_scopes_and_an_end_is_rotated(settings: Settings) -> None
     assert new not in shown
     with Database.from_settings(settings).read() as session:
         assert authenticate(session, old).id == authenticate(session, new).id
+    assert "60 requests a minute" in run("key", "limit", "app", "--requests-per-minute", "60")
+    assert "the server's limit" in run("key", "limit", "app")
     with pytest.raises(InvalidInput):
         run("key", "create", "--role", "owner", "--name", "app2", "--scope", "provide")
 

@@ -28,6 +28,7 @@ from post_server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from post_server.database import Database
 from post_server.logs import configure_logs
 from post_server.predictor import transport
+from post_server.rate_limits import RateLimits
 from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
 from post_shared.errors import PROBLEM_MEDIA_TYPE
@@ -53,14 +54,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=_lifespan,
         generate_unique_id_function=_operation_id,
     )
-    app.state.context = Context(settings, database, BlobStore.from_settings(settings))
     app.state.metrics = Metrics(database)
+    limits = RateLimits(settings, app.state.metrics.uncounted)
+    app.state.context = Context(settings, database, BlobStore.from_settings(settings), limits)
     for module in (models, datasets, prompts, orders, reports, jobs, predictions, health, page):
         app.include_router(module.router)
     page.mount_static(app)
     problems.install(app)
-    limits = {"/v1/datasets": settings.dataset_bytes, "/v1/prompts": settings.prompt_bytes}
-    app.add_middleware(BodyLimitMiddleware, default=settings.document_bytes, paths=limits)
+    largest = {"/v1/datasets": settings.dataset_bytes, "/v1/prompts": settings.prompt_bytes}
+    app.add_middleware(BodyLimitMiddleware, default=settings.document_bytes, paths=largest)
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics)
     _name_problems(app)
     return app

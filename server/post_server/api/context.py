@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 from post_server.database import Database
 from post_server.keys import authenticate, check_scope, note_use, use_is_due
 from post_server.logs import where
+from post_server.rate_limits import RateLimits
 from post_server.records import ApiKeyRow
 from post_server.settings import Settings
 from post_server.storage import BlobStore
@@ -30,6 +31,7 @@ class Context:
     settings: Settings
     database: Database
     store: BlobStore
+    limits: RateLimits
     in_flight: dict[tuple[str, str], object] = field(default_factory=dict)
     """(key id, Idempotency-Key) of the creates that this process is working on."""
 
@@ -55,6 +57,7 @@ def get_caller(
     Raises:
         Unauthenticated: there is none, or none that is valid.
         KeyExpired: its time is over.
+        TooManyRequests: it has made too many requests of late.
         Forbidden: it lacks a scope.
     """
     if credentials is None:
@@ -62,6 +65,7 @@ def get_caller(
     with app.database.read() as session:
         caller = authenticate(session, credentials.credentials)
     request.state.caller = caller.id
+    app.limits.check(caller.id, caller.requests_per_minute)
     if use_is_due(caller):
         _note_use(app, caller)
     for scope in scopes.scopes:

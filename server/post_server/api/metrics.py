@@ -31,6 +31,9 @@ class Metrics:
         self._seconds = Histogram(
             "post_http_request_seconds", "Time to answer.", labels, buckets=_SECONDS, registry=self.registry
         )
+        self._uncounted = Counter(
+            "post_rate_limit_failures", "Requests let through uncounted, for want of Redis.", registry=self.registry
+        )
         self.registry.register(_Jobs(database))
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -38,6 +41,10 @@ class Metrics:
         known = method if method in _METHODS else "other"
         self._requests.labels(known, route, str(status)).inc()
         self._seconds.labels(known, route).observe(seconds)
+
+    def uncounted(self) -> None:
+        """Count a request that no rate limit was applied to, because Redis was away."""
+        self._uncounted.inc()
 
     def text(self) -> bytes:
         """All of it in Prometheus's text form."""

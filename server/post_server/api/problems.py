@@ -116,6 +116,8 @@ async def _post_error(request: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, RangeInvalid) and "size" in error.fields:
         headers["Content-Range"] = f"bytes */{error.fields['size']}"
+    if "retry_after" in error.fields:
+        headers["Retry-After"] = str(error.fields["retry_after"])
     return respond(error, _request_id(request), headers)
 
 

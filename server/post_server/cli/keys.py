@@ -69,6 +69,19 @@ def rotate_key_(
     typer.echo(text)
 
 
+@keys.command("limit")
+def limit_key_(
+    key: Key,
+    requests_per_minute: Annotated[int | None, typer.Option(min=0, help="Requests in a minute; 0: no limit.")] = None,
+) -> None:
+    """Give an API key its own limits; for what is left out, the server's settings hold again."""
+    from post_server.keys import limit_key
+
+    with parts() as (_, database, _), database.write() as session:
+        row = limit_key(session, key, requests_per_minute=requests_per_minute)
+    typer.echo(f"{row.id}  {row.name}: {_said(requests_per_minute)} requests a minute")
+
+
 @keys.command("revoke")
 def revoke_key_(key: Key) -> None:
     """End an API key at once."""
@@ -77,3 +90,7 @@ def revoke_key_(key: Key) -> None:
     with parts() as (_, database, _), database.write() as session:
         row = revoke_key(session, key)
     typer.echo(f"{row.id}  {row.name}: revoked")
+
+
+def _said(limit: int | None) -> str:
+    return "the server's limit on" if limit is None else f"{limit:,}" if limit else "any number of"
