@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from post_client._http import LONGEST_WAIT, Http
+from post_client import Client
+from post_client._http import LONGEST_WAIT
 from post_client.privacy import PrivacyConfig
 from post_client.student_checks import check_rows_are_apart
 from post_client.tuning import TuneConfig, encode_private, tune
@@ -19,7 +20,6 @@ from post_shared.data import Row
 from post_shared.errors import InvalidInput, ModelUnsafe, Unavailable, from_problem
 from post_shared.language_model import LanguageModel
 from post_shared.model_files import check_safe
-from post_shared.schemas import Health
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
@@ -131,12 +131,12 @@ def test_a_folder_that_does_not_load_is_an_error_of_ours(file: str, member: str,
 @pytest.mark.parametrize("asked", ["soon", [], {}, -1, 1e400, None, 1e9])
 def test_no_answer_makes_the_client_wait_for_ever_or_trip(asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waited.append)
+    monkeypatch.setattr("post_client._wire.time.sleep", waited.append)
     problem = json.dumps({"code": "unavailable", "detail": "away", "retry_after": asked})
     headers = {"Content-Type": "application/problem+json"}
     transport = httpx.MockTransport(lambda request: httpx.Response(503, headers=headers, content=problem))
     with pytest.raises(Unavailable, match="away"):
-        Http("http://provider.example", "key", timeout=1.0, attempts=2, transport=transport).get("/readyz", Health)
+        Client(url="http://provider.example", api_key="key", attempts=2, transport=transport).ready()
     assert len(waited) == 1
     assert 0 <= waited[0] <= LONGEST_WAIT
 

@@ -9,7 +9,7 @@ job.wait()
 
 from __future__ import annotations
 
-from post_client.client import Client
+from post_client.client import AsyncClient, Client
 from post_client.outbound import OutboundRequest, build_upload
 
-__all__ = ["Client", "OutboundRequest", "build_upload"]
+__all__ = ["AsyncClient", "Client", "OutboundRequest", "build_upload"]

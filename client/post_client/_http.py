@@ -1,35 +1,27 @@
-"""Requests to one server: retries where they are safe, typed errors, typed answers."""
+"""Requests to one server: retries where they are safe, typed errors, typed answers. Written once, for both wires."""
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import IO, Any, TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
-
-from post_shared.errors import (
-    PROBLEM_MEDIA_TYPE,
-    Conflict,
-    Forbidden,
-    IntegrityError,
-    InvalidInput,
-    NotFound,
-    PayloadTooLarge,
-    PostError,
-    RangeInvalid,
-    RequestInFlight,
-    Timeout,
-    TooManyRequests,
-    Unauthenticated,
-    Unavailable,
-    from_problem,
+from pydantic import BaseModel
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
 )
+
+from post_client._answers import error_of, parse
+from post_client._wire import AsyncWire, BlockingWire, Wire
+from post_shared.errors import InvalidInput, PostError, RequestInFlight, Timeout, TooManyRequests, Unavailable
 from post_shared.schemas import Page
 
 T = TypeVar("T", bound=BaseModel)
@@ -38,75 +30,50 @@ Content = bytes | Callable[[], IO[bytes]]
 USER_AGENT = "post-client"
 """The same on every machine: no version, no platform."""
 
-BY_STATUS: Mapping[int, type[PostError]] = {
-    401: Unauthenticated,
-    403: Forbidden,
-    404: NotFound,
-    409: Conflict,
-    413: PayloadTooLarge,
-    416: RangeInvalid,
-    422: InvalidInput,
-    429: TooManyRequests,
-    502: Unavailable,
-    503: Unavailable,
-    504: Timeout,
-}
-"""What an answer means that is no problem document, as a proxy's."""
-
 WORTH_REPEATING = (Unavailable, TooManyRequests, RequestInFlight)
 LONGEST_WAIT = 60.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")  # a proxy can't reach this machine's own server
+JSON = {"Content-Type": "application/json"}
 
 
 class Http:
-    """One connection pool. ``get`` and ``create`` are repeated when the server is away; see :meth:`send`."""
+    """One connection pool. ``get`` and ``create`` are repeated when the server is away; see :meth:`send`.
 
-    def __init__(
-        self, url: str, api_key: str, *, timeout: float, attempts: int, transport: httpx.BaseTransport | None = None
-    ) -> None:
-        parts = _address(url)
-        self.base = str(parts).rstrip("/")
+    Make one with :func:`blocking_http` or :func:`async_http`.
+    """
+
+    def __init__(self, base: httpx.URL, api_key: str, attempts: int, wire: Wire) -> None:
+        self.base = str(base).rstrip("/")
         if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
             raise InvalidInput("the API key holds characters that no key has; copy it again")
         self._key = api_key
         self._attempts = attempts
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout)),
-            trust_env=parts.host not in _LOOPBACK,  # a proxy can't reach this machine's own server
-            transport=transport,
-        )
-
-    def close(self) -> None:
-        self._client.close()
+        self.wire = wire
 
     # --- verbs ----------------------------------------------------------------------------------------
 
-    def get(self, path: str, document: type[T], **params: Any) -> T:
+    async def get(self, path: str, document: type[T], **params: Any) -> T:
         """GET one document."""
-        return parse(self.send("GET", path, params=params, repeat=True), document)
+        return parse(await self.send("GET", path, params=params, repeat=True), document)
 
-    def pages(self, path: str, document: type[T], **params: Any) -> Iterator[T]:
+    async def pages(self, path: str, document: type[T], **params: Any) -> AsyncIterator[T]:
         """GET every item of a list, page by page."""
         cursor: str | None = None
         while True:
-            page = self.get(path, Page[document], **params, cursor=cursor)  # type: ignore[valid-type]
-            yield from page.items
+            page = await self.get(path, Page[document], **params, cursor=cursor)  # type: ignore[valid-type]
+            for item in page.items:
+                yield item
             cursor = page.next_cursor
             if cursor is None:
                 return
 
-    def create(self, path: str, body: BaseModel, document: type[T]) -> T:
+    async def create(self, path: str, body: BaseModel, document: type[T]) -> T:
         """POST a document. The key makes a repeated request the same request."""
-        answer = self.send(
-            "POST",
-            path,
-            content=body.model_dump_json(exclude_none=True).encode(),
-            headers={"Content-Type": "application/json", "Idempotency-Key": str(uuid.uuid4())},
-            repeat=True,
-        )
-        return parse(answer, document)
+        content = body.model_dump_json(exclude_none=True).encode()
+        headers = JSON | {"Idempotency-Key": str(uuid.uuid4())}
+        return parse(await self.send("POST", path, content=content, headers=headers, repeat=True), document)
 
-    def send(
+    async def send(
         self,
         method: str,
         path: str,
@@ -118,25 +85,30 @@ class Http:
     ) -> httpx.Response:
         """One answer with status below 400. ``repeat`` says that sending the same again does no harm."""
 
-        def once() -> httpx.Response:
-            with self.stream(method, path, params=params, content=content, headers=headers) as answer:
-                answer.read()
+        async def once() -> httpx.Response:
+            async with self.stream(method, path, params=params, content=content, headers=headers) as answer:
+                await self.wire.read(answer)
                 return answer
 
-        return self.repeating(once, repeat=repeat)
+        return await self.repeating(once, repeat=repeat)
 
-    def repeating(self, work: Callable[[], httpx.Response], *, repeat: bool) -> httpx.Response:
+    async def repeating(self, work: Callable[[], Awaitable[httpx.Response]], *, repeat: bool) -> httpx.Response:
         """``work``, again after a wait when the server is away or busy. A refused connection was never a request."""
-        policy = Retrying(
+        policy = AsyncRetrying(
+            sleep=self.wire.sleep,
             stop=stop_after_attempt(self._attempts),
             wait=_wait,
             retry=retry_if_exception(lambda e: isinstance(e, WORTH_REPEATING) if repeat else _refused(e)),
             reraise=True,
         )
-        return policy(work)
 
-    @contextmanager
-    def stream(
+        async def attempt() -> httpx.Response:
+            return await work()
+
+        return await policy(attempt)
+
+    @asynccontextmanager
+    async def stream(
         self,
         method: str,
         path: str,
@@ -144,33 +116,50 @@ class Http:
         params: Mapping[str, Any] | None = None,
         content: Content | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Iterator[httpx.Response]:
-        """One answer, its body not yet read; errors are raised as classes of :mod:`post_shared.errors`."""
-        known = {name: value for name, value in (params or {}).items() if value is not None}
-        body = content() if callable(content) else content
-        given = {"Accept": "application/json", "User-Agent": USER_AGENT} | dict(headers or {})
-        request = httpx.Request(
+        patience: float | None = None,
+    ) -> AsyncIterator[httpx.Response]:
+        """One answer, its body not yet read; errors are raised as classes of :mod:`post_shared.errors`.
+
+        ``patience`` is how long the server may be silent, in seconds.
+        """
+        file = content() if callable(content) else None
+        body = content if file is None else self.wire.body(file)
+        request = self._request(method, path, params or {}, body, headers or {}, patience)
+        try:
+            answer = await self.wire.send(request)
+            try:
+                if answer.status_code >= 400:
+                    await self.wire.read(answer)
+                    raise error_of(answer)
+                yield answer
+            finally:
+                await self.wire.finish(answer)
+        except httpx.TransportError as error:
+            raise self._away(error) from error
+        finally:
+            if file is not None:
+                file.close()
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any],
+        body: Any,
+        headers: Mapping[str, str],
+        patience: float | None,
+    ) -> httpx.Request:
+        known = {name: value for name, value in params.items() if value is not None}
+        given = {"Accept": "application/json", "User-Agent": USER_AGENT} | dict(headers)
+        timeout = self.wire.timeout.as_dict()
+        return httpx.Request(
             method,
             self.base + path,
             params=known or None,
             headers=given | {"Authorization": f"Bearer {self._key}"},
             content=body,
-            extensions={"timeout": self._client.timeout.as_dict()},
+            extensions={"timeout": timeout if patience is None else timeout | {"read": patience}},
         )
-        try:
-            answer = self._client.send(request, stream=True)
-            try:
-                if answer.status_code >= 400:
-                    answer.read()
-                    raise error_of(answer)
-                yield answer
-            finally:
-                answer.close()
-        except httpx.TransportError as error:
-            raise self._away(error) from error
-        finally:
-            if body is not None and not isinstance(body, bytes):
-                body.close()
 
     def _away(self, error: httpx.TransportError) -> PostError:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
@@ -181,6 +170,28 @@ class Http:
         if isinstance(error, httpx.TimeoutException):
             return Timeout(f"{self.base} didn't answer in time; try again, or give the client a longer timeout")
         return Unavailable(f"the connection to {self.base} broke: {error}; try again")
+
+
+def blocking_http(
+    url: str, api_key: str, *, timeout: float, attempts: int, transport: httpx.BaseTransport | None = None
+) -> Http:
+    """For :func:`post_client._wire.run`."""
+    base = _address(url)
+    wire = BlockingWire(_patience(timeout), base.host not in _LOOPBACK, transport)
+    return Http(base, api_key, attempts, wire)
+
+
+def async_http(
+    url: str, api_key: str, *, timeout: float, attempts: int, transport: httpx.AsyncBaseTransport | None = None
+) -> Http:
+    """For asyncio (and whatever else anyio knows)."""
+    base = _address(url)
+    wire = AsyncWire(_patience(timeout), base.host not in _LOOPBACK, transport)
+    return Http(base, api_key, attempts, wire)
+
+
+def _patience(timeout: float) -> httpx.Timeout:
+    return httpx.Timeout(timeout, connect=min(10.0, timeout))
 
 
 def _address(url: str) -> httpx.URL:
@@ -199,51 +210,8 @@ def _address(url: str) -> httpx.URL:
     raise InvalidInput(f"{url!r} is no server address; it looks like https://provider.example")
 
 
-def parse(answer: httpx.Response, document: type[T]) -> T:
-    """The document in an answer. Members that this version doesn't know yet are left out.
-
-    Raises:
-        IntegrityError: it is something else.
-    """
-    try:
-        return document.model_validate_json(answer.content, extra="ignore")
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise IntegrityError(
-            f"{answer.request.url.copy_with(query=None)} answered with something that is no {document.__name__} "
-            f"({where}: {first['msg']}); is it a POST server, of this version?"
-        ) from error
-
-
-def error_of(answer: httpx.Response) -> PostError:
-    """The error that an answer describes."""
-    error: PostError | None = None
-    if answer.headers.get("content-type", "").startswith(PROBLEM_MEDIA_TYPE):
-        try:
-            members = answer.json()
-            error = from_problem(members) if isinstance(members, dict) else None
-        except (ValueError, TypeError):
-            error = None
-    if error is None:
-        kind = BY_STATUS.get(answer.status_code, PostError)
-        error = kind(f"the server answered {answer.status_code} {answer.reason_phrase}")
-    error.request_id = error.request_id or answer.headers.get("x-request-id")
-    error.fields["retry_after"] = _seconds(error.fields.get("retry_after", answer.headers.get("retry-after")))
-    return error
-
-
 def _refused(error: BaseException) -> bool:
     return isinstance(error, Unavailable) and isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
-
-
-def _seconds(given: Any) -> float | None:
-    """A waiting time that a server asks for, if it is one."""
-    try:
-        seconds = float(given)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 _backoff = wait_exponential(multiplier=0.25, max=5.0) + wait_random(0, 0.25)

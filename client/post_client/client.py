@@ -1,10 +1,13 @@
-"""The client of a provider's server: one attribute per noun of the API.
+"""The clients of a provider's server: one attribute per noun of the API.
 
 client = Client()                                   # POST_URL and POST_API_KEY from the environment
 folder = client.models.download("smollm2-student", Path("student"))
 prompt = client.prompts.upload(build_upload(prompt_file))
 job = client.transfers.create(prompt=prompt.id, target="smollm2", dataset="amazon")
 job.wait(progress=print)
+
+:class:`AsyncClient` has the same nouns and verbs for asyncio; what gives one thing is awaited, what gives many is
+gone through with ``async for``.
 """
 
 from __future__ import annotations
@@ -15,17 +18,80 @@ from typing import Self
 
 import httpx
 
-from post_client._http import Http
-from post_client.resources.datasets import Datasets
-from post_client.resources.jobs import Distillations, Evaluations, Jobs, Reports, Transfers
-from post_client.resources.models import Models
-from post_client.resources.predictions import Predictions
-from post_client.resources.prompts import Prompts
+from post_client._http import async_http, blocking_http
+from post_client._wire import run
+from post_client.resources.datasets import AsyncDatasets, Datasets
+from post_client.resources.jobs import AsyncJobs, Jobs
+from post_client.resources.models import AsyncModels, Models
+from post_client.resources.orders import (
+    AsyncDistillations,
+    AsyncEvaluations,
+    AsyncReports,
+    AsyncTransfers,
+    Distillations,
+    Evaluations,
+    Reports,
+    Transfers,
+)
+from post_client.resources.predictions import AsyncPredictions, Predictions
+from post_client.resources.prompts import AsyncPrompts, Prompts
+from post_client.resources.server import AsyncServer, Server
 from post_shared.errors import InvalidInput
 from post_shared.schemas import Health
 
 URL_VARIABLE = "POST_URL"
 KEY_VARIABLE = "POST_API_KEY"
+
+
+class AsyncClient:
+    """Speaks ``/v1`` of one server with one API key, for asyncio. Close it, or use ``async with``.
+
+    Errors are the classes of :mod:`post_shared.errors`. Requests that may be repeated without harm are
+    repeated when the server is away or busy; others never.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 180.0,
+        attempts: int = 5,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """``timeout`` is how long one answer may take in seconds; ``attempts`` how often a request is made at most."""
+        address, key = _server(url, api_key)
+        self._http = async_http(address, key, timeout=timeout, attempts=attempts, transport=transport)
+        self.models = AsyncModels(self._http)
+        self.datasets = AsyncDatasets(self._http)
+        self.prompts = AsyncPrompts(self._http)
+        self.jobs = AsyncJobs(self._http)
+        self.distillations = AsyncDistillations(self._http)
+        self.transfers = AsyncTransfers(self._http)
+        self.evaluations = AsyncEvaluations(self._http)
+        self.reports = AsyncReports(self._http)
+        self.predictions = AsyncPredictions(self._http)
+        self.server = AsyncServer(self._http)
+
+    async def ready(self) -> Health:
+        """Whether the server can work now.
+
+        Raises:
+            Unavailable: it can't, or nothing answers there.
+        """
+        return await self.server.ready()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.wire.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
 
 class Client:
@@ -45,25 +111,18 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """``timeout`` is how long one answer may take in seconds; ``attempts`` how often a request is made at most."""
-        address = url or os.environ.get(URL_VARIABLE)
-        key = api_key or os.environ.get(KEY_VARIABLE)
-        if not address:
-            raise InvalidInput(f"which server? Give its address: Client(url=...), --url or {URL_VARIABLE}")
-        if not key:
-            raise InvalidInput(
-                f"which API key? Ask the provider for one (post key create) and give it: Client(api_key=...) "
-                f"or {KEY_VARIABLE}"
-            )
-        self._http = Http(address, key, timeout=timeout, attempts=attempts, transport=transport)
-        self.models = Models(self._http)
-        self.datasets = Datasets(self._http)
-        self.prompts = Prompts(self._http)
-        self.jobs = Jobs(self._http)
-        self.distillations = Distillations(self._http)
-        self.transfers = Transfers(self._http)
-        self.evaluations = Evaluations(self._http)
-        self.reports = Reports(self._http)
-        self.predictions = Predictions(self._http)
+        address, key = _server(url, api_key)
+        self._http = blocking_http(address, key, timeout=timeout, attempts=attempts, transport=transport)
+        self.models = Models(AsyncModels(self._http))
+        self.datasets = Datasets(AsyncDatasets(self._http))
+        self.prompts = Prompts(AsyncPrompts(self._http))
+        self.jobs = Jobs(AsyncJobs(self._http))
+        self.distillations = Distillations(AsyncDistillations(self._http))
+        self.transfers = Transfers(AsyncTransfers(self._http))
+        self.evaluations = Evaluations(AsyncEvaluations(self._http))
+        self.reports = Reports(AsyncReports(self._http))
+        self.predictions = Predictions(AsyncPredictions(self._http))
+        self.server = Server(AsyncServer(self._http))
 
     def ready(self) -> Health:
         """Whether the server can work now.
@@ -71,11 +130,11 @@ class Client:
         Raises:
             Unavailable: it can't, or nothing answers there.
         """
-        return self._http.get("/readyz", Health)
+        return self.server.ready()
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        run(self._http.wire.close())
 
     def __enter__(self) -> Self:
         return self
@@ -84,3 +143,21 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _server(url: str | None, api_key: str | None) -> tuple[str, str]:
+    """Address and key, given or from the environment.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    address = url or os.environ.get(URL_VARIABLE)
+    key = api_key or os.environ.get(KEY_VARIABLE)
+    if not address:
+        raise InvalidInput(f"which server? Give its address: Client(url=...), --url or {URL_VARIABLE}")
+    if not key:
+        raise InvalidInput(
+            f"which API key? Ask the provider for one (post key create) and give it: Client(api_key=...) "
+            f"or {KEY_VARIABLE}"
+        )
+    return address, key

@@ -28,7 +28,7 @@ def ignore(done: int, total: int) -> None:
     """The progress for those who don't want to know."""
 
 
-def download_student(
+async def download_student(
     http: Http,
     wanted: ModelManifest,
     folder: Path,
@@ -44,7 +44,7 @@ def download_student(
         Conflict: the folder holds something else.
     """
     _check_manifest(wanted, pin)
-    if _holds(folder, wanted.files):
+    if await http.wire.work(lambda: _holds(folder, wanted.files)):
         return wanted
     total = sum(file.size for file in wanted.files)
     partial = folder.absolute().parent / f".{folder.absolute().name}.{wanted.hash[:16]}.partial"
@@ -53,10 +53,10 @@ def download_student(
         _check_space(partial, total)
         done = 0
         for file in wanted.files:
-            _fetch(http, wanted.model_id, file, partial / file.path, _after(done, total, progress))
+            await _fetch(http, wanted.model_id, file, partial / file.path, _after(done, total, progress))
             done += file.size
         _remove_strangers(partial, wanted.files)
-        verify(partial, wanted.files)
+        await http.wire.work(lambda: verify(partial, wanted.files))
         check_safe(partial)
         os.replace(partial, folder)
     except ModelUnsafe:
@@ -129,7 +129,7 @@ def _after(before: int, total: int, progress: DownloadProgress) -> Callable[[int
 # --- one file -----------------------------------------------------------------------------------------
 
 
-def _fetch(http: Http, model: str, file: ModelFile, path: Path, progress: Callable[[int], None]) -> None:
+async def _fetch(http: Http, model: str, file: ModelFile, path: Path, progress: Callable[[int], None]) -> None:
     """Append what is missing, then compare the hash. Bytes of a broken connection are kept for the next try."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink():
@@ -140,8 +140,8 @@ def _fetch(http: Http, model: str, file: ModelFile, path: Path, progress: Callab
             path.unlink()
         resumed = path.exists() and path.stat().st_size > 0
         if not path.exists() or path.stat().st_size < file.size:
-            http.repeating(lambda: _append(http, url, file, path, progress), repeat=True)
-        if _sha256(path) == file.sha256:
+            await http.repeating(lambda: _append(http, url, file, path, progress), repeat=True)
+        if await http.wire.work(lambda: _sha256(path)) == file.sha256:
             progress(file.size)
             return
         path.unlink()
@@ -149,17 +149,17 @@ def _fetch(http: Http, model: str, file: ModelFile, path: Path, progress: Callab
             raise IntegrityError(f"{file.path} doesn't match its SHA-256; it was thrown away. Pull again")
 
 
-def _append(http: Http, url: str, file: ModelFile, path: Path, progress: Callable[[int], None]) -> httpx.Response:
+async def _append(http: Http, url: str, file: ModelFile, path: Path, progress: Callable[[int], None]) -> httpx.Response:
     start = path.stat().st_size if path.exists() else 0
     headers = {"Accept": "application/octet-stream", "Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": f'"{file.sha256}"'}
     try:
-        with http.stream("GET", url, headers=headers) as answer:
+        async with http.stream("GET", url, headers=headers) as answer:
             if answer.status_code != 206:
                 start = 0
             with path.open("ab" if start else "wb") as target:
-                for chunk in answer.iter_raw():
+                async for chunk in http.wire.chunks(answer):
                     start += len(chunk)
                     if start > file.size:
                         raise IntegrityError(f"{file.path} is longer than its manifest says")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from post_client import Client, build_upload
+from post_client._wire import run_all
 from post_client.resources.jobs import Job
 from post_server.jobs import states
 from post_server.records import JobRow
@@ -58,7 +59,7 @@ def test_a_list_gives_every_item_once(front: Front, provider: Client) -> None:
     names = {f"set-{at}" for at in range(7)}
     for name in names:
         front.add_dataset(name)
-    found = [item.name for item in provider._http.pages("/v1/datasets", Dataset, limit=2)]
+    found = [item.name for item in run_all(provider._http.pages("/v1/datasets", Dataset, limit=2))]
     assert len(found) == 7
     assert set(found) == names
 

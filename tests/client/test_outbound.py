@@ -138,7 +138,7 @@ def test_nothing_else_gets_through(request_: OutboundRequest) -> None:
         raise AssertionError("something was sent")
 
     with Client(url="http://127.0.0.1:1", api_key="post_x") as client:
-        client._http._client.send = never  # type: ignore[assignment,method-assign]
+        client._http.wire.send = never  # type: ignore[method-assign]
         with pytest.raises((InvalidInput, AttributeError)) as refused:
             client.prompts.upload(request_)
         assert isinstance(refused.value, InvalidInput)

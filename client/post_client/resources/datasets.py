@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
-from post_client._http import Http, parse
+from post_client._answers import parse
+from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
+from post_shared.dataset_schemas import DatasetPreview
 from post_shared.errors import DataInvalid
 from post_shared.schemas import Dataset, DatasetKind
 
 
-class Datasets:
-    """``client.datasets``"""
+class AsyncDatasets(AsyncNoun):
+    """``client.datasets`` of an :class:`post_client.AsyncClient`"""
 
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    def create(
+    async def create(
         self, *, name: str, kind: DatasetKind | str, content: Path | bytes, licence: str | None = None
     ) -> Dataset:
         """Upload public data (provider): JSON Lines for ``rows``, plain text for ``corpus``."""
@@ -37,13 +36,28 @@ class Datasets:
             "Idempotency-Key": str(uuid.uuid4()),
         }
         params = {"name": name, "kind": str(kind), "licence": licence}
-        answer = self._http.send("POST", "/v1/datasets", params=params, content=opened, headers=headers, repeat=True)
+        answer = await self._http.send(
+            "POST", "/v1/datasets", params=params, content=opened, headers=headers, repeat=True
+        )
         return parse(answer, Dataset)
 
-    def get(self, dataset: str) -> Dataset:
+    async def get(self, dataset: str) -> Dataset:
         """One data set, by id or name."""
-        return self._http.get(f"/v1/datasets/{quote(dataset, safe='')}", Dataset)
+        return await self._http.get(f"/v1/datasets/{quote(dataset, safe='')}", Dataset)
 
-    def list(self) -> Iterator[Dataset]:
+    def list(self) -> AsyncIterator[Dataset]:
         """All data sets."""
         return self._http.pages("/v1/datasets", Dataset)
+
+    async def preview(self, dataset: str, *, rows: int = 10) -> DatasetPreview:
+        """The first rows of a data set, long texts cut."""
+        return await self._http.get(f"/v1/datasets/{quote(dataset, safe='')}/preview", DatasetPreview, rows=rows)
+
+
+class Datasets(Noun[AsyncDatasets]):
+    """``client.datasets``"""
+
+    create = blocking(AsyncDatasets.create)
+    get = blocking(AsyncDatasets.get)
+    list = iterating(AsyncDatasets.list)
+    preview = blocking(AsyncDatasets.preview)

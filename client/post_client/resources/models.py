@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
 
-from post_client._http import Http
+from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
 from post_client.student_store import DownloadProgress, download_student, ignore
 from post_shared.schemas import Model, ModelManifest, ModelRole
 
 
-class Models:
-    """``client.models``"""
+class AsyncModels(AsyncNoun):
+    """``client.models`` of an :class:`post_client.AsyncClient`"""
 
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    def get(self, model: str) -> Model:
+    async def get(self, model: str) -> Model:
         """One model, by id or name."""
-        return self._http.get(f"/v1/models/{quote(model, safe='')}", Model)
+        return await self._http.get(f"/v1/models/{quote(model, safe='')}", Model)
 
-    def list(self, *, role: ModelRole | str | None = None) -> Iterator[Model]:
+    def list(self, *, role: ModelRole | str | None = None) -> AsyncIterator[Model]:
         """All models, or those of one role."""
         return self._http.pages("/v1/models", Model, role=str(role) if role else None)
 
-    def manifest(self, model: str) -> ModelManifest:
+    async def manifest(self, model: str) -> ModelManifest:
         """Every file of a model with its size and SHA-256."""
-        return self._http.get(f"/v1/models/{quote(model, safe='')}/manifest", ModelManifest)
+        return await self._http.get(f"/v1/models/{quote(model, safe='')}/manifest", ModelManifest)
 
-    def download(
+    async def download(
         self, model: str, folder: Path, *, pin: str | None = None, progress: DownloadProgress = ignore
     ) -> ModelManifest:
         """Fetch a student into ``folder``: resumed where it stopped, every byte checked, there at once or not at all.
 
         ``pin`` is the model hash that you know; a student with another one is refused.
         """
-        return download_student(self._http, self.manifest(model), folder, pin=pin, progress=progress)
+        return await download_student(self._http, await self.manifest(model), folder, pin=pin, progress=progress)
+
+
+class Models(Noun[AsyncModels]):
+    """``client.models``"""
+
+    get = blocking(AsyncModels.get)
+    list = iterating(AsyncModels.list)
+    manifest = blocking(AsyncModels.manifest)
+    download = blocking(AsyncModels.download)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from post_client._http import Http, parse
+from post_client._answers import parse
+from post_client._http import JSON
+from post_client.resources._blocking import AsyncNoun, Noun, blocking
 from post_shared.schemas import Prediction, PredictionCreate, TaskForm
 from post_shared.schemas import Predictions as Answer
 
@@ -14,13 +16,10 @@ MOST_TEXTS = 256
 def _ignore(done: int, count: int) -> None: ...
 
 
-class Predictions:
-    """``client.predictions``"""
+class AsyncPredictions(AsyncNoun):
+    """``client.predictions`` of an :class:`post_client.AsyncClient`"""
 
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    def create(
+    async def create(
         self,
         *,
         model: str,
@@ -42,12 +41,19 @@ class Predictions:
                 texts=list(texts[at : at + size]),
                 max_new_tokens=max_new_tokens,
             )
-            found += self._ask(body).items
+            found += (await self._ask(body)).items
             progress(len(found), len(texts))
         return found
 
-    def _ask(self, body: PredictionCreate) -> Answer:
+    async def _ask(self, body: PredictionCreate) -> Answer:
         """Asking changes nothing at the provider, so it may be repeated."""
         content = body.model_dump_json(exclude_none=True).encode()
-        headers = {"Content-Type": "application/json"}
-        return parse(self._http.send("POST", "/v1/predictions", content=content, headers=headers, repeat=True), Answer)
+        return parse(
+            await self._http.send("POST", "/v1/predictions", content=content, headers=JSON, repeat=True), Answer
+        )
+
+
+class Predictions(Noun[AsyncPredictions]):
+    """``client.predictions``"""
+
+    create = blocking(AsyncPredictions.create)

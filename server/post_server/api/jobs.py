@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import anyio
 from fastapi import APIRouter, Header, Path, Query
 from pydantic import AwareDatetime
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
@@ -105,28 +105,34 @@ async def get_job_events(
     cursor: Cursor = None,
     accept: Annotated[str, Header()] = "application/json",
     last_event_id: Annotated[str | None, Header(max_length=100)] = None,
+    snapshot: Annotated[bool, Query(description="Streams only: first an event `job`, then only what is new.")] = False,
 ) -> Any:
     """A job's history, oldest first. As a stream it goes on until the job ends; each event's id is its sequence."""
     if "text/event-stream" not in accept:
         return await run_in_threadpool(_page, app, caller, job, _number(cursor, after), limit)
     await run_in_threadpool(_look, app, caller, job, 0, 1)  # a refusal is a problem, not a stream
-    events = _follow(app, caller, job, _number(last_event_id, after))
+    events = _follow(app, caller, job, None if snapshot and not last_event_id else _number(last_event_id, after))
     return EventSourceResponse(events, ping=_PING_SECONDS, headers={"Cache-Control": "no-store"})
 
 
-async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int | None) -> AsyncIterator[ServerSentEvent]:
     """Every event behind ``after``, as it comes; at the end of the job one event ``end`` with its document.
 
-    The stream also ends when the caller's key is revoked or expires.
+    Without ``after``: one event ``job`` with its document, then what comes behind it. The stream also ends when the
+    caller's key is revoked or expires.
     """
+    place = after or 0
+    if after is None:
+        place, document = await run_in_threadpool(_snapshot, app, caller, job_id)
+        yield ServerSentEvent(data=document.model_dump_json(), event="job", sep="\n")
     while True:
         try:
-            job, events = await run_in_threadpool(_look, app, caller, job_id, after, MAX_LIMIT)
+            job, events = await run_in_threadpool(_look, app, caller, job_id, place, MAX_LIMIT)
         except Unauthenticated:
             return
         for event in events:
-            after = event.sequence
-            yield ServerSentEvent(data=event.model_dump_json(), event=event.kind, id=str(after), sep="\n")
+            place = event.sequence
+            yield ServerSentEvent(data=event.model_dump_json(), event=event.kind, id=str(place), sep="\n")
         if len(events) == MAX_LIMIT:
             continue
         if job.state.ended:
@@ -141,6 +147,13 @@ def _look(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) 
         check_still_valid(session, caller.id)
         job = job_document(visible_job(session, caller, job_id))
         return job, _events(session, job_id, after, limit)
+
+
+def _snapshot(app: Context, caller: ApiKeyRow, job_id: str) -> tuple[int, Job]:
+    """The last sequence number first and then the job: what it doesn't show yet will be an event."""
+    with app.database.read() as session:
+        last = session.scalar(select(func.max(JobEventRow.sequence)).where(JobEventRow.job_id == job_id))
+        return last or 0, job_document(visible_job(session, caller, job_id))
 
 
 def _page(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) -> Page[JobEvent]:
