@@ -32,6 +32,9 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="A worker that is silent for so long has lost its job."
     )
     heartbeat_seconds: float = Field(default=5.0, gt=0, description="How often a worker renews its lease.")
+    progress_seconds: float = Field(
+        default=3600.0, gt=0, description="A job that reports nothing for so long hangs: it is killed and tried again."
+    )
     max_attempts: int = Field(default=3, ge=1, description="How often a lost job is started again before it fails.")
     checkpoint_seconds: float = Field(default=60.0, gt=0, description="How often a job keeps a checkpoint.")
     cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
@@ -46,6 +49,9 @@ class Settings(BaseSettings):
         default=5.0, gt=0, description="How often a worker looks for lost and undelivered jobs."
     )
     ring_seconds: float = Field(default=10.0, ge=0, description="A job that is queued for longer is announced again.")
+    visibility_seconds: float = Field(
+        default=3600.0, gt=0, description="Redis gives a ring that a worker kept for so long to another one."
+    )
     stop_seconds: float = Field(default=10.0, gt=0, description="From a stop signal to kill, for every process.")
 
     predictor_models: int = Field(default=2, ge=1, description="Models that a predictor keeps in memory.")

@@ -26,6 +26,8 @@
     ├── JobFailed                       a job ended as failed (client side)
     │   ├── WorkerLost                  its worker went silent too often
     │   ├── JobKilled                   its process was killed or crashed too often
+    │   ├── JobStalled                  it stopped making progress too often
+    │   ├── DiskFull                    the worker's disk has no room for it
     │   └── OutOfMemory                 the machine or the device has too little memory for it
     └── Cancelled                       long work was cancelled
 
@@ -163,6 +165,14 @@ class WorkerLost(JobFailed):
 
 class JobKilled(JobFailed):
     code, title = "job_killed", "The job's process was killed"
+
+
+class JobStalled(JobFailed):
+    code, title = "job_stalled", "The job made no progress"
+
+
+class DiskFull(JobFailed):
+    code, title = "disk_full", "There is too little room on the worker's disk"
 
 
 class OutOfMemory(JobFailed):

@@ -189,6 +189,15 @@ class Backstage:
         return self.job(job_id)
 
 
+def job_processes(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of the jobs that a worker runs."""
+    return [
+        process
+        for process in psutil.Process(worker.pid).children()
+        if "post_server.worker.process" in process.cmdline()
+    ]
+
+
 def processes_in(folder: Path) -> list[psutil.Process]:
     """Every process whose POST_HOME is that folder, and the Redis server whose socket lies in it."""
     found = []

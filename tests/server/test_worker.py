@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,7 @@ from post_shared.data import read_corpus
 from post_shared.language_model import LanguageModel
 from post_shared.model_files import manifest, model_hash
 from post_shared.schemas import DistillationCreate, JobState
-from tests.server.backstage import Backstage, wait_for
+from tests.server.backstage import Backstage, job_processes, wait_for
 
 STEPS = 400
 ENDLESS = 10_000_000
@@ -45,14 +44,6 @@ def undisturbed(backstage: Backstage, job_id: str, folder: Path) -> str:
     config, room = DistilConfig.from_request(request), CacheRoom(backstage.settings.teacher_cache_bytes)
     distil(model, read_corpus(corpus), config, checkpoint=folder / "work", room=room).save(folder / "student")
     return model_hash(manifest(folder / "student"))
-
-
-def job_processes(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process(worker.pid).children()
-        if "post_server.worker.process" in process.cmdline()
-    ]
 
 
 def succeeded(backstage: Backstage, job_id: str) -> JobRow:

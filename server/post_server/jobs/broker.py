@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import socket
 from functools import lru_cache
 from typing import Any
 
 from celery import Celery
+
+from post_server.settings import Settings
 
 QUEUE = "post.jobs"
 RUN_JOB = "post.run_job"
 _CONNECT_SECONDS = 1.0
 
 
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""A worker that waits for a ring sends nothing, so only this tells it that the server behind a cut link is gone."""
+
+
 @lru_cache(maxsize=8)
-def celery_for(redis_url: str) -> Any:
-    """The Celery application of a Redis URL (``redis://…``, ``rediss://…``, ``sentinel://…``, ``unix://path``).
+def celery_for(settings: Settings) -> Any:
+    """The Celery application of the settings' Redis (``redis://…``, ``rediss://…``, ``sentinel://…``, ``unix://path``).
 
     Messages are acknowledged when they arrive and no result is kept: the job row knows everything.
     """
     app = Celery("post", set_as_current=False)
     app.conf.update(
-        broker_url=_kombu_url(redis_url),
+        broker_url=_kombu_url(settings.redis_url),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
             "socket_connect_timeout": _CONNECT_SECONDS,
+            "socket_keepalive": True,
+            "socket_keepalive_options": {
+                getattr(socket, name): value for name, value in _KEEPALIVE.items() if hasattr(socket, name)
+            },
+            "visibility_timeout": settings.visibility_seconds,
+            "unacked_restore_interval": min(10.0, settings.visibility_seconds / 20),  # every tenth time, it looks
             "max_retries": 1,
             "interval_start": 0,
             "interval_max": 0.2,

@@ -18,7 +18,7 @@ def ring(job_id: str, settings: Settings | None = None) -> bool:
     Commit the row first: a worker may look at once.
     """
     try:
-        app = celery_for((settings or get_settings()).redis_url)
+        app = celery_for(settings or get_settings())
         app.send_task(RUN_JOB, args=[job_id], retry=True, retry_policy=_RETRY, ignore_result=True)
     except Exception as error:  # whatever it is, the row is safe and will be found
         log.warning("doorbell out of order: %s", type(error).__name__, extra={"job": job_id})
@@ -29,7 +29,7 @@ def ring(job_id: str, settings: Settings | None = None) -> bool:
 def waiting(settings: Settings) -> int | None:
     """How many rings no worker has heard yet; None when the broker can't be reached."""
     try:
-        with celery_for(settings.redis_url).connection_for_write() as connection:
+        with celery_for(settings).connection_for_write() as connection:
             return int(connection.default_channel.client.llen(QUEUE))
     except Exception as error:
         log.debug("broker can't be reached: %s", type(error).__name__)

@@ -85,6 +85,11 @@ def held_state(session: Session, lease: Lease) -> JobState:
     return state
 
 
+def last_event(session: Session, job_id: str) -> int:
+    """The number of the job's newest event, which grows as long as it makes progress."""
+    return session.scalar(select(func.max(JobEventRow.sequence)).where(JobEventRow.job_id == job_id)) or 0
+
+
 def report(
     session: Session,
     lease: Lease,
@@ -231,6 +236,5 @@ def _fresh(session: Session, job_id: str) -> JobRow:
 
 def _append(session: Session, job_id: str, kind: str, data: Mapping[str, Any]) -> None:
     session.flush()
-    last = session.scalar(select(func.max(JobEventRow.sequence)).where(JobEventRow.job_id == job_id))
-    session.add(JobEventRow(job_id=job_id, sequence=(last or 0) + 1, kind=kind, data=dict(data)))
+    session.add(JobEventRow(job_id=job_id, sequence=last_event(session, job_id) + 1, kind=kind, data=dict(data)))
     session.flush()

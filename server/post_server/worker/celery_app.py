@@ -36,7 +36,7 @@ def main(settings: Settings) -> int:
     database, stopping = Database.from_settings(settings), threading.Event()
     supervisor = JobSupervisor(settings, database, stopping)
     supervisor.sweep()
-    app = celery_for(settings.redis_url)
+    app = celery_for(settings)
     app.task(supervisor.run, name=RUN_JOB, ignore_result=True, typing=False)
 
     def note_stop(**_: Any) -> None:

@@ -27,16 +27,15 @@ from post_server.records import JobRow
 from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
 from post_server.worker import lifeline
+from post_server.worker.exits import DATABASE_AWAY, ENDED, INTERRUPTED, LOST, STORAGE_AWAY
+from post_server.worker.failures import is_away, known_failure
 from post_server.worker.quiet import quiet_models
 from post_server.worker.reporter import JobReporter
 from post_server.worker.supervisor import work_folder
-from post_shared.errors import Cancelled, OutOfMemory, PostError
+from post_shared.errors import Cancelled, PostError
 
 if TYPE_CHECKING:
     from post_server.worker.runners import Outcome
-
-ENDED, DATABASE_AWAY, INTERRUPTED, LOST = 0, 74, 75, 76
-"""Exit statuses: the row says how it ended; no database; a checkpoint was kept after SIGTERM; not our job."""
 
 log = logging.getLogger("post.job")
 
@@ -86,20 +85,20 @@ class JobProcess:
             row = session.get_one(JobRow, self._lease.job_id)
         try:
             outcome = self._work(row)
-        except Cancelled:
-            raise
-        except PostError as error:
-            return self._fail(error)
-        except MemoryError:
-            return self._fail(_out_of_memory())
-        except (LeaseLost, OperationalError):
+            with self._database.write() as session:  # the rows that it made and its success: both or neither
+                result = outcome(session)  # stores blobs before its first statement
+                states.finish(session, self._lease, result)
+        except (Cancelled, LeaseLost, OperationalError):
             raise
         except Exception as error:
-            if _is_out_of_memory(error):
-                return self._fail(_out_of_memory())
-            log.exception("job failed", extra={"job": row.id})
-            return self._fail(PostError("the job failed unexpectedly; the worker's log says more", job=row.id))
-        return self._finish(outcome)
+            if is_away(error):
+                log.warning("store away: %r", error, extra={"job": row.id})
+                return STORAGE_AWAY
+            known = known_failure(error)
+            if known is None:
+                log.exception("job failed", extra={"job": row.id})
+            return self._fail(known or PostError("the job failed unexpectedly; the worker's log says more", job=row.id))
+        return ENDED
 
     def _work(self, row: JobRow) -> Outcome:
         import torch  # slow, and of no use to a job that isn't ours any more
@@ -116,16 +115,6 @@ class JobProcess:
         work = Work(row, self._database, self._store, self._settings, reporter, self._folder / "checkpoint", scratch)
         return RUNNERS[row.kind](work)
 
-    def _finish(self, outcome: Outcome) -> int:
-        """The rows that the job made and its success, in one transaction under the token."""
-        try:
-            with self._database.write() as session:
-                result = outcome(session)  # stores blobs before its first statement
-                states.finish(session, self._lease, result)
-        except PostError as error:
-            return self._fail(error)
-        return ENDED
-
     def _fail(self, error: PostError) -> int:
         log.info("job failed: %s", error.code, extra={"job": self._lease.job_id})
         with self._database.write() as session:
@@ -135,15 +124,6 @@ class JobProcess:
     def _stop_if_told(self) -> None:
         if self._interrupted.is_set():
             raise Cancelled("the job was told to stop")
-
-
-def _out_of_memory() -> OutOfMemory:
-    return OutOfMemory("memory ran out; use a smaller model, batch or sequence length")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Torch says it by a class on a GPU and by a text on a CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def main(job_id: str, token: str) -> int:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
@@ -23,7 +23,8 @@ from post_server.jobs.states import Lease, LeaseLost
 from post_server.records import JobRow
 from post_server.settings import Settings
 from post_server.worker import lifeline
-from post_shared.errors import JobKilled
+from post_server.worker.exits import PASSING
+from post_shared.errors import JobKilled, JobStalled
 from post_shared.schemas import JobState
 
 log = logging.getLogger("post.worker")
@@ -47,6 +48,9 @@ class _Attempt:
     process: subprocess.Popen[bytes]
     kill_at: float | None = None
     lost: bool = False
+    newest_event: int = 0
+    progressed_at: float = field(default_factory=time.monotonic)
+    stalled: bool = False
     asked_by_us: bool = False
     """A signal came from us: to stop the worker, or for a cancel."""
 
@@ -109,8 +113,9 @@ class JobSupervisor:
             if self._stopping.is_set():
                 self._ask_to_end(attempt, self._settings.stop_seconds / 2)
             overdue = attempt.kill_at is not None and at > attempt.kill_at
+            attempt.stalled = at - attempt.progressed_at > self._settings.progress_seconds
             silent = at - beaten > self._settings.lease_seconds  # others may have the job by now
-            if overdue or silent or attempt.lost:
+            if overdue or silent or attempt.stalled or attempt.lost:
                 _kill(attempt.process)
             time.sleep(_TICK)
 
@@ -121,9 +126,11 @@ class JobSupervisor:
                 with self._database.write() as session:
                     seconds = self._settings.lease_seconds
                     state = states.heartbeat(session, attempt.lease, lease_seconds=seconds)
+                    newest = states.last_event(session, attempt.lease.job_id)
             else:
                 with self._database.read() as session:
                     state = states.held_state(session, attempt.lease)
+                    newest = states.last_event(session, attempt.lease.job_id)
         except LeaseLost:
             # The process may have ended the job a moment ago; if it hasn't, it mustn't go on.
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -133,6 +140,8 @@ class JobSupervisor:
         except OperationalError as error:
             log.warning("database away: %s", error.orig, extra={"job": attempt.lease.job_id})
             return False
+        if newest > attempt.newest_event:
+            attempt.newest_event, attempt.progressed_at = newest, time.monotonic()
         if state is JobState.CANCELLING:
             self._ask_to_end(attempt, self._settings.cancel_grace_seconds)
         return beat
@@ -176,10 +185,16 @@ class JobSupervisor:
         if self._stopping.is_set():
             states.release(session, lease, reason="worker_stopped", give_attempt_back=True)
             return True
+        if status in PASSING:  # not announced at once: the reconciler does so a little later
+            states.release(session, lease, reason=PASSING[status], give_attempt_back=True)
+            return False
+        seconds = self._settings.progress_seconds
         if attempt.attempt < self._settings.max_attempts:
-            states.release(session, lease, reason=f"process ended with {_how(status)}")
+            why = f"no progress for {seconds:g} s" if attempt.stalled else f"process ended with {_how(status)}"
+            states.release(session, lease, reason=why)
             return True
-        states.fail(session, lease, _killed(status, attempt.attempt))
+        error = _stalled(seconds, attempt.attempt) if attempt.stalled else _killed(status, attempt.attempt)
+        states.fail(session, lease, error)
         return False
 
 
@@ -200,8 +215,19 @@ def _how(status: int) -> str:
         return f"signal {-status}"
 
 
+def _times(attempts: int) -> str:
+    return "once" if attempts == 1 else f"{attempts} times"
+
+
+def _stalled(seconds: float, attempts: int) -> JobStalled:
+    return JobStalled(
+        f"it reported no progress for {seconds:g} s, {_times(attempts)}; see the worker's log, or set "
+        "POST_PROGRESS_SECONDS higher if one step may take that long"
+    )
+
+
 def _killed(status: int, attempts: int) -> JobKilled:
-    times = "once" if attempts == 1 else f"{attempts} times"
+    times = _times(attempts)
     if status == -signal.SIGKILL:
         return JobKilled(
             f"its process was killed {times}, which the system does when memory runs out; use a smaller model, "

@@ -1,0 +1,138 @@
+"""Parts that go away for a while, fill up or stop: the job waits or says what to do, and nothing is half done."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from redis import Redis
+
+from post_server.jobs import doorbell, states
+from post_server.storage import BlobStore
+from post_server.worker.exits import PASSING, STORAGE_AWAY
+from post_server.worker.supervisor import JobSupervisor
+from post_shared.schemas import JobState
+from tests.server.backstage import Backstage, job_processes, wait_for
+from tests.server.real_parts import LOOPBACK, ObjectStore, free_port
+
+ENDLESS = 10_000_000
+
+
+@pytest.fixture
+def ready(backstage: Backstage) -> Backstage:
+    backstage.add_target()
+    backstage.add_corpus()
+    backstage.start_redis()
+    return backstage
+
+
+@pytest.fixture
+def small_work_folder(backstage: Backstage) -> Iterator[Path]:
+    """The folder of the jobs' work on a file system with too little room for a model."""
+    folder = backstage.settings.home / "work"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def supervisor(backstage: Backstage) -> JobSupervisor:
+    return JobSupervisor(backstage.settings, backstage.database, threading.Event())
+
+
+def said(backstage: Backstage, job_id: str) -> list[str]:
+    return [event.data["state"] for event in backstage.events(job_id) if event.kind == "state"]
+
+
+def test_a_full_disk_fails_the_job_with_advice_and_leaves_nothing(ready: Backstage, small_work_folder: Path) -> None:
+    job_id, before = ready.add_distil(steps=3), ready.store.list()
+    supervisor(ready).run(job_id)
+    row = ready.job(job_id)
+    assert (row.state, row.attempt) == (JobState.FAILED, 1), (row.error, ready.log())
+    assert row.error is not None
+    assert row.error["code"] == "disk_full"
+    assert "POST_HOME" in row.error["detail"]
+    assert ready.store.list() == before
+    assert not list(small_work_folder.iterdir())
+    subprocess.run(["mount", "-o", "remount,size=20m", small_work_folder], check=True)
+    again = ready.add_distil(steps=3)
+    supervisor(ready).run(again)
+    assert ready.job(again).state is JobState.SUCCEEDED
+
+
+@pytest.mark.slow
+def test_a_store_that_is_away_costs_no_attempt(
+    backstage: Backstage, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the job is done once the store is back."""
+    backstage.settings = backstage.settings.model_copy(update={"storage_url": object_store.new_bucket()})
+    backstage.store = BlobStore.from_settings(backstage.settings)
+    backstage.add_target()
+    backstage.add_corpus()
+    job_id = backstage.add_distil(steps=3)
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{LOOPBACK}:{free_port()}")  # where nobody answers
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        supervisor(backstage).run(job_id)
+    row = backstage.job(job_id)
+    assert (row.state, row.attempt, row.error) == (JobState.QUEUED, 0, None)
+    assert backstage.events(job_id)[-1].data["reason"] == PASSING[STORAGE_AWAY]
+    supervisor(backstage).run(job_id)
+    row = backstage.job(job_id)
+    assert (row.state, row.attempt, row.error) == (JobState.SUCCEEDED, 1, None)
+
+
+@pytest.mark.slow
+def test_a_ring_that_redis_gives_to_another_worker_too_does_no_harm(ready: Backstage) -> None:
+    """A busy worker keeps a ring for longer than the visibility timeout: the job is done by another one, and once."""
+    ready.settings = ready.settings.model_copy(update={"visibility_seconds": 1.0, "ring_seconds": 1000.0})
+    endless, short = ready.add_distil(steps=ENDLESS), ready.add_distil(steps=3, name="short")
+    doorbell.ring(endless, ready.settings)
+    busy = ready.start_worker()
+    ready.reaches(endless, stage="distil")
+    with Redis.from_url(ready.settings.redis_url) as client:
+        doorbell.ring(short, ready.settings)
+        wait_for(lambda: client.hlen("unacked") == 1)
+        wait_for(lambda: doorbell.waiting(ready.settings) == 1)  # given back, while the busy one still keeps its own
+    other = ready.start_worker()
+    row = ready.ended(short)
+    assert (row.state, row.attempt) == (JobState.SUCCEEDED, 1)
+    with ready.database.write() as session:
+        states.request_cancel(session, endless)
+    assert ready.ended(endless).state is JobState.CANCELLED
+    wait_for(lambda: doorbell.waiting(ready.settings) == 0)
+    for worker in (busy, other):
+        worker.terminate()
+        assert worker.wait(20) == 0
+    assert said(ready, short) == ["queued", "running", "succeeded"]
+    assert said(ready, endless) == ["queued", "running", "cancelling", "cancelled"]
+
+
+@pytest.mark.slow
+def test_a_job_that_hangs_is_found_out_and_tried_again(ready: Backstage) -> None:
+    """Its process is alive and its worker keeps the lease, but nothing moves."""
+    ready.settings = ready.settings.model_copy(update={"progress_seconds": 30.0, "max_attempts": 2})
+    job_id = ready.add_distil(steps=ENDLESS)
+    doorbell.ring(job_id, ready.settings)
+    worker = ready.start_worker()
+    hung = []
+    for attempt in (1, 2):
+        wait_for(lambda attempt=attempt: ready.job(job_id).attempt == attempt, 100.0)  # type: ignore[misc]
+        wait_for(lambda: ready.events(job_id)[-1].kind in ("progress", "metrics"), 60.0)
+        (process,) = job_processes(worker)
+        process.send_signal(signal.SIGSTOP)
+        hung.append(process)
+    row = ready.ended(job_id, 100.0)
+    assert row.state is JobState.FAILED
+    assert row.error is not None
+    assert row.error["code"] == "job_stalled"
+    assert "POST_PROGRESS_SECONDS" in row.error["detail"]
+    assert said(ready, job_id) == ["queued", "running", "queued", "running", "failed"]
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in hung)
