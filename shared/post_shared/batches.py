@@ -209,8 +209,7 @@ def _tokenise(
     before, after = template.split(TEXT)
 
     def ids_of(some: Sequence[str]) -> list[list[int]]:
-        found = model.tokenizer([before + text + after for text in some]).input_ids
-        return [_without_end(model, ids) for ids in found]
+        return plain_ids(model, [before + text + after for text in some])
 
     bare = len(ids_of([""])[0])
     if bare >= min(most):
@@ -233,6 +232,11 @@ def _cut(model: LanguageModel, text: str, excess: int) -> str:
         return ""
     end = int(spans[len(spans) - excess - 1][1])
     return text[: min(end, len(text) - 1)].rstrip()
+
+
+def plain_ids(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of whole texts, to be gone on with."""
+    return [_without_end(model, ids) for ids in model.tokenizer(list(texts)).input_ids]
 
 
 def _without_end(model: LanguageModel, ids: list[int]) -> list[int]:

@@ -169,7 +169,7 @@ class LanguageModel:
             attention_mask = None
         else:
             attention_mask = attention_mask.to(self.device)
-        return self._run(inputs_embeds=inputs, attention_mask=attention_mask).last_hidden_state  # type: ignore[no-any-return]
+        return self.run_body(inputs_embeds=inputs, attention_mask=attention_mask).last_hidden_state  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., d) -> logits over the vocabulary (..., V), float32."""
@@ -201,7 +201,7 @@ class LanguageModel:
             raise InvalidInput("a masked or recurrent model has no key/value prefix: put the prompt before each text")
         self._check_width(prompt)
         cache = DynamicCache()  # without the configuration: a sliding layer keeps all of the prompt, and masks it
-        self._run(inputs_embeds=prompt[None].to(self.device, self.dtype), past_key_values=cache, use_cache=True)
+        self.run_body(inputs_embeds=prompt[None].to(self.device, self.dtype), past_key_values=cache, use_cache=True)
         return Prefix.of(cache)
 
     @torch.no_grad()
@@ -224,10 +224,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Sequence[int]], prompt: Tensor | None, max_new_tokens: int) -> list[str]:
-        """Greedy continuations of token id rows, each cut at its first line break.
-
-        Rows are padded on the left: [padding, prompt, text], so that all continue at the same position.
-        """
+        """Greedy continuations of token id rows, padded on the left, each cut at its first line break."""
         if self.kind != "causal":
             raise InvalidInput("a masked model can't generate; use a causal one for a generation task")
         longest = max(len(ids) for ids in prefixes)
@@ -255,15 +252,16 @@ class LanguageModel:
         """Keys and values of ``prompt``, (l, d) or (K, l, d), in every layer, as a cache of one row or of K."""
         self._check_width(prompt)
         inputs = prompt.reshape(-1, *prompt.shape[-2:]).to(self.device, self.dtype)
-        return self._run(inputs_embeds=inputs, use_cache=True).past_key_values
+        return self.run_body(inputs_embeds=inputs, use_cache=True).past_key_values
 
     def _at_answers(self, batch: Batch, **inputs: Any) -> Tensor:
         """Logits (P, V) at the answer positions of ``batch``, the body's further inputs being ``inputs``."""
-        output = self._run(inputs_embeds=self.embed(batch.token_ids), **inputs)
+        output = self.run_body(inputs_embeds=self.embed(batch.token_ids), **inputs)
         rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
         return self.head(output.last_hidden_state[rows, positions])  # (B, T, d) -> (P, d) -> (P, V)
 
-    def _run(self, **inputs: Any) -> Any:
+    def run_body(self, **inputs: Any) -> Any:
+        """The body's forward, without those inputs that its family doesn't know."""
         inputs.setdefault("use_cache", False)
         known = inspect.signature(self.body.forward).parameters
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())

@@ -29,6 +29,10 @@ class Prefix:
         """Memory that it takes."""
         return sum(each.nbytes for layer in self.layers for each in layer)
 
+    def emptied(self) -> Prefix:
+        """That of no prompt, for rows without one among rows with one."""
+        return Prefix(tuple((keys[:0], values[:0]) for keys, values in self.layers), 0)
+
     @classmethod
     def of(cls, cache: DynamicCache) -> Prefix:
         """What a pass over one prompt left in ``cache``: every layer (1, h, l, e) -> (l, h, e)."""
@@ -46,27 +50,40 @@ def can_keep_prefix(body: nn.Module, config: Any) -> bool:
     return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def behind(prefixes: Sequence[Prefix], tokens: int, device: torch.device) -> dict[str, Any]:
+def behind(prefixes: Sequence[Prefix], tokens: int, device: torch.device, *, keep: bool = False) -> dict[str, Any]:
     """What a body's forward takes so that row i of B rows with T = ``tokens`` stands behind ``prefixes[i]``.
 
     Shorter prefixes are padded on the left, hidden by the mask, and every row counts its positions from its own
-    prompt's end: each result is that of the row alone.
+    prompt's end: each result is that of the row alone. With ``keep`` the cache goes on growing (generation).
     """
-    layers: list[Any] = [
-        _RowsLayer([keys for keys, _ in of_rows], [values for _, values in of_rows])
-        for of_rows in zip(*(prefix.layers for prefix in prefixes), strict=True)
-    ]
-    found: dict[str, Any] = {"past_key_values": Cache(layers=layers), "use_cache": True}
+    make = GrowingLayer if keep else _PassingLayer
+    parts = zip(*(prefix.layers for prefix in prefixes), strict=True)  # by layer, (keys, values) of each row
+    layers = [make([keys for keys, _ in rows], [values for _, values in rows]) for rows in parts]
     lengths = torch.tensor([prefix.length for prefix in prefixes])  # (B,)
-    longest = int(lengths.max())
-    if int(lengths.min()) < longest:
-        place = torch.arange(longest + tokens)
-        found["attention_mask"] = (place >= longest - lengths[:, None]).long().to(device)  # (B, L + T)
-        found["position_ids"] = (lengths[:, None] + torch.arange(tokens)).to(device)  # (B, T)
-    return found
+    return {
+        "past_key_values": Cache(layers=layers),
+        "use_cache": True,
+        **padded_on_the_left(lengths, int(lengths.max()), tokens, device),
+    }
 
 
-class _RowsLayer(DynamicLayer):  # type: ignore[misc]
+def padded_on_the_left(lengths: Tensor, longest: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """Mask (B, longest + T) and positions (B, T) of T new tokens behind B rows of ``lengths``; none when alike."""
+    if int(lengths.min()) == longest:
+        return {}
+    place = torch.arange(longest + tokens)
+    return {
+        "attention_mask": (place >= longest - lengths[:, None]).long().to(device),
+        "position_ids": (lengths[:, None] + torch.arange(tokens)).to(device),
+    }
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows (l, h, e) of different l -> (B, h, L, e), padded on the left."""
+    return pad_sequence(list(parts), batch_first=True, padding_side="left").transpose(1, 2)
+
+
+class _PassingLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's prefixes, joined when the layer runs and forgotten afterwards: one layer at a time is copied."""
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -78,11 +95,54 @@ class _RowsLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of prefix and text, (B, h, L + T, e) each."""
-        joined = [
-            torch.cat([pad_sequence(list(parts), batch_first=True, padding_side="left").transpose(1, 2), own], dim=-2)
-            for parts, own in zip(self._parts, (key_states, value_states), strict=True)
-        ]
-        return joined[0], joined[1]
+        keys, values = self._parts
+        return torch.cat([_joined(keys), key_states], dim=-2), torch.cat([_joined(values), value_states], dim=-2)
 
     def get_seq_length(self) -> int:
         return self._length
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values, (B, h, S, e) with room for more: a step copies one position, not all before it."""
+
+    _ROOM = 64
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._kept = (_joined(keys), _joined(values))
+        self._length = int(self._kept[0].shape[-2])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Add the new positions; keys and values of all."""
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        if self._length > self._kept[0].shape[-2]:
+            more = self._length + self._ROOM - self._kept[0].shape[-2]
+            self._kept = (
+                nn.functional.pad(self._kept[0], (0, 0, 0, more)),
+                nn.functional.pad(self._kept[1], (0, 0, 0, more)),
+            )
+        for kept, new in zip(self._kept, (key_states, value_states), strict=True):
+            kept[:, :, start : self._length] = new
+        return self._all()
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def pick(self, rows: Tensor, places: Tensor) -> None:
+        """Keep of ``rows`` (B',) the positions ``places`` (B', S')."""
+        keys, values = (each.transpose(1, 2)[rows[:, None], places].transpose(1, 2) for each in self._all())
+        self._kept, self._length = (keys, values), int(places.shape[1])
+
+    def append(self, other: GrowingLayer) -> None:
+        """Add the rows of ``other``, the shorter of the two padded on the left."""
+        length = max(self._length, other._length)
+        keys, values = (
+            torch.cat([nn.functional.pad(each, (0, 0, length - each.shape[-2], 0)) for each in both])
+            for both in zip(self._all(), other._all(), strict=True)
+        )
+        self._kept, self._length = (keys, values), length
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        return self._kept[0][:, :, : self._length], self._kept[1][:, :, : self._length]

@@ -213,7 +213,7 @@ def test_batches_are_of_one_model_and_a_long_question_lets_the_others_in() -> No
     backlog = Backlog()
     for each in (question("a", 200), question("b", 2), question("a", 3), question("a", 40), question("b", 1, -1.0)):
         backlog.add(each)
-    assert [late.reply for late in backlog.expired(time.time())] == ["b"]
+    backlog.drop_expired(time.time())
     assert backlog.texts == 245
     batches = []
     while batch := backlog.next_batch(64):
@@ -246,9 +246,9 @@ def test_different_prompts_share_a_batch_and_one_of_no_use_spoils_nothing(backst
         sizes: list[int] = []
         predict = predictor.predict
         predictor.predict = lambda model, shares: sizes.append(len(shares)) or predict(model, shares)  # type: ignore
-        predictor._take(threading.Event())
-        while batch := predictor._backlog.next_batch():
-            predictor._answer(batch)
+        predictor._take()
+        while predictor._busy:
+            predictor.work()
         answers = [json.loads(client.lpop(key) or b"{}") for key in reply]
     predictor.close()
     assert sizes == [4]

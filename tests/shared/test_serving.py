@@ -63,13 +63,13 @@ def test_a_bos_token_comes_after_the_prompt() -> None:
 def test_many_rows_of_one_prompt_in_bounded_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model("llama"), []
     prompt = ready(model, TWO, 5)
-    run = model._run
+    run = model.run_body
 
     def watched(**inputs: object) -> object:
         sizes.append(inputs["inputs_embeds"].shape[:2])  # type: ignore[attr-defined]
         return run(**inputs)
 
-    monkeypatch.setattr(model, "_run", watched)
+    monkeypatch.setattr(model, "run_body", watched)
     found = classify_mixed(model, TEXTS * 4, [prompt] * 32, batch_tokens=60)
     assert all(rows * tokens <= 60 for rows, tokens in sizes), "the prompt isn't run again, and no batch is too large"
     for at, each in enumerate(found):

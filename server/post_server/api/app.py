@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from post_server.api import (
+    completions,
     datasets,
     health,
     jobs,
@@ -57,7 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = Metrics(database)
     limits = RateLimits(settings, app.state.metrics.uncounted)
     app.state.context = Context(settings, database, BlobStore.from_settings(settings), limits)
-    for module in (models, datasets, prompts, orders, reports, jobs, predictions, health, page):
+    for module in (models, datasets, prompts, orders, reports, jobs, predictions, completions, health, page):
         app.include_router(module.router)
     page.mount_static(app)
     problems.install(app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import App, Asker, Context
@@ -20,14 +20,17 @@ router = APIRouter(prefix="/v1/predictions", tags=["predictions"])
 
 
 @router.post("", responses=problems(404, 413, 503, 504))
-async def create_predictions(question: PredictionCreate, app: App, caller: Asker) -> Predictions:
+async def create_predictions(question: PredictionCreate, request: Request, app: App, caller: Asker) -> Predictions:
     """Ask a target model about up to 256 texts, in their order. The provider sees the texts.
 
     Probabilities come to keys with the scope `scores`.
     """
     resolved = await run_in_threadpool(_resolve, app, caller, question)
     answer = await transport.request(
-        resolved.model_dump(mode="json"), app.settings.prediction_seconds, settings=app.settings
+        resolved.model_dump(mode="json"),
+        app.settings.prediction_seconds,
+        settings=app.settings,
+        left=request.is_disconnected,
     )
     predictions = Predictions.model_validate(answer)
     if Scope.SCORES not in scopes_of(caller):

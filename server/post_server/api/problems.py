@@ -51,6 +51,7 @@ _BY_STATUS: dict[int, type[PostError]] = {
 }
 CLIENT_SIDE = {"budget_exceeded", "cancelled", "job_failed", "ledger_invalid", "privacy_invalid"}
 """Codes that never are an answer of the API."""
+OPENAI_PATH = "/v1/completions"
 _HEADERS: dict[int, dict[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},
     409: {"Retry-After": "1"},
@@ -116,9 +117,7 @@ async def _post_error(request: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, RangeInvalid) and "size" in error.fields:
         headers["Content-Range"] = f"bytes */{error.fields['size']}"
-    if "retry_after" in error.fields:
-        headers["Retry-After"] = str(error.fields["retry_after"])
-    return respond(error, _request_id(request), headers)
+    return respond(_worded(error, request), _request_id(request), headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -129,7 +128,14 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         for each in error.errors()[:20]
     ]
     detail = "; ".join(f"{each['where']}: {each['message']}" for each in mistakes[:3])
-    return respond(InvalidInput(detail, mistakes=mistakes), _request_id(request))
+    return respond(_worded(InvalidInput(detail, mistakes=mistakes), request), _request_id(request))
+
+
+def _worded(error: PostError, request: Request) -> PostError:
+    """On a path of OpenAI's API, its clients show a member ``message``."""
+    if request.url.path == OPENAI_PATH:
+        error.fields["message"] = error.detail
+    return error
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

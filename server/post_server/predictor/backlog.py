@@ -1,4 +1,4 @@
-"""Texts that wait for their turn, and which of them share the next batch."""
+"""Texts that wait for their turn, and which of them share the next batch. Never imports torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ BATCH_TEXTS = 64
 
 @dataclass(eq=False)
 class Question:
-    """A request for predictions, and the answers that it has got so far."""
+    """A request for predictions, and the answers that it has got so far, by the number of their text."""
 
     reply: str
     deadline: float
     form: PredictionCreate
     begun: int = 0
     """Texts that were handed out."""
-    found: list[Prediction] = field(default_factory=list)
+    found: dict[int, Prediction] = field(default_factory=dict)
+    refused: bool = False
 
     @property
     def left(self) -> int:
@@ -33,11 +34,12 @@ class Question:
         return len(self.found) == len(self.form.texts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Share:
-    """The part of a batch that is one question's."""
+    """The part of a batch that is one question's: some of its texts, the first with the number ``start``."""
 
     question: Question
+    start: int
     texts: Sequence[str]
 
 
@@ -63,12 +65,9 @@ class Backlog:
         if question in self._questions:
             self._questions.remove(question)
 
-    def expired(self, now: float) -> list[Question]:
-        """The questions that nobody waits for any more; they are dropped."""
-        late = [question for question in self._questions if question.deadline <= now]
-        for question in late:
-            self.drop(question)
-        return late
+    def drop_expired(self, now: float) -> None:
+        """Forget the questions that nobody waits for any more."""
+        self._questions = [question for question in self._questions if question.deadline > now]
 
     def next_batch(self, size: int = BATCH_TEXTS) -> list[Share]:
         """Up to ``size`` texts for the model of the oldest question, in even shares; nothing when nothing waits."""
@@ -86,8 +85,8 @@ class Backlog:
         return [self._share(question, count) for question, count in counts.items() if count]
 
     def _share(self, question: Question, count: int) -> Share:
-        texts = question.form.texts[question.begun : question.begun + count]
+        start = question.begun
         question.begun += count
         if question.left == 0:
             self.drop(question)
-        return Share(question, texts)
+        return Share(question, start, question.form.texts[start : question.begun])

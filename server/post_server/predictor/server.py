@@ -17,13 +17,14 @@ from post_server.database import Database
 from post_server.logs import configure_logs
 from post_server.predictor import transport
 from post_server.predictor.backlog import Backlog, Question, Share
+from post_server.predictor.desk import Desk
+from post_server.predictor.failures import as_post_error
 from post_server.predictor.models import ReadyModel, Shelf
+from post_server.predictor.orders import CompletionOrder, FreeAnswers, Order
 from post_server.settings import Settings
 from post_server.storage import BlobStore
 from post_server.worker.quiet import quiet_models
 from post_shared.errors import InvalidInput, PostError
-from post_shared.evaluation import generate
-from post_shared.language_model import LanguageModel
 from post_shared.schemas import Prediction, PredictionCreate, Predictions
 from post_shared.serving import Classified, ServedPrompt, classify_mixed
 
@@ -39,7 +40,10 @@ _ANSWER_SECONDS = 60
 
 
 class Predictor:
-    """Answers one batch after the other. Whatever came while one ran goes into the next; nothing waits for company."""
+    """Answers one batch after the other. Whatever came while one ran goes into the next; nothing waits for company.
+
+    Texts that are gone on with take one step between two batches, so that neither kind waits for the other's end.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -47,6 +51,7 @@ class Predictor:
         self._shelf = Shelf(settings, self._database, BlobStore.from_settings(settings))
         self._redis = redis.Redis.from_url(settings.redis_url, socket_timeout=10.0, socket_connect_timeout=2.0)
         self._backlog = Backlog()
+        self._desk = Desk()
 
     def beat(self, stopping: threading.Event) -> None:
         """Give signs of life, in a thread of its own: a long batch is no death."""
@@ -59,14 +64,27 @@ class Predictor:
 
     def serve(self, stopping: threading.Event) -> None:
         """Answer until told to stop; what was taken by then is still answered."""
-        while len(self._backlog) or not stopping.is_set():
+        while self._busy or not stopping.is_set():
             try:
-                self._take(stopping)
+                if not stopping.is_set():
+                    self._take()
+                self._drop_gone()
             except redis.RedisError as error:
                 log.warning("redis away: %s", type(error).__name__)
                 stopping.wait(_WAIT_SECONDS)
-            self._backlog.expired(time.time())
-            self._answer(self._backlog.next_batch())
+            self.work()
+
+    def work(self) -> None:
+        """One batch of predictions, and one token for every text that is gone on with."""
+        self._backlog.drop_expired(time.time())
+        self._answer(self._backlog.next_batch())
+        for order, error in self._desk.step(time.time()):
+            if error is not None:
+                self._refuse(order, error)
+            elif piece := order.part():
+                self._send(order.reply, transport.part(piece))
+            if error is None and order.ended:
+                self._finish(order)
 
     def close(self) -> None:
         """Let go of the database and Redis."""
@@ -74,21 +92,22 @@ class Predictor:
         self._redis.close()
 
     def predict(self, model: str, shares: Sequence[Share]) -> list[list[Prediction | PostError]]:
-        """A prediction, or what is wrong with it, for every text of every share, all of them questions to ``model``.
+        """A prediction, or what is wrong, for every text of every share, all of them questions to ``model``.
+
+        Shares of a generation task get nothing yet: they go to the desk.
 
         Raises:
             NotFound: there is no such model.
             TaskInvalid: a template leaves no room for a text.
         """
-        ready = self._shelf.model(model)
+        ready, most = self._shelf.model(model), self._settings.predictor_text_tokens
         prompts = [self._prompt(ready, share.question.form) for share in shares]
         rows: list[tuple[str, ServedPrompt]] = [
             (text, prompt)
             for prompt, share in zip(prompts, shares, strict=True)
-            if not isinstance(prompt, PostError) and not prompt.task.is_generation
+            if isinstance(prompt, ServedPrompt) and not prompt.task.is_generation
             for text in share.texts
         ]
-        most = self._settings.predictor_text_tokens
         found = iter(
             classify_mixed(ready.model, [text for text, _ in rows], [prompt for _, prompt in rows], max_length=most)
         )
@@ -97,10 +116,15 @@ class Predictor:
             if isinstance(prompt, PostError):
                 results.append([prompt])
             elif prompt.task.is_generation:
-                results.append(list(self._generate(ready.model, prompt, share)))
+                results.append([])
+                self._desk.add(ready, FreeAnswers(ready.model, prompt, share, most))
             else:
                 results.append([_prediction(prompt, next(found)) for _ in share.texts])
         return results
+
+    @property
+    def _busy(self) -> bool:
+        return bool(len(self._backlog) or len(self._desk))
 
     def _prompt(self, ready: ReadyModel, form: PredictionCreate) -> ServedPrompt | PostError:
         try:
@@ -108,18 +132,12 @@ class Predictor:
         except PostError as error:
             return error
 
-    def _generate(self, model: LanguageModel, prompt: ServedPrompt, share: Share) -> list[Prediction]:
-        made = generate(
-            model, prompt.task, share.texts, prompt.embeddings, max_new_tokens=share.question.form.max_new_tokens
-        )
-        return [Prediction(text=text) for text in made]
-
-    def _take(self, stopping: threading.Event) -> None:
-        """Put what waits in the list into the backlog; wait for it when there is nothing else to do."""
-        if stopping.is_set() or self._backlog.texts >= _MOST_TEXTS:
+    def _take(self) -> None:
+        """Take what waits in the list; wait for it when there is nothing else to do."""
+        if self._backlog.texts + len(self._desk) >= _MOST_TEXTS:
             return
         found: list[bytes | str] = []
-        if not len(self._backlog):
+        if not self._busy:
             first = self._redis.brpop([transport.QUESTIONS], timeout=_WAIT_SECONDS)
             if not first:
                 return
@@ -127,22 +145,40 @@ class Predictor:
         more = self._redis.rpop(transport.QUESTIONS, _MOST_TAKEN - len(found))
         found += more if isinstance(more, list) else []
         for data in found:
-            question = self._read(data)
-            if question is not None:
-                self._backlog.add(question)
+            self._read(data)
 
-    def _read(self, data: bytes | str) -> Question | None:
+    def _read(self, data: bytes | str) -> None:
         try:
             document = json.loads(data)
-            reply, deadline = str(document["reply"]), float(document["deadline"])
+            reply, deadline, payload = str(document["reply"]), float(document["deadline"]), document.get("payload")
         except (ValueError, KeyError, TypeError):
             log.error("a question that can't be read")
-            return None
+            return
         try:
-            return Question(reply, deadline, PredictionCreate.model_validate(document["payload"]))
-        except (ValidationError, KeyError):
-            self._send(reply, transport.refusal(InvalidInput("the question is no prediction request")))
-            return None
+            if document.get("kind") == "completion":
+                self._begin(reply, deadline, transport.CompletionQuestion.model_validate(payload))
+            else:
+                self._backlog.add(Question(reply, deadline, PredictionCreate.model_validate(payload)))
+        except ValidationError:
+            self._send(reply, transport.refusal(InvalidInput("the question is no request that a predictor knows")))
+        except Exception as error:
+            self._send(reply, transport.refusal(as_post_error(error)))
+
+    def _begin(self, reply: str, deadline: float, question: transport.CompletionQuestion) -> None:
+        ready = self._shelf.model(question.model)
+        prompt = None if question.prompt is None else self._shelf.prompt(ready, question.prompt, None)
+        most = self._settings.predictor_text_tokens
+        self._desk.add(
+            ready,
+            CompletionOrder(ready.model, prompt, question, reply=reply, deadline=deadline, most_tokens=most),
+        )
+
+    def _drop_gone(self) -> None:
+        """Work on nothing that nobody waits for any more."""
+        orders = self._desk.orders
+        if orders:
+            gone = self._redis.mget([transport.gone_key(order.reply) for order in orders])
+            self._desk.drop([order for order, left in zip(orders, gone, strict=True) if left is not None])
 
     def _answer(self, shares: Sequence[Share]) -> None:
         """Answer shares of one model together; when that fails, each alone, so that none spoils another's."""
@@ -156,28 +192,46 @@ class Predictor:
                 for share in shares:
                     self._answer([share])
             else:
-                self._refuse(shares[0].question, _as_post_error(error))
+                self._refuse(shares[0].question, as_post_error(error))
             return
         for share, result in zip(shares, results, strict=True):
-            self._add(share.question, result)
+            self._add(share, result)
         texts = sum(len(share.texts) for share in shares)
         seconds = round(time.monotonic() - began, 3)
         log.info("answered", extra={"questions": len(shares), "texts": texts, "seconds": seconds})
 
-    def _add(self, question: Question, result: Sequence[Prediction | PostError]) -> None:
+    def _add(self, share: Share, result: Sequence[Prediction | PostError]) -> None:
         """Keep the results of some of a question's texts; send its answer once it has them all."""
-        for item in result:
+        question = share.question
+        for at, item in enumerate(result, share.start):
             if isinstance(item, PostError):
                 self._refuse(question, item)
                 return
-            question.found.append(item)
-        if question.answered:
+            question.found[at] = item
+        self._send_if_answered(question)
+
+    def _finish(self, order: Order) -> None:
+        if isinstance(order, FreeAnswers):
+            order.finish()
+            self._send_if_answered(order.share.question)
+        elif isinstance(order, CompletionOrder):
+            self._send(order.reply, transport.answer(order.whole()))
+
+    def _send_if_answered(self, question: Question) -> None:
+        if question.answered and not question.refused:
             form = question.form
-            document = Predictions(model_id=form.model, prompt_id=form.prompt, items=question.found)
+            items = [question.found[at] for at in range(len(form.texts))]
+            document = Predictions(model_id=form.model, prompt_id=form.prompt, items=items)
             self._send(question.reply, transport.answer(document.model_dump(mode="json")))
 
-    def _refuse(self, question: Question, error: PostError) -> None:
-        self._backlog.drop(question)
+    def _refuse(self, asked: Question | Order, error: PostError) -> None:
+        """Say once what is wrong; a question's other texts are then of no use to anyone."""
+        question = asked.share.question if isinstance(asked, FreeAnswers) else asked
+        if isinstance(question, Question):
+            if question.refused:
+                return
+            question.refused = True
+            self._backlog.drop(question)
         self._send(question.reply, transport.refusal(error))
 
     def _send(self, reply: str, data: str) -> None:
@@ -195,18 +249,6 @@ def _prediction(prompt: ServedPrompt, found: Classified) -> Prediction | PostErr
         return InvalidInput("the model's answers are no numbers; the prompt's may be far too large: tune it again")
     scores = dict(zip(prompt.task.labels, found.scores, strict=True))
     return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores, cut=found.cut)
-
-
-def _as_post_error(error: Exception) -> PostError:
-    if isinstance(error, PostError):
-        return error
-    where = error.__traceback__
-    while where is not None and where.tb_next is not None:
-        where = where.tb_next
-    place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else "?"
-    # Neither the message nor the frames' values: either could hold a text.
-    log.error("prediction failed: %s at %s", type(error).__name__, place)
-    return PostError("the prediction failed unexpectedly; the predictor's log says more")
 
 
 def main(settings: Settings) -> int:
