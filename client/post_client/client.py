@@ -36,6 +36,7 @@ from post_client.resources.orders import (
 from post_client.resources.predictions import AsyncPredictions, Predictions
 from post_client.resources.prompts import AsyncPrompts, Prompts
 from post_client.resources.server import AsyncServer, Server
+from post_client.resources.uploads import AsyncUploads, Uploads
 from post_shared.errors import InvalidInput
 from post_shared.schemas import Health
 
@@ -64,6 +65,7 @@ class AsyncClient:
         self._http = async_http(address, key, timeout=timeout, attempts=attempts, transport=transport)
         self.models = AsyncModels(self._http)
         self.datasets = AsyncDatasets(self._http)
+        self.uploads = AsyncUploads(self._http)
         self.prompts = AsyncPrompts(self._http)
         self.jobs = AsyncJobs(self._http)
         self.distillations = AsyncDistillations(self._http)
@@ -115,6 +117,7 @@ class Client:
         self._http = blocking_http(address, key, timeout=timeout, attempts=attempts, transport=transport)
         self.models = Models(AsyncModels(self._http))
         self.datasets = Datasets(AsyncDatasets(self._http))
+        self.uploads = Uploads(AsyncUploads(self._http))
         self.prompts = Prompts(AsyncPrompts(self._http))
         self.jobs = Jobs(AsyncJobs(self._http))
         self.distillations = Distillations(AsyncDistillations(self._http))

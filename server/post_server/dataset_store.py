@@ -77,8 +77,7 @@ def add_dataset(
     existing = session.scalar(select(DatasetRow).where(DatasetRow.name == name))
     if existing is not None and existing.sha256 == summary.sha256 and existing.kind is kind:
         return existing, False
-    if existing is not None:
-        raise Conflict(f"There already is a dataset named {name!r} ({existing.id}); choose another name.")
+    name_is_free(session, name)
     row = DatasetRow(
         name=name,
         kind=kind,
@@ -91,6 +90,13 @@ def add_dataset(
     session.add(row)
     session.flush()
     return row, True
+
+
+def name_is_free(session: Session, name: str) -> None:
+    """Raise :class:`Conflict` when there is a dataset of that name."""
+    existing = session.scalar(select(DatasetRow.id).where(DatasetRow.name == name))
+    if existing is not None:
+        raise Conflict(f"There already is a dataset named {name!r} ({existing}); choose another name.")
 
 
 def copy_as_dataset(source: Path, kind: DatasetKind, target: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, select
+from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
 from post_server.database import guard
 from post_server.model_store import find_model_by_hash
-from post_server.records import ApiKeyRow, DatasetRow, JobRow, ModelRow, PromptRow
+from post_server.records import ApiKeyRow, DatasetRow, JobRow, ModelRow, PromptRow, UploadRow
 from post_server.storage import BlobStore
 from post_shared.errors import Conflict, NotFound, PromptMismatch
 from post_shared.prompt_file import PromptFile, read_prompt
@@ -88,7 +88,7 @@ def delete_prompt(session: Session, store: BlobStore, row: PromptRow) -> None:
             raise Conflict(f"The job {job.id} needs this prompt; cancel it or wait for its end.", job=job.id)
     session.delete(row)
     session.flush()
-    if not any(_uses(session, column, row.sha256) for column in (PromptRow.sha256, DatasetRow.sha256)):
+    if not blob_is_used(session, row.sha256):
         store.delete(row.sha256)
 
 
@@ -97,9 +97,17 @@ def prompt_document(row: PromptRow) -> Prompt:
     return Prompt.model_validate({name: getattr(row, name) for name in Prompt.model_fields})
 
 
-def _uses(session: Session, column: object, sha256: str) -> bool:
-    statement = select(func.count()).where(column == sha256)  # type: ignore[arg-type]
-    return bool(session.scalar(statement))
+def blob_is_used(session: Session, sha256: str) -> bool:
+    """Whether a row still names the blob."""
+    by_column = any(
+        session.scalar(select(exists().where(column == sha256))) for column in (PromptRow.sha256, DatasetRow.sha256)
+    )
+    return by_column or any(
+        entry["sha256"] == sha256
+        for column in (UploadRow.parts, ModelRow.files)
+        for entries in session.scalars(select(column))
+        for entry in entries
+    )
 
 
 def _model_of(session: Session, prompt: PromptFile) -> ModelRow:

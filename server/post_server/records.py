@@ -1,4 +1,4 @@
-"""The rows of the database: what the server knows, in seven tables.
+"""The rows of the database: what the server knows, in eight tables.
 
 Rows are plain; everything that changes them lives with its feature (``api``, ``jobs``, ``models``).
 """
@@ -150,6 +150,21 @@ class DatasetRow(Base):
     licence: Mapped[str | None] = mapped_column(String(128))
     sha256: Mapped[str] = mapped_column(String(64))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+
+class UploadRow(Base):
+    """A dataset whose parts are still coming."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True, default=lambda: new_id("upl"))
+    owner_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[DatasetKind]
+    licence: Mapped[str | None] = mapped_column(String(128))
+    parts: Mapped[list[dict[str, Any]]]
+    """``[{"number", "sha256", "size_bytes"}]``, by number; see :class:`post_shared.dataset_schemas.UploadPart`."""
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
 

@@ -69,6 +69,7 @@ class Settings(BaseSettings):
 
     prompt_bytes: int = Field(default=64 * 2**20, description="Largest prompt file.")
     dataset_bytes: int = Field(default=2 * 2**30, description="Largest dataset upload.")
+    part_bytes: int = Field(default=64 * 2**20, ge=1, description="Largest part of a dataset that comes in parts.")
     document_bytes: int = Field(default=32 * 2**20, description="Largest JSON document.")
     requests_per_minute: int = Field(
         default=1200, ge=0, description="Requests that an API key may make in a minute; 0: no limit."

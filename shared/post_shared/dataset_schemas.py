@@ -9,6 +9,7 @@ from pydantic import Field
 
 from post_shared.schemas import DatasetKind, Document, Name, Sha256
 
+MAX_PARTS = 1000
 LicenceName = Annotated[
     str, Field(min_length=1, max_length=128, pattern=r"^[\x20-\x7e]+$", description="SPDX id or a few words.")
 ]
@@ -49,6 +50,7 @@ class Upload(Document):
     licence: str | None = None
     parts: list[UploadPart] = Field(description="Those that are here, by number.")
     part_bytes: int = Field(description="Largest part.")
+    most_parts: int
     total_bytes: int = Field(description="Largest sum of all parts.")
     created_at: datetime
     expires_at: datetime
@@ -57,4 +59,4 @@ class Upload(Document):
 class UploadFinish(Document):
     """Make the dataset of the parts 1, 2, 3 …"""
 
-    sha256: Sha256 | None = Field(default=None, description="Of all parts together; another one is refused.")
+    sha256: Sha256 | None = Field(None, description="Of all parts together; another one is refused.")

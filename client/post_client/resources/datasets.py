@@ -11,9 +11,13 @@ from urllib.parse import quote
 
 from post_client._answers import parse
 from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
+from post_client.resources.uploads import AsyncUploads
 from post_shared.dataset_schemas import DatasetPreview
 from post_shared.errors import DataInvalid
 from post_shared.schemas import Dataset, DatasetKind
+
+IN_PARTS = 32 * 2**20
+"""A larger file is sent in parts, so that a break costs one of them."""
 
 
 class AsyncDatasets(AsyncNoun):
@@ -22,9 +26,14 @@ class AsyncDatasets(AsyncNoun):
     async def create(
         self, *, name: str, kind: DatasetKind | str, content: Path | bytes, licence: str | None = None
     ) -> Dataset:
-        """Upload public data (provider): JSON Lines for ``rows``, plain text for ``corpus``."""
+        """Upload public data (provider): JSON Lines for ``rows``, plain text for ``corpus``; a large file in parts."""
         if isinstance(content, Path) and not content.is_file():
             raise DataInvalid(f"{content}: there is no such file")
+
+        if isinstance(content, Path) and content.stat().st_size > IN_PARTS:
+            uploads = AsyncUploads(self._http)
+            begun = await uploads.create(name=name, kind=kind, licence=licence)
+            return await uploads.send(begun.id, file=content)
 
         def opened() -> IO[bytes]:
             return content.open("rb") if isinstance(content, Path) else io.BytesIO(content)

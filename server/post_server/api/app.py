@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from post_server.api import (
     completions,
+    dataset_uploads,
     datasets,
     health,
     jobs,
@@ -34,6 +35,19 @@ from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
 from post_shared.errors import PROBLEM_MEDIA_TYPE
 
+_PARTS = (
+    models,
+    datasets,
+    dataset_uploads,
+    prompts,
+    orders,
+    reports,
+    jobs,
+    predictions,
+    completions,
+    health,
+    page,
+)
 _ABOUT = (
     "Adapt a large language model that you do not own to data that you may not share: "
     "privacy-preserving soft prompt transfer."
@@ -58,11 +72,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = Metrics(database)
     limits = RateLimits(settings, app.state.metrics.uncounted)
     app.state.context = Context(settings, database, BlobStore.from_settings(settings), limits)
-    for module in (models, datasets, prompts, orders, reports, jobs, predictions, completions, health, page):
+    for module in _PARTS:
         app.include_router(module.router)
     page.mount_static(app)
     problems.install(app)
-    largest = {"/v1/datasets": settings.dataset_bytes, "/v1/prompts": settings.prompt_bytes}
+    largest = {
+        "/v1/datasets": settings.dataset_bytes,
+        "/v1/uploads/[^/]+/parts/[^/]+": settings.part_bytes,
+        "/v1/prompts": settings.prompt_bytes,
+    }
     app.add_middleware(BodyLimitMiddleware, default=settings.document_bytes, paths=largest)
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics)
     _name_problems(app)

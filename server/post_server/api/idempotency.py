@@ -72,7 +72,7 @@ class Once:
             IdempotencyMismatch: the key was used for something else.
             RequestInFlight: another process is working on it.
         """
-        digest = hashlib.sha256(f"{what}\n{body}".encode()).hexdigest()
+        digest = _digest(what, body)
         try:
             with self.app.database.write() as session:
                 if (known := self._known(session, digest)) is not None:
@@ -83,6 +83,15 @@ class Once:
         except IntegrityError as error:  # two at once, on a database that lets two write at once
             raise RequestInFlight("The same thing is being created at this moment; ask again.") from error
         return _answer(status, document.model_dump_json())
+
+    def known(self, what: str, body: str) -> Response | None:
+        """The answer of the first time, if there was one: for creates that use up what they are made of.
+
+        Raises:
+            IdempotencyMismatch: the key was used for something else.
+        """
+        with self.app.database.write() as session:
+            return self._known(session, _digest(what, body))
 
     def _known(self, session: Session, digest: str) -> Response | None:
         if self.key is None:
@@ -105,6 +114,10 @@ class Once:
                 response={"json": document.model_dump_json()},
             )
         )
+
+
+def _digest(what: str, body: str) -> str:
+    return hashlib.sha256(f"{what}\n{body}".encode()).hexdigest()
 
 
 def document_hash(document: BaseModel) -> str:

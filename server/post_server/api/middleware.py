@@ -93,15 +93,17 @@ class BodyLimitMiddleware:
     """
 
     def __init__(self, app: ASGIApp, default: int, paths: dict[str, int]) -> None:
+        """``paths`` are patterns of paths with a limit of their own."""
         self.app = app
         self.default = default
-        self.paths = paths
+        self.paths = [(re.compile(pattern), limit) for pattern, limit in paths.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.paths.get(scope["path"].rstrip("/"), self.default)
+        path = scope["path"].rstrip("/")
+        limit = next((limit for pattern, limit in self.paths if pattern.fullmatch(path)), self.default)
         error = PayloadTooLarge(f"The body is larger than {limit} bytes.", limit=limit)
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdigit() and int(declared) > limit:

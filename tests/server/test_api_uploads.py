@@ -1,0 +1,207 @@
+"""Datasets in parts: whole at the end or not at all, resumable, within limits, and nothing is left behind."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from post_client import Client
+from post_server.keys import create_key
+from post_server.records import UploadRow, now
+from post_server.upload_store import LIFE
+from post_shared.errors import Conflict, DataInvalid, InvalidInput, NotFound, Unavailable
+from post_shared.schemas import Role
+from tests.server.front import ROWS, Front, code, prompt_bytes
+
+PARTS = (ROWS[:20], ROWS[20:50], ROWS[50:])
+ORDER = {"name": "public", "kind": "rows", "licence": "MIT"}
+
+
+@pytest.fixture
+def upload(front: Front) -> str:
+    return str(front("provider", "POST", "/v1/uploads", json=ORDER).json()["id"])
+
+
+def put(front: Front, upload: str, number: int, content: bytes) -> httpx.Response:
+    return front("provider", "PUT", f"/v1/uploads/{upload}/parts/{number}", content=content)
+
+
+def finish(front: Front, upload: str, **body: str) -> httpx.Response:
+    return front("provider", "POST", f"/v1/uploads/{upload}/finish", json=body)
+
+
+def test_parts_in_any_order_are_the_dataset(front: Front, upload: str) -> None:
+    for number in (3, 1, 2):
+        assert put(front, upload, number, PARTS[number - 1]).status_code == 200
+    shown = front("provider", "GET", f"/v1/uploads/{upload}").json()
+    assert [part["sha256"] for part in shown["parts"]] == [hashlib.sha256(part).hexdigest() for part in PARTS]
+    assert [each["id"] for each in front("provider", "GET", "/v1/uploads").json()["items"]] == [upload]
+    made = finish(front, upload, sha256=hashlib.sha256(ROWS).hexdigest())
+    assert made.status_code == 201
+    assert made.json().items() >= {**ORDER, "rows": 2, "labels": ["negative", "positive"]}.items()
+    assert front.store.read(made.json()["sha256"]) == ROWS
+    assert front.store.list() == [made.json()["sha256"]]  # the parts are gone
+    assert code(front("provider", "GET", f"/v1/uploads/{upload}")) == (404, "not_found")
+
+
+def test_a_part_sent_again_replaces_the_first(front: Front, upload: str) -> None:
+    put(front, upload, 1, b"nonsense")
+    put(front, upload, 1, ROWS)
+    assert len(front.store.list()) == 1
+    assert finish(front, upload).json()["rows"] == 2
+
+
+def test_equal_parts_are_two_parts(front: Front, upload: str) -> None:
+    put(front, upload, 1, ROWS)
+    put(front, upload, 2, ROWS)
+    put(front, upload, 1, ROWS.replace(b"fine", b"good"))
+    assert finish(front, upload).json()["rows"] == 4
+
+
+def test_what_is_missing_or_wrong_is_said_and_the_upload_stays(front: Front, upload: str) -> None:
+    assert code(finish(front, upload)) == (409, "conflict")
+    put(front, upload, 2, ROWS)
+    answer = finish(front, upload)
+    assert code(answer) == (409, "conflict")
+    assert answer.json()["missing"] == [1]
+    put(front, upload, 1, b"{text: no JSON}\n")
+    before = front.everything()
+    assert code(finish(front, upload)) == (422, "data_invalid")
+    assert code(finish(front, upload, sha256="0" * 64)) == (422, "invalid_input")
+    assert code(put(front, upload, 1, b"")) == (422, "invalid_input")
+    for number in ("0", "1001", "x"):
+        assert front("provider", "PUT", f"/v1/uploads/{upload}/parts/{number}", content=ROWS).status_code == 422
+    assert front.everything() == before
+    put(front, upload, 1, ROWS)
+    assert finish(front, upload).status_code == 201
+
+
+def test_limits_hold_for_a_part_and_for_all(home: Path) -> None:
+    front = Front(home, dataset_bytes=100, part_bytes=60)
+    try:
+        upload = front("provider", "POST", "/v1/uploads", json=ORDER).json()
+        assert (upload["part_bytes"], upload["total_bytes"]) == (60, 100)
+        assert code(put(front, upload["id"], 1, b"x" * 61)) == (413, "payload_too_large")
+        streamed = front("provider", "PUT", f"/v1/uploads/{upload['id']}/parts/1", content=iter([b"x" * 40] * 2))
+        assert code(streamed) == (413, "payload_too_large")
+        assert put(front, upload["id"], 1, b"x" * 60).status_code == 200
+        assert code(put(front, upload["id"], 2, b"x" * 41)) == (413, "payload_too_large")
+        assert put(front, upload["id"], 1, b"x" * 50).status_code == 200
+        assert put(front, upload["id"], 2, b"x" * 50).status_code == 200
+        assert front.everything()["temporary"] == []
+    finally:
+        front.close()
+
+
+def test_a_finish_whose_answer_was_lost_is_answered_again(front: Front, upload: str) -> None:
+    put(front, upload, 1, ROWS)
+    path, headers = f"/v1/uploads/{upload}/finish", {"Idempotency-Key": "finish-1"}
+    first, again = (front("provider", "POST", path, json={}, headers=headers) for _ in range(2))
+    assert (first.status_code, again.status_code, again.content) == (201, 201, first.content)
+    other = front("provider", "POST", path, json={"sha256": "0" * 64}, headers=headers)
+    assert code(other) == (422, "idempotency_mismatch")
+    assert code(finish(front, upload)) == (404, "not_found")
+
+
+def test_a_name_is_taken_once(front: Front, upload: str) -> None:
+    put(front, upload, 1, ROWS)
+    front.add_dataset("public", ROWS * 2)
+    assert code(finish(front, upload)) == (409, "conflict")
+    assert code(front("provider", "POST", "/v1/uploads", json=ORDER)) == (409, "conflict")
+
+
+def test_an_upload_is_its_keys_alone(front: Front, upload: str) -> None:
+    with front.database.write() as session:
+        _, front.keys["other"] = create_key(session, name="other", role=Role.PROVIDER)
+    front._clients["other"] = front._client("other")
+    put(front, upload, 1, ROWS)
+    before = front.everything()
+    for who, expected in (("other", (404, "not_found")), ("alice", (403, "forbidden"))):
+        for method, path in (("GET", ""), ("PUT", "/parts/1"), ("POST", "/finish"), ("DELETE", "")):
+            body = {"json": {}} if method in ("PUT", "POST") else {}
+            answer = front(who, method, f"/v1/uploads/{upload}{path}", **body)
+            assert code(answer) == expected, (who, method)
+    assert front("other", "GET", "/v1/uploads").json()["items"] == []
+    assert front.everything() == before
+
+
+def test_giving_up_and_forgetting_leave_nothing_that_others_need(front: Front, upload: str) -> None:
+    _, student = front.add_pair()
+    data = prompt_bytes(student.hash)
+    front.push("alice", data)
+    config = front.store.read(next(f["sha256"] for f in student.files if f["path"] == "config.json"))
+    kept = front.store.list()
+    for number, content in enumerate((ROWS, data, config), start=1):
+        put(front, upload, number, content)
+    assert front("provider", "DELETE", f"/v1/uploads/{upload}").status_code == 204
+    assert front.store.list() == kept
+    assert code(front("provider", "DELETE", f"/v1/uploads/{upload}")) == (404, "not_found")
+    old = front("provider", "POST", "/v1/uploads", json=ORDER).json()["id"]
+    put(front, old, 1, ROWS)
+    with front.database.write() as session:
+        session.get_one(UploadRow, old).created_at = now() - LIFE - timedelta(minutes=1)
+    assert code(front("provider", "GET", f"/v1/uploads/{old}")) == (404, "not_found")
+    front("provider", "POST", "/v1/uploads", json=ORDER)
+    assert front.store.list() == kept
+
+
+# --- the client ---------------------------------------------------------------------------------------
+
+
+class Breaking(httpx.BaseTransport):
+    """The real network; the answers of the parts named are lost."""
+
+    def __init__(self, *lost: str) -> None:
+        self.lost, self.sent = list(lost), list[str]()
+        self._real = httpx.HTTPTransport()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        part = request.url.path.rsplit("/", 1)[-1]
+        if request.method == "PUT":
+            self.sent.append(part)
+            if part in self.lost:
+                raise httpx.ReadError("lost", request=request)
+        return self._real.handle_request(request)
+
+    def close(self) -> None:
+        self._real.close()
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is large, for this test: five parts."""
+    monkeypatch.setattr("post_client.resources.datasets.IN_PARTS", 1000)
+    monkeypatch.setattr("post_client.resources.uploads.PART_BYTES", 1000)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"".join(b'{"text": "%090d"}\n' % n for n in range(45)))
+    return path
+
+
+def test_a_large_file_goes_in_parts_and_on_where_it_stopped(front: Front, large: Path) -> None:
+    breaking = Breaking("3")
+    with Client(url=front.url, api_key=front.keys["provider"], transport=breaking, attempts=1) as client:
+        with pytest.raises(Unavailable):
+            client.datasets.create(name="public", kind="rows", content=large, licence="MIT")
+        (begun,) = client.uploads.list()
+        assert [part.number for part in begun.parts] == [1, 2]
+        breaking.lost, seen = [], list[tuple[int, int]]()
+        made = client.uploads.send(begun.id, file=large, progress=lambda *at: seen.append(at))
+        assert breaking.sent == ["1", "2", "3", "3", "4", "5"]
+        assert seen[-1] == (large.stat().st_size,) * 2
+        assert (made.rows, made.licence, front.store.read(made.sha256)) == (45, "MIT", large.read_bytes())
+        assert client.datasets.create(name="more", kind="rows", content=large).rows == 45
+        with pytest.raises(Conflict):
+            client.uploads.create(name="more", kind="rows")
+        spare = client.uploads.create(name="spare", kind="corpus")
+        with pytest.raises(DataInvalid, match="no such file"):
+            client.uploads.send(spare.id, file=large.parent / "none")
+        client.uploads.put(spare.id, number=1, content=b"One.\n")
+        with pytest.raises(InvalidInput):
+            client.uploads.finish(spare.id, sha256="0" * 64)
+        client.uploads.delete(spare.id)
+        with pytest.raises(NotFound):
+            client.uploads.get(spare.id)
