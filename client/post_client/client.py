@@ -20,6 +20,7 @@ import httpx
 
 from post_client._http import async_http, blocking_http
 from post_client._wire import run
+from post_client.resources.completions import AsyncCompletions, Completions
 from post_client.resources.datasets import AsyncDatasets, Datasets
 from post_client.resources.jobs import AsyncJobs, Jobs
 from post_client.resources.models import AsyncModels, Models
@@ -73,6 +74,7 @@ class AsyncClient:
         self.evaluations = AsyncEvaluations(self._http)
         self.reports = AsyncReports(self._http)
         self.predictions = AsyncPredictions(self._http)
+        self.completions = AsyncCompletions(self._http)
         self.server = AsyncServer(self._http)
 
     async def ready(self) -> Health:
@@ -125,6 +127,7 @@ class Client:
         self.evaluations = Evaluations(AsyncEvaluations(self._http))
         self.reports = Reports(AsyncReports(self._http))
         self.predictions = Predictions(AsyncPredictions(self._http))
+        self.completions = Completions(AsyncCompletions(self._http))
         self.server = Server(AsyncServer(self._http))
 
     def ready(self) -> Health:

@@ -69,9 +69,9 @@ class AsyncJob:
         """Its history after event number ``after``; with ``follow`` also what comes, until it ends."""
         return AsyncJobs(self._http).events(self.id, after=after, follow=follow)
 
-    async def metrics(self, *, names: Sequence[str] | None = None) -> JobMetrics:
+    async def metrics(self, *, name: str | Sequence[str] | None = None) -> JobMetrics:
         """What it measured so far, as series."""
-        return await AsyncJobs(self._http).metrics(self.id, names=names)
+        return await AsyncJobs(self._http).metrics(self.id, name=name)
 
     async def wait(self, *, progress: JobProgress = _ignore, timeout: float | None = None) -> Self:
         """Wait until it succeeded; ``progress`` hears every change, as it happens where the server streams events.
@@ -138,8 +138,8 @@ class _Watch:
                     if self.job.state.ended and isinstance(heard, JobDocument):
                         return
                     if not self.may_listen():
-                        return
-            self.breaks += 1  # it ended, and the job didn't
+                        break
+            self.breaks += 1  # it ended without the job's last word
         except Unavailable as error:
             if isinstance(error, Timeout) and self._left() < 0:
                 raise
@@ -228,14 +228,14 @@ class AsyncJobs(AsyncNoun):
         async for document in self._http.pages("/v1/jobs", JobDocument, **params):
             yield AsyncJob(self._http, document)
 
-    async def metrics(self, job: str, *, names: Sequence[str] | None = None) -> JobMetrics:
+    async def metrics(self, job: str, *, name: str | Sequence[str] | None = None) -> JobMetrics:
         """What a job measured so far, as series."""
         path, whole = f"/v1/jobs/{quote(job, safe='')}/metrics", JobMetrics(job_id=job, series={})
         cursor: str | None = None
         while True:
-            page = await self._http.get(path, JobMetrics, name=_words(names), cursor=cursor)
-            for name, points in page.series.items():
-                whole.series.setdefault(name, []).extend(points)
+            page = await self._http.get(path, JobMetrics, name=_words(name), cursor=cursor)
+            for series, points in page.series.items():
+                whole.series.setdefault(series, []).extend(points)
             cursor = page.next_cursor
             if cursor is None:
                 return whole

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import quote
 
-from pydantic import ValidationError
-
 from post_client.resources._blocking import AsyncNoun, Noun, blocking, blocking_as, iterating_as
+from post_client.resources._bodies import body
 from post_client.resources.jobs import AsyncJob, AsyncJobs, Job
-from post_shared.errors import InvalidInput
 from post_shared.report_schemas import ReportCreate, ReportTask, TradeOffReport
 from post_shared.schemas import (
     DistillationCreate,
-    Document,
     EvaluationCreate,
     JobKind,
     TaskForm,
@@ -22,16 +19,14 @@ from post_shared.schemas import (
 )
 from post_shared.schemas import Job as JobDocument
 
-D = TypeVar("D", bound=Document)
-
 
 class AsyncDistillations(AsyncNoun):
     """``client.distillations`` of an :class:`post_client.AsyncClient` (provider)"""
 
     async def create(self, /, *, target: str, name: str, corpus: Sequence[str], **options: Any) -> AsyncJob:
         """Distil a student called ``name``; options as in :class:`post_shared.schemas.DistillationCreate`."""
-        body = _body(DistillationCreate, target=target, name=name, corpus=list(corpus), **options)
-        return AsyncJob(self._http, await self._http.create("/v1/distillations", body, JobDocument))
+        order = body(DistillationCreate, target=target, name=name, corpus=list(corpus), **options)
+        return AsyncJob(self._http, await self._http.create("/v1/distillations", order, JobDocument))
 
     def list(self) -> AsyncIterator[AsyncJob]:
         """Your distillations, newest first; a provider sees all."""
@@ -54,8 +49,8 @@ class AsyncTransfers(AsyncNoun):
         """Move a source prompt to a target model; options as in :class:`post_shared.schemas.TransferCreate`."""
         if alpha is not None:
             options["alpha"] = alpha
-        body = _body(TransferCreate, prompt=prompt, target=target, dataset=dataset, **options)
-        return AsyncJob(self._http, await self._http.create("/v1/transfers", body, JobDocument))
+        order = body(TransferCreate, prompt=prompt, target=target, dataset=dataset, **options)
+        return AsyncJob(self._http, await self._http.create("/v1/transfers", order, JobDocument))
 
     def list(self) -> AsyncIterator[AsyncJob]:
         """Your transfers, newest first; a provider sees all."""
@@ -76,8 +71,8 @@ class AsyncEvaluations(AsyncNoun):
         self, /, *, model: str, dataset: str, prompt: str | None = None, task: TaskForm | None = None, **options: Any
     ) -> AsyncJob:
         """Measure a model on a labelled public data set, with a prompt or with a task alone."""
-        body = _body(EvaluationCreate, model=model, dataset=dataset, prompt=prompt, task=task, **options)
-        return AsyncJob(self._http, await self._http.create("/v1/evaluations", body, JobDocument))
+        order = body(EvaluationCreate, model=model, dataset=dataset, prompt=prompt, task=task, **options)
+        return AsyncJob(self._http, await self._http.create("/v1/evaluations", order, JobDocument))
 
     def list(self) -> AsyncIterator[AsyncJob]:
         """Your evaluations, newest first; a provider sees all."""
@@ -106,7 +101,7 @@ class AsyncReports(AsyncNoun):
     ) -> AsyncJob:
         """Compare a student with its target: ``tasks`` by the name of their public data set, text that was trained on
         and text that wasn't. Options as in :class:`post_shared.report_schemas.ReportCreate`."""
-        body = _body(
+        order = body(
             ReportCreate,
             student=student,
             tasks=[ReportTask(dataset=dataset, task=form) for dataset, form in tasks.items()],
@@ -114,7 +109,7 @@ class AsyncReports(AsyncNoun):
             non_members=list(non_members),
             **options,
         )
-        return AsyncJob(self._http, await self._http.create("/v1/reports", body, JobDocument))
+        return AsyncJob(self._http, await self._http.create("/v1/reports", order, JobDocument))
 
     async def get(self, report: str) -> TradeOffReport:
         """A finished report, by the id of its job."""
@@ -131,12 +126,3 @@ class Reports(Noun[AsyncReports]):
     create = blocking_as(Job, AsyncReports.create)
     get = blocking(AsyncReports.get)
     list = iterating_as(Job, AsyncReports.list)
-
-
-def _body(document: type[D], **members: Any) -> D:
-    try:
-        return document(**members)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"{where}: {first['msg']}") from error

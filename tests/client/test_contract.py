@@ -1,0 +1,283 @@
+"""The clients and the OpenAPI document say the same: every operation is reached by both clients, every parameter can
+be given, and what is sent and read has the members that the document describes."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from post_client import AsyncClient, Client, build_upload
+from post_client.resources.jobs import AsyncJob, Job
+from post_shared.errors import Conflict, InvalidInput, NotFound, Unavailable
+from post_shared.prompt_file import read_prompt
+from post_shared.report_schemas import TradeOffReport
+from tests.server.front import ROWS, TASK, Front, prompt_bytes
+from tests.server.operations import operation_of, operations, resolved
+
+
+@dataclass
+class Things:
+    """What there is at the server, for verbs to name."""
+
+    folder: Path
+    prompt: str
+    spare_prompt: str
+    job: str
+    upload: str
+    spare_upload: str
+    student_hash: str
+
+    @property
+    def file(self) -> Path:
+        path = self.folder / "rows.jsonl"
+        path.write_bytes(ROWS)
+        return path
+
+
+REPORT = {"student": "small", "tasks": {"public": TASK}, "members": ["public"], "non_members": ["other"]}
+ORDER = {"model": "large", "dataset": "public", "task": TASK}
+CALLS: dict[str, Callable[[Any, Things], Any]] = {
+    "models.get": lambda client, has: client.models.get("small"),
+    "models.list": lambda client, has: client.models.list(role="student"),
+    "models.manifest": lambda client, has: client.models.manifest("small"),
+    "models.download": lambda client, has: client.models.download("small", has.folder / "student"),
+    "datasets.create": lambda client, has: client.datasets.create(
+        name="fresh", kind="rows", content=ROWS, licence="MIT"
+    ),
+    "datasets.get": lambda client, has: client.datasets.get("public"),
+    "datasets.list": lambda client, has: client.datasets.list(),
+    "datasets.preview": lambda client, has: client.datasets.preview("public", rows=1),
+    "uploads.create": lambda client, has: client.uploads.create(name="parts", kind="rows", licence="MIT"),
+    "uploads.get": lambda client, has: client.uploads.get(has.upload),
+    "uploads.list": lambda client, has: client.uploads.list(),
+    "uploads.put": lambda client, has: client.uploads.put(has.upload, number=1, content=ROWS),
+    "uploads.send": lambda client, has: client.uploads.send(has.upload, file=has.file),
+    "uploads.finish": lambda client, has: client.uploads.finish(has.upload, sha256="0" * 64),
+    "uploads.delete": lambda client, has: client.uploads.delete(has.spare_upload),
+    "prompts.upload": lambda client, has: client.prompts.upload(
+        build_upload(read_prompt(prompt_bytes(has.student_hash, seed=9)))
+    ),
+    "prompts.get": lambda client, has: client.prompts.get(has.prompt),
+    "prompts.list": lambda client, has: client.prompts.list(role="source"),
+    "prompts.file": lambda client, has: client.prompts.file(has.prompt),
+    "prompts.delete": lambda client, has: client.prompts.delete(has.spare_prompt),
+    "jobs.get": lambda client, has: client.jobs.get(has.job),
+    "jobs.list": lambda client, has: client.jobs.list(kind=["evaluate"], state="queued"),
+    "jobs.metrics": lambda client, has: client.jobs.metrics(has.job, name=["loss"]),
+    "jobs.events": lambda client, has: client.jobs.events(has.job, after=0),
+    "distillations.create": lambda client, has: client.distillations.create(
+        target="large", name="tiny", corpus=["public"], keep_layers=2
+    ),
+    "distillations.list": lambda client, has: client.distillations.list(),
+    "transfers.create": lambda client, has: client.transfers.create(
+        prompt=has.prompt, target="large", dataset="public", alpha="auto"
+    ),
+    "transfers.list": lambda client, has: client.transfers.list(),
+    "evaluations.create": lambda client, has: client.evaluations.create(**ORDER),
+    "evaluations.list": lambda client, has: client.evaluations.list(),
+    "reports.create": lambda client, has: client.reports.create(**REPORT),
+    "reports.list": lambda client, has: client.reports.list(),
+    "reports.get": lambda client, has: client.reports.get(has.job),
+    "predictions.create": lambda client, has: client.predictions.create(model="large", texts=["x"], task=TASK),
+    "completions.create": lambda client, has: client.completions.create(model="large", prompt="x", max_tokens=1),
+    "completions.stream": lambda client, has: client.completions.stream(model="large", prompt=["x"]),
+    "server.alive": lambda client, has: client.server.alive(),
+    "server.ready": lambda client, has: client.server.ready(),
+    "server.metrics": lambda client, has: client.server.metrics(),
+}
+PAGING = {"limit", "cursor"}
+BY_ITSELF = {"snapshot"}
+"""What ``job.wait`` sends without being asked."""
+REFUSALS = (NotFound, Conflict, InvalidInput, Unavailable)
+"""No broker runs here, and a job is no report: what counts is what was asked for."""
+
+
+class Recording(httpx.BaseTransport, httpx.AsyncBaseTransport):
+    """The real network; keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[httpx.Request] = []
+        self._real, self._async = httpx.HTTPTransport(), httpx.AsyncHTTPTransport()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        self.seen.append(request)
+        return self._real.handle_request(request)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.seen.append(request)
+        return await self._async.handle_async_request(request)
+
+    def close(self) -> None:
+        self._real.close()
+
+    async def aclose(self) -> None:
+        await self._async.aclose()
+
+
+@pytest.fixture
+def things(front: Front, tmp_path: Path) -> Things:
+    _, student = front.add_pair()
+    front.add_dataset("public")
+    front.add_dataset("other", ROWS.replace(b"fine", b"good"))
+    prompts = [
+        front("provider", "POST", "/v1/prompts", content=prompt_bytes(student.hash, seed=n)).json()["id"]
+        for n in (1, 2)
+    ]
+    order = ORDER | {"task": TASK.model_dump()}
+    job = front("provider", "POST", "/v1/evaluations", json=order).json()["id"]
+    uploads = [
+        front("provider", "POST", "/v1/uploads", json={"name": f"up-{n}", "kind": "rows"}).json()["id"] for n in (1, 2)
+    ]
+    return Things(tmp_path, *prompts, job, *uploads, student.hash)
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[httpx.Response, type[BaseModel]]]:
+    """Every document that a client has read, with the class that it was read as."""
+    from post_client import _answers
+
+    seen: list[tuple[httpx.Response, type[BaseModel]]] = []
+    real = _answers.parse
+
+    def parse(answer: httpx.Response, document: type[Any]) -> Any:
+        seen.append((answer, document))
+        return real(answer, document)
+
+    for module in [each for name, each in sys.modules.items() if name.startswith("post_client")]:
+        if getattr(module, "parse", None) is real:
+            monkeypatch.setattr(module, "parse", parse)
+    return seen
+
+
+def reach_all(front: Front, things: Things, transport: Recording) -> None:
+    """Call every verb of the blocking client."""
+    with Client(url=front.url, api_key=front.keys["provider"], transport=transport, attempts=1) as client:
+        for call in CALLS.values():
+            _all(lambda call=call: call(client, things))  # type: ignore[misc]
+        job = client.jobs.get(things.job)
+        assert isinstance(job, Job)
+        job.refresh().cancel()
+        list(job.events(follow=True))
+
+
+def _all(call: Callable[[], Any]) -> None:
+    with suppress(*REFUSALS):
+        found = call()
+        if isinstance(found, Iterator):
+            list(found)
+
+
+async def reach_all_async(front: Front, things: Things, transport: Recording) -> None:
+    """Call every verb of the asynchronous client."""
+    async with AsyncClient(url=front.url, api_key=front.keys["provider"], transport=transport, attempts=1) as client:
+        for call in CALLS.values():
+            with suppress(*REFUSALS):
+                found = call(client, things)
+                if isinstance(found, AsyncIterator):
+                    async for _ in found:
+                        pass
+                else:
+                    await found
+        job = await client.jobs.get(things.job)
+        assert isinstance(job, AsyncJob)
+        await (await job.refresh()).cancel()
+        async for _ in job.events(follow=True):
+            pass
+
+
+def test_every_verb_is_tried_here() -> None:
+    client = Client(url="http://127.0.0.1:1", api_key="x")
+    verbs = {
+        f"{noun}.{verb}"
+        for noun, each in vars(client).items()
+        if not noun.startswith("_")
+        for verb in vars(type(each))
+        if not verb.startswith("_")
+    }
+    assert verbs == set(CALLS)
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asynchronous"])
+def test_every_operation_is_reached_and_every_document_is_as_described(
+    front: Front, things: Things, parsed: list[tuple[httpx.Response, type[BaseModel]]], kind: str
+) -> None:
+    transport = Recording()
+    if kind == "blocking":
+        reach_all(front, things, transport)
+    else:
+        asyncio.run(reach_all_async(front, things, transport))
+    document = front.app.openapi()
+    reached = {
+        operation_of(document, request.method, request.url.path)["operationId"]: request for request in transport.seen
+    }
+    assert set(operations(document)) - set(reached) == set()
+    for request in transport.seen:
+        _check_request(document, request)
+    assert len({document_class for _, document_class in parsed}) > 10
+    for answer, document_class in parsed:
+        _check_answer(document, answer, document_class)
+
+
+def _check_request(document: dict[str, Any], request: httpx.Request) -> None:
+    operation = operation_of(document, request.method, request.url.path)
+    known = {each["name"] for each in operation.get("parameters", []) if each["in"] == "query"}
+    assert set(request.url.params) <= known, (request.url, known)
+    body = operation.get("requestBody", {}).get("content", {})
+    sent = request.headers.get("content-type")
+    assert (sent in body) if body else sent is None, (request.url, sent)
+    if sent == "application/json":
+        schema = resolved(document, body[sent]["schema"])
+        members = json.loads(request.content)
+        assert set(schema.get("required", [])) <= set(members) <= set(schema["properties"]), request.url
+
+
+def _check_answer(document: dict[str, Any], answer: httpx.Response, document_class: type[BaseModel]) -> None:
+    operation = operation_of(document, answer.request.method, answer.request.url.path)
+    described = operation["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
+    read = document_class.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+    assert resolved(document, described)["properties"].keys() == read["properties"].keys(), answer.request.url
+
+
+def test_every_member_of_every_document_is_the_same_on_both_sides(front: Front) -> None:
+    """By name: what the client can read or send has the schema that the server's document gives it."""
+    schemas = front.app.openapi()["components"]["schemas"]
+    modules = [module for name, module in sys.modules.items() if name.startswith("post_shared.") and "schemas" in name]
+    assert TradeOffReport.__module__ in [module.__name__ for module in modules]
+    classes = {
+        name: each
+        for module in modules
+        for name, each in vars(module).items()
+        if isinstance(each, type) and issubclass(each, BaseModel) and name in schemas
+    }
+    assert len(classes) > 15
+    for name, each in classes.items():
+        own = each.model_json_schema(ref_template="#/components/schemas/{model}")
+        assert own["properties"].keys() == schemas[name]["properties"].keys(), name
+        assert set(own.get("required", [])) == set(schemas[name].get("required", [])), name
+
+
+def test_every_filter_of_a_list_can_be_given(front: Front) -> None:
+    """A query parameter that no verb takes would be a thing that the client can't ask for."""
+    document = front.app.openapi()
+    client = Client(url="http://127.0.0.1:1", api_key="x")
+    for operation, (method, path) in operations(document).items():
+        queries = {
+            each["name"]
+            for each in document["paths"][path][method.lower()].get("parameters", [])
+            if each["in"] == "query" and each["name"] not in PAGING
+        }
+        noun = getattr(client, path.split("/")[2] if path.startswith("/v1/") else "server")
+        verbs = [getattr(noun, name) for name in vars(type(noun)) if not name.startswith("_")]
+        taken = {name for verb in verbs for name in inspect.signature(verb).parameters}
+        assert queries - BY_ITSELF <= taken, operation

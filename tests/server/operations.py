@@ -1,0 +1,38 @@
+"""The operations of the OpenAPI document, and which one a request reaches."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def operations(document: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Operation id -> method and path."""
+    return {
+        operation["operationId"]: (method.upper(), path)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def operation_of(document: dict[str, Any], method: str, path: str) -> dict[str, Any]:
+    """The operation that a request reaches, as the document describes it."""
+    fits = [
+        operation
+        for template, methods in document["paths"].items()
+        if re.fullmatch(re.sub(r"{path}", ".+", re.sub(r"{(?!path)\w+}", "[^/]+", template)), path)
+        for each, operation in methods.items()
+        if each.upper() == method
+    ]
+    assert len(fits) == 1, (method, path, [each["operationId"] for each in fits])
+    found: dict[str, Any] = fits[0]
+    return found
+
+
+def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema, or what it refers to."""
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        found: dict[str, Any] = document["components"]["schemas"][name]
+        return found
+    return schema

@@ -1,0 +1,190 @@
+"""One owner's things don't exist for another: every operation of the OpenAPI document, with ids of someone else.
+
+The cases are compared with the document, so that a new endpoint without one fails here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from post_server.jobs import states
+from post_server.keys import create_key
+from post_server.records import JobRow
+from post_shared.schemas import Role
+from tests.server.front import ROWS, TASK, Front, code, prompt_bytes
+from tests.server.operations import operations
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Names a thing of alice; for anyone else but the provider there is none. ``{prompt}`` stands for its id."""
+
+    body: dict[str, Any] | bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list: it has nothing of alice."""
+
+
+@dataclass(frozen=True)
+class Providers:
+    """Only a provider may, whatever it names; ``own``: and not even another provider's key."""
+
+    body: dict[str, Any] | bytes | None = None
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Names nothing that belongs to an owner."""
+
+
+Case = Foreign | Listed | Providers | Shared
+CASES: dict[str, Case] = {
+    "list_models": Shared(),
+    "get_model": Shared(),
+    "get_manifest": Shared(),
+    "get_model_file": Shared(),
+    "list_datasets": Shared(),
+    "get_dataset": Shared(),
+    "get_dataset_preview": Shared(),
+    "create_dataset": Providers(ROWS),
+    "list_uploads": Providers(),
+    "create_upload": Providers({"name": "x", "kind": "rows"}),
+    "get_upload": Providers(own=True),
+    "put_upload_part": Providers(ROWS, own=True),
+    "finish_upload": Providers({}, own=True),
+    "remove_dataset_upload": Providers(own=True),
+    "list_prompts": Listed(),
+    "create_prompt": Shared(),
+    "get_prompt": Foreign(),
+    "get_prompt_file": Foreign(),
+    "remove_prompt": Foreign(),
+    "create_distillation": Providers({"target": "large", "name": "tiny", "corpus": ["public"], "keep_layers": 2}),
+    "create_transfer": Foreign({"prompt": "{prompt}", "target": "large", "dataset": "public"}),
+    "create_evaluation": Foreign({"prompt": "{prompt}", "model": "small", "dataset": "public"}),
+    "create_report": Providers(
+        {
+            "student": "small",
+            "tasks": [{"dataset": "public", "task": TASK.model_dump()}],
+            "members": ["public"],
+            "non_members": ["public"],
+        }
+    ),
+    "get_report": Providers(),
+    "list_jobs": Listed(),
+    "get_job": Foreign(),
+    "cancel_job": Foreign(),
+    "get_job_metrics": Foreign(),
+    "get_job_events": Foreign(),
+    "create_predictions": Foreign({"prompt": "{prompt}", "model": "large", "texts": ["x"]}),
+    "create_completion": Foreign({"model": "large:{prompt}", "prompt": "x"}),
+    "get_liveness": Shared(),
+    "get_readiness": Shared(),
+    "get_metrics": Shared(),
+}
+QUERY = {"create_dataset": {"name": "x", "kind": "rows"}}
+
+
+@pytest.fixture
+def ids(front: Front) -> dict[str, str]:
+    """Things of alice, and an upload of the provider; keys of a second provider."""
+    _, student = front.add_pair()
+    front.add_dataset()
+    prompt = front.push("alice", prompt_bytes(student.hash)).json()["id"]
+    order = {"prompt": prompt, "target": "large", "dataset": "public"}
+    job = front("alice", "POST", "/v1/transfers", json=order).json()["id"]
+    with front.database.write() as session:
+        _, lease = states.claim(session, job, lease_seconds=600, max_attempts=3) or pytest.fail("not claimed")
+        states.report(session, lease, progress=0.1, stage="transfer", step=1, steps=2, metrics={"loss": 1.0})
+        _, front.keys["other"] = create_key(session, name="other", role=Role.PROVIDER)
+    front._clients["other"] = front._client("other")
+    upload = front("provider", "POST", "/v1/uploads", json={"name": "big", "kind": "rows"}).json()["id"]
+    front("provider", "PUT", f"/v1/uploads/{upload}/parts/1", content=ROWS)
+    shared = {"model": "small", "path": "config.json", "dataset": "public", "number": "1"}
+    return {"prompt": prompt, "job": job, "upload": upload, "report": job, **shared}
+
+
+def ask(front: Front, who: str, operation: str, ids: dict[str, str]) -> Any:
+    """The request of a case, with the ids in their places."""
+    method, template = operations(front.app.openapi())[operation]
+    case = CASES[operation]
+    path = template.replace("{path}", ids["path"]).format_map(ids)
+    body = getattr(case, "body", None)
+    content: dict[str, Any] = {}
+    if isinstance(body, bytes):
+        content = {"content": body}
+    elif body is not None:
+        content = {"json": json.loads(json.dumps(body).replace("{prompt}", ids["prompt"]))}
+    return front(who, method, path, params=QUERY.get(operation), headers=getattr(case, "headers", {}), **content)
+
+
+def names(kind: type) -> list[str]:
+    return [name for name, case in CASES.items() if isinstance(case, kind)]
+
+
+def test_every_operation_has_its_case_and_every_id_in_a_path_is_known(front: Front, ids: dict[str, str]) -> None:
+    found = operations(front.app.openapi())
+    assert set(found) == set(CASES)
+    for operation, (_, path) in found.items():
+        owned = [name for name in ("prompt", "job", "upload", "report") if f"{{{name}}}" in path]
+        assert not (owned and isinstance(CASES[operation], Shared | Listed)), operation
+        path.replace("{path}", "x").format_map(ids)
+
+
+def test_what_is_foreign_is_not_found_and_stays_as_it_is(front: Front, ids: dict[str, str]) -> None:
+    before = front.everything()
+    for operation in names(Foreign):
+        answer = ask(front, "bob", operation, ids)
+        assert code(answer) == (404, "not_found"), operation
+        unknown = ask(front, "bob", operation, ids | {"prompt": "prm_" + "0" * 24, "job": "job_" + "0" * 24})
+        assert code(unknown) == code(answer), operation
+        same = {"detail", "message", "request_id", "prompt", "job"}  # they quote what was asked for
+        assert {k: v for k, v in unknown.json().items() if k not in same} == {
+            k: v for k, v in answer.json().items() if k not in same
+        }, operation
+    stream = front("bob", "GET", f"/v1/jobs/{ids['job']}/events", headers={"Accept": "text/event-stream"})
+    assert code(stream) == (404, "not_found")
+    assert front._clients["bob"].head(f"/v1/prompts/{ids['prompt']}/file").status_code == 404
+    assert front.everything() == before
+
+
+def test_the_owner_and_the_provider_do_find_it(front: Front, ids: dict[str, str]) -> None:
+    """The cases above are about who asks, and not about a mistake in what is asked."""
+    for operation in names(Foreign):
+        if operation in (
+            "remove_prompt",
+            "create_predictions",
+            "create_completion",
+        ):  # a job needs it; no predictor runs here
+            continue
+        for who in ("alice", "provider"):
+            assert ask(front, who, operation, ids).status_code < 300, (operation, who)
+    with front.database.write() as session:
+        session.execute(update(JobRow).values(state="cancelled"))
+    assert ask(front, "alice", "remove_prompt", ids).status_code == 204
+
+
+def test_lists_have_nothing_of_others(front: Front, ids: dict[str, str]) -> None:
+    for operation in names(Listed):
+        assert ask(front, "bob", operation, ids).json()["items"] == [], operation
+        for who in ("alice", "provider"):
+            assert len(ask(front, who, operation, ids).json()["items"]) == 1, (operation, who)
+
+
+def test_what_is_the_providers_is_refused_to_owners_and_changes_nothing(front: Front, ids: dict[str, str]) -> None:
+    before = front.everything()
+    for operation in names(Providers):
+        for who in ("alice", "bob"):
+            assert code(ask(front, who, operation, ids)) == (403, "forbidden"), operation
+        case = CASES[operation]
+        if isinstance(case, Providers) and case.own:
+            assert code(ask(front, "other", operation, ids)) == (404, "not_found"), operation
+    assert front.everything() == before
