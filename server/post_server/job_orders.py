@@ -9,12 +9,14 @@ from sqlalchemy.orm import Session
 
 from post_server.database import guard
 from post_server.dataset_store import check_labelled, find_dataset
+from post_server.jobs.queue import device_for
 from post_server.jobs.states import announce
 from post_server.keys import check_scope
 from post_server.model_store import find_model
 from post_server.prompt_store import ENDED, visible_prompt
 from post_server.records import ApiKeyRow, JobRow, ModelRow, PromptRow
 from post_server.reports import check_report
+from post_server.settings import Settings
 from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch, TooManyRequests
 from post_shared.job_schemas import MetricPoint
 from post_shared.key_schemas import Scope
@@ -36,7 +38,7 @@ from post_shared.tasks import Task
 Order = DistillationCreate | TransferCreate | EvaluationCreate | ReportCreate
 
 
-def place_order(session: Session, caller: ApiKeyRow, order: Order, *, jobs_per_key: int) -> JobRow:
+def place_order(session: Session, caller: ApiKeyRow, order: Order, settings: Settings) -> JobRow:
     """Check an order against what is there and queue it as a job of the caller. Ring the doorbell after the commit.
 
     Raises:
@@ -49,7 +51,7 @@ def place_order(session: Session, caller: ApiKeyRow, order: Order, *, jobs_per_k
     active = session.scalar(
         select(func.count()).select_from(JobRow).where(JobRow.owner_key_id == caller.id, JobRow.state.not_in(ENDED))
     )
-    if (active or 0) >= jobs_per_key:
+    if (active or 0) >= settings.jobs_per_key:
         raise TooManyRequests(f"You have {active} jobs that have not ended; wait for one, or cancel one.")
     if isinstance(order, DistillationCreate):
         kind = JobKind.DISTIL
@@ -63,7 +65,13 @@ def place_order(session: Session, caller: ApiKeyRow, order: Order, *, jobs_per_k
     else:
         kind = JobKind.EVALUATE
         _check_evaluation(session, caller, order)
-    row = JobRow(kind=kind, owner_key_id=caller.id, request=order.model_dump(mode="json"))
+    row = JobRow(
+        kind=kind,
+        owner_key_id=caller.id,
+        request=order.model_dump(mode="json"),
+        priority=caller.job_priority,
+        device=device_for(kind, settings),
+    )
     announce(session, row)
     return row
 

@@ -142,14 +142,21 @@ def rotate_key(
     return row, text
 
 
-def limit_key(session: Session, reference: str, *, requests_per_minute: int | None) -> ApiKeyRow:
-    """Give a key its own limits; None: the server's.
+def limit_key(
+    session: Session,
+    reference: str,
+    *,
+    requests_per_minute: int | None = None,
+    running_jobs: int | None = None,
+    job_priority: int = 0,
+) -> ApiKeyRow:
+    """Give a key its own limits (None: the server's) and the priority of the jobs that it orders from now on.
 
     Raises:
         NotFound: no valid key, or more than one, fits.
     """
     row = find_key(session, reference)
-    row.requests_per_minute = requests_per_minute
+    row.requests_per_minute, row.running_jobs, row.job_priority = requests_per_minute, running_jobs, job_priority
     return row
 
 

@@ -111,7 +111,10 @@ class ApiKeyRow(Base):
     previous_until: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
     requests_per_minute: Mapped[int | None]
-    """Null: the server's setting; 0: no limit."""
+    running_jobs: Mapped[int | None]
+    """Both limits: null is the server's setting, 0 no limit."""
+    job_priority: Mapped[int] = mapped_column(default=0)
+    """Of the jobs that the key orders."""
     revoked_at: Mapped[datetime | None]
 
 
@@ -215,6 +218,9 @@ class JobRow(Base):
     state: Mapped[JobState] = mapped_column(default=JobState.QUEUED)
     request: Mapped[dict[str, Any]]
     owner_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
+    priority: Mapped[int] = mapped_column(default=0)
+    device: Mapped[str | None] = mapped_column(String(16))
+    """The class of device that it waits for; null: any."""
     queued_at: Mapped[datetime] = mapped_column(default=now)
     """When it last began to wait."""
     attempt: Mapped[int] = mapped_column(default=0)

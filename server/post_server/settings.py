@@ -9,6 +9,10 @@ from platformdirs import user_data_path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from post_shared.schemas import JobKind
+
+_KINDS = f"({'|'.join(JobKind)})"
+
 
 class Settings(BaseSettings):
     """Embedded by default; each URL replaces one embedded part by the real thing at scale."""
@@ -43,6 +47,14 @@ class Settings(BaseSettings):
         default=2 * 2**30,
         ge=0,
         description="Disk that a distillation may use for the target's hidden states, for later passes of its corpus.",
+    )
+    gpu_jobs: str = Field(
+        default="",
+        pattern=f"^({_KINDS}(,{_KINDS})*)?$",
+        description="Kinds of jobs that only a worker with a GPU takes, such as `distil,transfer`.",
+    )
+    running_jobs_per_key: int = Field(
+        default=0, ge=0, description="Jobs of one API key that run at a time; 0: no limit."
     )
     worker_jobs: int = Field(default=1, ge=1, description="Jobs that one worker runs at a time.")
     reconcile_seconds: float = Field(

@@ -45,3 +45,5 @@ class ApiKey(Document):
     last_used_at: datetime | None = None
     revoked_at: datetime | None = None
     requests_per_minute: int | None = Field(default=None, description="Null: the server's setting; 0: no limit.")
+    running_jobs: int | None = Field(default=None, description="As above: jobs that run at a time.")
+    job_priority: int = Field(default=0, description="Of the jobs that it orders; the higher come first.")

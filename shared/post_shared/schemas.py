@@ -175,6 +175,7 @@ class Job(Document):
     id: str
     kind: JobKind
     state: JobState
+    priority: int = Field(default=0, description="The provider's to give; the higher come first.")
     attempt: int
     progress: float = Field(ge=0, le=1)
     stage: str | None = None

@@ -61,8 +61,8 @@ def place(
     once = Once(app, caller, idempotency_key)
 
     def create(session: Session) -> tuple[int, Job]:
-        row = place_order(session, caller, order, jobs_per_key=app.settings.jobs_per_key)
-        tasks.add_task(ring, row.id, app.settings)
+        row = place_order(session, caller, order, app.settings)
+        tasks.add_task(ring, row.id, app.settings, row.device)
         return 202, job_document(row)
 
     with once.in_flight():

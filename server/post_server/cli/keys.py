@@ -73,13 +73,20 @@ def rotate_key_(
 def limit_key_(
     key: Key,
     requests_per_minute: Annotated[int | None, typer.Option(min=0, help="Requests in a minute; 0: no limit.")] = None,
+    running_jobs: Annotated[int | None, typer.Option(min=0, help="Jobs that run at a time; 0: no limit.")] = None,
+    priority: Annotated[
+        int, typer.Option(min=-100, max=100, help="Of the jobs that it orders from now on; the higher come first.")
+    ] = 0,
 ) -> None:
     """Give an API key its own limits; for what is left out, the server's settings hold again."""
     from post_server.keys import limit_key
 
     with parts() as (_, database, _), database.write() as session:
-        row = limit_key(session, key, requests_per_minute=requests_per_minute)
-    typer.echo(f"{row.id}  {row.name}: {_said(requests_per_minute)} requests a minute")
+        row = limit_key(
+            session, key, requests_per_minute=requests_per_minute, running_jobs=running_jobs, job_priority=priority
+        )
+    limits = f"{_said(requests_per_minute)} requests a minute, {_said(running_jobs)} running jobs"
+    typer.echo(f"{row.id}  {row.name}: {limits}, priority {priority}")
 
 
 @keys.command("revoke")

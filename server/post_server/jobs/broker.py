@@ -11,12 +11,18 @@ from celery import Celery
 from post_server.settings import Settings
 
 QUEUE = "post.jobs"
+"""Of jobs for any worker; those for a class of device have a queue of their own, see :func:`queue_of`."""
 RUN_JOB = "post.run_job"
 _CONNECT_SECONDS = 1.0
 
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A worker that waits for a ring sends nothing, so only this tells it that the server behind a cut link is gone."""
+
+
+def queue_of(device: str | None) -> str:
+    """The queue in which workers with that class of device, or (None) all workers, hear of jobs."""
+    return QUEUE if device is None else f"{QUEUE}.{device}"
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,8 @@ import logging
 import threading
 
 from post_server.database import Database
-from post_server.jobs import doorbell, states
+from post_server.jobs import doorbell, queue, states
+from post_server.records import JobRow
 from post_server.settings import Settings
 from post_shared.schemas import JobState
 
@@ -17,23 +18,25 @@ def reconcile(database: Database, settings: Settings) -> list[str]:
     """One round; the ids of the jobs that were announced again. Several at once do no harm.
 
     Undelivered jobs are announced only while nothing waits in the broker: a busy worker will come to those
-    that do, and so the queue can't grow.
+    that do, and so the queue can't grow. Those that no worker may start yet (their key's limit) are not.
     """
     with database.read() as session:
-        lost = [(row.id, row.token) for row in states.expired(session)]
-    again = []
-    for job_id, token in lost:
+        lost = [(row.id, row.token, row.device) for row in states.expired(session)]
+    again: dict[str, str | None] = {}
+    for job_id, token, device in lost:
         with database.write() as session:
             state = states.take_back(session, job_id, token, max_attempts=settings.max_attempts)
         if state is not None:
             log.warning("worker lost", extra={"job": job_id, "state": state.value})
         if state is JobState.QUEUED:
-            again.append(job_id)
-    with database.read() as session:
-        overdue = states.overdue(session, settings.ring_seconds)
-    if overdue and doorbell.waiting(settings) == 0:
-        again += [job_id for job_id in overdue if job_id not in again]
-    return [job_id for job_id in again if doorbell.ring(job_id, settings)]
+            again[job_id] = device
+    for device in (None, queue.GPU):
+        statement = queue.line(settings, frozenset({queue.GPU})).where(JobRow.device == device)
+        with database.read() as session:
+            overdue = list(session.scalars(statement.where(states.overdue(settings.ring_seconds))))
+        if overdue and doorbell.waiting(settings, device) == 0:
+            again |= dict.fromkeys(overdue, device)
+    return [job_id for job_id, device in again.items() if doorbell.ring(job_id, settings, device)]
 
 
 class Reconciler(threading.Thread):

@@ -41,19 +41,21 @@ class Lease:
     token: str
 
 
+def free(max_attempts: int) -> ColumnElement[bool]:
+    """A job that may be claimed: it waits, or its lease ran out and it has an attempt left."""
+    lost = and_(JobRow.state == JobState.RUNNING, JobRow.lease_until < now(), JobRow.attempt < max_attempts)
+    return or_(JobRow.state == JobState.QUEUED, lost)
+
+
 # --- by the worker that holds the job -----------------------------------------------------------------
 
 
 def claim(session: Session, job_id: str, *, lease_seconds: float, max_attempts: int) -> tuple[JobRow, Lease] | None:
     """Take a queued job, or a running one whose lease ran out; None when it isn't to be had."""
     at, token = now(), secrets.token_hex(16)
-    free = or_(
-        JobRow.state == JobState.QUEUED,
-        and_(JobRow.state == JobState.RUNNING, JobRow.lease_until < at, JobRow.attempt < max_attempts),
-    )
     taken = _update(
         session,
-        and_(JobRow.id == job_id, free),
+        and_(JobRow.id == job_id, free(max_attempts)),
         state=JobState.RUNNING,
         attempt=JobRow.attempt + 1,
         lease_losses=JobRow.lease_losses + case((JobRow.state == JobState.RUNNING, 1), else_=0),
@@ -196,11 +198,9 @@ def take_back(session: Session, job_id: str, token: str | None, *, max_attempts:
     return _fresh(session, job_id).state
 
 
-def overdue(session: Session, seconds: float) -> list[str]:
-    """Ids of jobs that have waited for longer than ``seconds``, oldest first."""
-    before = now() - timedelta(seconds=seconds)
-    where = and_(JobRow.state == JobState.QUEUED, JobRow.queued_at <= before)
-    return list(session.scalars(select(JobRow.id).where(where).order_by(JobRow.created_at)))
+def overdue(seconds: float) -> ColumnElement[bool]:
+    """A job that has waited for longer than ``seconds``."""
+    return and_(JobRow.state == JobState.QUEUED, JobRow.queued_at <= now() - timedelta(seconds=seconds))
 
 
 # --- the conditional update ---------------------------------------------------------------------------

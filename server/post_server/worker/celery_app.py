@@ -11,7 +11,8 @@ from celery import signals
 from celery.platforms import SecurityWarning
 
 from post_server.database import Database
-from post_server.jobs.broker import RUN_JOB, celery_for
+from post_server.jobs.broker import RUN_JOB, celery_for, queue_of
+from post_server.jobs.queue import devices
 from post_server.jobs.reconciler import Reconciler
 from post_server.logs import configure_logs
 from post_server.settings import Settings
@@ -48,6 +49,7 @@ def main(settings: Settings) -> int:
     worker = app.Worker(
         pool="threads",  # a thread only waits for the job's process
         concurrency=settings.worker_jobs,
+        queues=[queue_of(device) for device in (None, *sorted(devices(settings)))],
         loglevel=settings.log_level,
         quiet=True,
         without_gossip=True,

@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from post_server.database import Database
-from post_server.jobs import doorbell, states
+from post_server.jobs import doorbell, queue, states
 from post_server.jobs.states import Lease, LeaseLost
 from post_server.records import JobRow
 from post_server.settings import Settings
@@ -62,18 +62,20 @@ class JobSupervisor:
         self._settings, self._database, self._stopping = settings, database, stopping
 
     def run(self, job_id: str) -> None:
-        """Do the job if it is to be had; a second delivery of the same id finds that it isn't."""
-        if self._stopping.is_set():
-            return
-        settings = self._settings
-        with self._database.write() as session:
-            claimed = states.claim(
-                session, job_id, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts
-            )
-        if claimed is None:
-            return
-        row, lease = claimed
-        log.info("job started", extra={"job": job_id, "attempt": row.attempt})
+        """Do what is next in line, and what is next after that; ``job_id`` is only the one that rang.
+
+        A second delivery of the same id finds nothing to do.
+        """
+        while not self._stopping.is_set():
+            with self._database.write() as session:
+                claimed = queue.claim_next(session, self._settings)
+            if claimed is None:
+                log.debug("nothing to be had", extra={"job": job_id})
+                return
+            self._do(*claimed)
+
+    def _do(self, row: JobRow, lease: Lease) -> None:
+        log.info("job started", extra={"job": row.id, "attempt": row.attempt})
         attempt = _Attempt(lease, row.attempt, self._start(lease))
         try:
             self._attend(attempt)
@@ -172,8 +174,8 @@ class JobSupervisor:
         if row is None or row.state.ended:
             shutil.rmtree(work_folder(self._settings, job_id), ignore_errors=True)
         log.info("job left", extra={"job": job_id, "state": row.state.value if row else "gone", "exit": status})
-        if again:
-            doorbell.ring(job_id, self._settings)
+        if again and row is not None:
+            doorbell.ring(job_id, self._settings, row.device)
 
     def _write_end(self, session: Session, attempt: _Attempt, status: int) -> bool:
         """The state after a process that left none; whether the job waits in the queue again."""

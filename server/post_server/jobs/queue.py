@@ -1,0 +1,79 @@
+"""Whose turn it is. The rows say; a ring only wakes a worker, which takes the first job of the line that it can run.
+
+First comes the higher priority, then the key with the fewest running jobs, then the older job. A key that already
+runs as many jobs as it may, and a job that needs another device, are passed over.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy.orm import Session
+
+from post_server.database import guard
+from post_server.jobs.states import HELD, Lease, claim, free
+from post_server.records import ApiKeyRow, JobRow, now
+from post_server.settings import Settings
+from post_shared.schemas import JobKind
+
+GPU = "cuda"
+_TRIES = 5
+
+
+def line(settings: Settings, devices: frozenset[str]) -> Select[str]:
+    """Ids of the jobs that a worker with these devices may start now, the next one first."""
+    running = (
+        select(JobRow.owner_key_id, func.count().label("count"))
+        .where(JobRow.state.in_(HELD), JobRow.lease_until >= now())
+        .group_by(JobRow.owner_key_id)
+        .subquery()
+    )
+    count = func.coalesce(running.c.count, 0)
+    most = func.coalesce(ApiKeyRow.running_jobs, settings.running_jobs_per_key)
+    return (
+        select(JobRow.id)
+        .join(ApiKeyRow, ApiKeyRow.id == JobRow.owner_key_id)
+        .outerjoin(running, running.c.owner_key_id == JobRow.owner_key_id)
+        .where(free(settings.max_attempts), or_(most == 0, count < most), _fits(devices))
+        .order_by(JobRow.priority.desc(), count, JobRow.created_at, JobRow.id)
+    )
+
+
+def claim_next(session: Session, settings: Settings) -> tuple[JobRow, Lease] | None:
+    """Take the next job for this machine; None when there is none to be had.
+
+    Claims come one after the other, so that a key's limit holds however many workers look at once.
+    """
+    guard(session)
+    for _ in range(_TRIES):  # only a cancel can come in between
+        job_id = session.scalar(line(settings, devices(settings)).limit(1))
+        if job_id is None:
+            return None
+        found = claim(session, job_id, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        if found is not None:
+            return found
+    return None
+
+
+def devices(settings: Settings) -> frozenset[str]:
+    """The classes of devices that a worker with these settings has, without asking torch."""
+    if settings.device.startswith(GPU):
+        return frozenset({GPU})
+    if settings.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(_gpus()):
+        return frozenset({GPU})
+    return frozenset()
+
+
+def device_for(kind: JobKind, settings: Settings) -> str | None:
+    """The class of device that a new job waits for; None: any worker will do."""
+    return GPU if kind in settings.gpu_jobs.split(",") else None
+
+
+def _fits(devices: frozenset[str]) -> ColumnElement[bool]:
+    return or_(JobRow.device.is_(None), JobRow.device.in_(sorted(devices)))
+
+
+def _gpus() -> list[Path]:
+    return list(Path("/dev").glob("nvidia[0-9]*"))

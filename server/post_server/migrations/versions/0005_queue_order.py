@@ -1,0 +1,33 @@
+"""Jobs have a priority and may need a device; a key has a limit on running jobs and a priority.
+
+Revision: 0005
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """What was there has the middle priority and waits for any device."""
+    op.add_column("jobs", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
+    op.add_column("jobs", sa.Column("device", sa.String(16), nullable=True))
+    op.add_column("api_keys", sa.Column("running_jobs", sa.Integer(), nullable=True))
+    op.add_column("api_keys", sa.Column("job_priority", sa.Integer(), nullable=False, server_default="0"))
+
+
+def downgrade() -> None:
+    """Drop them."""
+    for table, column in (
+        ("jobs", "priority"),
+        ("jobs", "device"),
+        ("api_keys", "running_jobs"),
+        ("api_keys", "job_priority"),
+    ):
+        op.drop_column(table, column)
