@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from post_server.audit_log import record
 from post_server.database import guard
 from post_server.dataset_store import check_labelled, find_dataset
 from post_server.jobs.queue import device_for
@@ -73,6 +74,7 @@ def place_order(session: Session, caller: ApiKeyRow, order: Order, settings: Set
         device=device_for(kind, settings),
     )
     announce(session, row)
+    record(session, caller.id, f"{kind}.order", row.id)
     return row
 
 

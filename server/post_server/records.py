@@ -266,3 +266,17 @@ class IdempotencyRow(Base):
     status: Mapped[int]
     response: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+
+class AuditRow(Base):
+    """A line of the audit log. The database refuses to change or remove it; see :mod:`post_server.audit_log`."""
+
+    __tablename__ = "audit_log"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    at: Mapped[datetime] = mapped_column(default=now)
+    who: Mapped[str] = mapped_column(String(64), index=True)
+    """The id of a key, or ``local:USER`` for commands on the provider's machine. No reference: it outlives all."""
+    action: Mapped[str] = mapped_column(String(32))
+    thing: Mapped[str] = mapped_column(String(64), index=True)
+    request_id: Mapped[str | None] = mapped_column(String(64))

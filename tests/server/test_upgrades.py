@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from post_server.keys import scopes_of
 from post_server.records import ApiKeyRow, JobEventRow, JobRow
 from post_shared.key_schemas import SCOPES
 from post_shared.schemas import JobState, Role
+from tests.server.backing import Backing
 
 AT = "2026-01-02 03:04:05.000000"
 FIRST: dict[str, dict[str, Any]] = {
@@ -94,14 +96,16 @@ def contents(connection: Connection) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Database:
+def old(request: pytest.FixtureRequest, tmp_path: Path, backing: Backing) -> Iterator[Database]:
     """A database of revision 0001 with rows in it."""
-    database = Database(f"sqlite:///{tmp_path}/post.db")
+    new = request.getfixturevalue("postgres").new_database() if backing.urls else f"sqlite:///{tmp_path}/post.db"
+    database = Database(new)
     with database.engine.begin() as connection:
         command.upgrade(alembic_config(connection), "0001")
         fill(connection)
         assert {*FIRST, "alembic_version"} == set(inspect(connection).get_table_names())
-    return database
+    yield database
+    database.dispose()
 
 
 def test_an_upgrade_keeps_every_row(old: Database) -> None:

@@ -15,6 +15,7 @@ from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
 from post_server.api.uploads import raw_body, received_file
+from post_server.audit_log import record
 from post_server.dataset_store import add_dataset, dataset_document, find_dataset, first_rows, summarise
 from post_server.records import DatasetRow
 from post_shared.dataset_schemas import DatasetPreview, LicenceName
@@ -80,6 +81,8 @@ def _create(once: Once, path: FilePath, name: str, kind: DatasetKind, licence: s
 
     def create(session: Session) -> tuple[int, Dataset]:
         row, is_new = add_dataset(session, once.app.store, path, summary, name=name, kind=kind, licence=licence)
+        if is_new:
+            record(session, once.caller.id, "dataset.add", row.id)
         return 201 if is_new else 200, dataset_document(row)
 
     return once.run(f"dataset {name} {kind} {licence}", summary.sha256, create)

@@ -10,7 +10,10 @@ from fastapi import Depends, Header, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from post_server.api.context import Context
 from post_server.api.problems import problems
+from post_server.audit_log import record
+from post_server.records import ApiKeyRow
 from post_server.storage import BlobStore
 from post_shared.errors import RangeInvalid
 
@@ -71,6 +74,13 @@ async def serve(store: BlobStore, sha256: str, size: int, wanted: Wanted) -> Res
         return Response(headers=headers, media_type=media_type)
     chunks = await run_in_threadpool(store.open, sha256, start, stop)
     return StreamingResponse(chunks, status_code=200 if part is None else 206, media_type=media_type, headers=headers)
+
+
+def note_download(app: Context, caller: ApiKeyRow, wanted: Wanted, action: str, thing: str) -> None:
+    """Every request for bytes goes into the audit log, parts too: who asks for two halves has the whole."""
+    if not wanted.head:
+        with app.database.write() as session:
+            record(session, caller.id, action, thing)
 
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:

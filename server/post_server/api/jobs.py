@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from post_server.api.context import AnyCaller, App, Caller, Context
 from post_server.api.pagination import MAX_LIMIT, Paging, paginate
 from post_server.api.problems import problems
+from post_server.audit_log import record
 from post_server.job_orders import check_may_order, job_document, metric_series, visible_job
 from post_server.jobs.states import request_cancel
 from post_server.keys import check_still_valid
@@ -69,6 +70,7 @@ def cancel_job(app: App, caller: AnyCaller, job: JobId) -> Job:
     """Ask a job to stop. A queued one ends at once, a running one soon; an ended one stays as it is."""
     with app.database.write() as session:
         check_may_order(caller, visible_job(session, caller, job).kind)
+        record(session, caller.id, "job.cancel", job)
         return job_document(request_cancel(session, job))
 
 

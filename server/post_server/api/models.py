@@ -10,11 +10,11 @@ from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import App, Caller, Context
-from post_server.api.downloads import Part, downloads, serve
+from post_server.api.downloads import Part, Wanted, downloads, note_download, serve
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
 from post_server.model_store import find_model, manifest_document, model_document, model_files
-from post_server.records import ModelRow
+from post_server.records import ApiKeyRow, ModelRow
 from post_shared.errors import Forbidden, NotFound
 from post_shared.schemas import Model, ModelFile, ModelManifest, ModelRole, Page
 
@@ -51,16 +51,17 @@ async def get_model_file(
     app: App, caller: Caller, model: Reference, path: Annotated[str, Path(max_length=255)], part: Part
 ) -> Response:
     """A student's file, whole or in part; its ETag is its SHA-256."""
-    file = await run_in_threadpool(_student_file, app, model, path)
+    file = await run_in_threadpool(_student_file, app, caller, model, path, part)
     return await serve(app.store, file.sha256, file.size, part)
 
 
-def _student_file(app: Context, model: str, path: str) -> ModelFile:
+def _student_file(app: Context, caller: ApiKeyRow, model: str, path: str, part: Wanted) -> ModelFile:
     with app.database.read() as session:
         row = find_model(session, model)
     if row.role is not ModelRole.STUDENT:
         raise Forbidden("A target model's files never leave the provider; pull one of its students.")
     for file in model_files(row):
         if file.path == path:
+            note_download(app, caller, part, "model.download", row.id)
             return file
     raise NotFound(f"The model {row.name} has no such file; its manifest lists all.")

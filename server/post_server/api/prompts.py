@@ -12,11 +12,12 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import App, Caller, Context, Mover
-from post_server.api.downloads import Part, downloads, serve
+from post_server.api.downloads import Part, Wanted, downloads, note_download, serve
 from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
 from post_server.api.uploads import raw_body
+from post_server.audit_log import record
 from post_server.prompt_store import add_prompt, delete_prompt, prompt_document, visible_prompt
 from post_server.records import ApiKeyRow, PromptRow
 from post_shared.errors import Forbidden
@@ -50,7 +51,7 @@ def get_prompt(app: App, caller: Caller, prompt: PromptId) -> Prompt:
 @router.get("/{prompt}/file", response_class=StreamingResponse, responses=downloads(403, 404))
 async def get_prompt_file(app: App, caller: Caller, prompt: PromptId, part: Part) -> Response:
     """The prompt file as it was pushed. Target prompts belong to the target model: only the provider gets those."""
-    row = await run_in_threadpool(_readable_prompt, app, caller, prompt)
+    row = await run_in_threadpool(_readable_prompt, app, caller, prompt, part)
     return await serve(app.store, row.sha256, row.size_bytes, part)
 
 
@@ -74,13 +75,15 @@ def remove_prompt(app: App, caller: Mover, prompt: PromptId) -> None:
     """Delete a prompt and its bytes. Target prompts made from it stay until they are deleted too."""
     with app.database.write() as session:
         delete_prompt(session, app.store, visible_prompt(session, caller, prompt))
+        record(session, caller.id, "prompt.delete", prompt)
 
 
-def _readable_prompt(app: Context, caller: ApiKeyRow, prompt: str) -> PromptRow:
+def _readable_prompt(app: Context, caller: ApiKeyRow, prompt: str, part: Wanted) -> PromptRow:
     with app.database.read() as session:
         row = visible_prompt(session, caller, prompt)
     if row.role is PromptRole.TARGET and caller.role is not Role.PROVIDER:
         raise Forbidden("A target prompt belongs to the target model and stays with the provider; ask for predictions.")
+    note_download(app, caller, part, "prompt.download", row.id)
     return row
 
 
@@ -94,6 +97,8 @@ def _create(once: Once, data: bytes) -> Response:
             owner_key_id=once.caller.id,
             max_bytes=once.app.settings.prompt_bytes,
         )
+        if is_new:
+            record(session, once.caller.id, "prompt.push", row.id)
         return 201 if is_new else 200, prompt_document(row)
 
     return once.run("prompt", hashlib.sha256(data).hexdigest(), create)

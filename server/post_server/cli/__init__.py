@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from post_server.cli.admin import admin
 from post_server.cli.keys import keys
 from post_server.cli.store import datasets, models
 
@@ -18,7 +19,7 @@ _PANEL = "Provider"
 
 def register(app: typer.Typer) -> None:
     """Add the provider's verbs."""
-    for name, verbs in (("model", models), ("dataset", datasets), ("key", keys)):
+    for name, verbs in (("model", models), ("dataset", datasets), ("key", keys), ("admin", admin)):
         app.add_typer(verbs, name=name, rich_help_panel=_PANEL)
     for name, verb in (("serve", serve), ("worker", worker), ("predictor", predictor)):
         app.command(name, rich_help_panel=_PANEL)(verb)

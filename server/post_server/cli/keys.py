@@ -29,12 +29,14 @@ def create_key_(
     expires_days: Days = None,
 ) -> None:
     """Make an API key. It is printed once, on standard output, and can't be shown again."""
+    from post_server.audit_log import local_user, record
     from post_server.keys import create_key
 
     if not 1 <= len(name) <= 64 or not name.isprintable():
         raise InvalidInput("The name of a key has 1 to 64 printable characters.")
     with parts() as (_, database, _), database.write() as session:
         row, text = create_key(session, name=name, role=role, scopes=scope, expires_days=expires_days)
+        record(session, local_user(), "key.create", row.id)
     until = f", until {when(row.expires_at)} UTC" if row.expires_at else ""
     typer.echo(f"{row.id}  {row.name} ({row.role}){until}: keep the key safe, it can't be shown again.", err=True)
     typer.echo(text)
@@ -61,10 +63,12 @@ def rotate_key_(
     expires_days: Days = None,
 ) -> None:
     """Give a key a new text, printed once. What it owns and may do stays; if it expires, it lives as long again."""
+    from post_server.audit_log import local_user, record
     from post_server.keys import rotate_key
 
     with parts() as (_, database, _), database.write() as session:
         row, text = rotate_key(session, key, grace_hours=grace_hours, expires_days=expires_days)
+        record(session, local_user(), "key.rotate", row.id)
     typer.echo(f"{row.id}  {row.name}: the old text opens until {when(row.previous_until)} UTC.", err=True)
     typer.echo(text)
 
@@ -79,12 +83,14 @@ def limit_key_(
     ] = 0,
 ) -> None:
     """Give an API key its own limits; for what is left out, the server's settings hold again."""
+    from post_server.audit_log import local_user, record
     from post_server.keys import limit_key
 
     with parts() as (_, database, _), database.write() as session:
         row = limit_key(
             session, key, requests_per_minute=requests_per_minute, running_jobs=running_jobs, job_priority=priority
         )
+        record(session, local_user(), "key.limit", row.id)
     limits = f"{_said(requests_per_minute)} requests a minute, {_said(running_jobs)} running jobs"
     typer.echo(f"{row.id}  {row.name}: {limits}, priority {priority}")
 
@@ -92,10 +98,12 @@ def limit_key_(
 @keys.command("revoke")
 def revoke_key_(key: Key) -> None:
     """End an API key at once."""
+    from post_server.audit_log import local_user, record
     from post_server.keys import revoke_key
 
     with parts() as (_, database, _), database.write() as session:
         row = revoke_key(session, key)
+        record(session, local_user(), "key.revoke", row.id)
     typer.echo(f"{row.id}  {row.name}: revoked")
 
 

@@ -31,6 +31,7 @@ def add_model_(
     """Add a target model: load it, check it, store it as safetensors."""
     import tempfile
 
+    from post_server.audit_log import local_user, record
     from post_server.model_store import add_model, model_facts
 
     with parts() as (_, database, store), tempfile.TemporaryDirectory() as folder:
@@ -45,6 +46,7 @@ def add_model_(
         model.save(Path(folder))
         with database.write() as session:
             row = add_model(session, store, Path(folder), name=name, role=ModelRole.TARGET, **model_facts(model))
+            record(session, local_user(), "model.add", row.id)
     typer.echo(f"{row.id}  {row.name}  {row.architecture}, {row.layers} layers, {row.parameters:,} parameters")
 
 
@@ -75,6 +77,7 @@ def add_dataset_(
     licence: Annotated[str | None, typer.Option(help="SPDX id or a few words.")] = None,
 ) -> None:
     """Add public data. Never add private data: it stays with its owner."""
+    from post_server.audit_log import local_user, record
     from post_server.dataset_store import add_dataset, copy_as_dataset, summarise
 
     _check_name(name)
@@ -87,6 +90,7 @@ def add_dataset_(
             summary = summarise(copy, kind)
             with database.write() as session:
                 row, _ = add_dataset(session, store, copy, summary, name=name, kind=kind, licence=licence)
+                record(session, local_user(), "dataset.add", row.id)
         finally:
             copy.unlink(missing_ok=True)
     labels = "no labels" if row.labels is None else ", ".join(row.labels[:12]) or "free answers"

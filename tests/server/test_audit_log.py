@@ -1,0 +1,138 @@
+"""Who did what to which thing: every change leaves its line, and no line can be changed or removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import typer
+from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
+from typer.testing import CliRunner
+
+from post_server.audit_log import lines, record
+from post_server.cli import register
+from post_server.database import Database
+from post_server.records import AuditRow
+from post_server.settings import Settings, get_settings
+from tests.server.backstage import Backstage
+from tests.server.front import Front, code, prompt_bytes
+
+
+def written(front: Front) -> list[tuple[str, str, str]]:
+    """All lines, oldest first."""
+    with front.database.read() as session:
+        rows = session.scalars(select(AuditRow).order_by(AuditRow.id))
+        return [(row.who, row.action, row.thing) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE audit_log SET who = 'nobody'",
+        "UPDATE audit_log SET id = id + 100",
+        "DELETE FROM audit_log",
+        "DELETE FROM audit_log WHERE id = 1",
+    ],
+)
+def test_the_database_refuses_to_change_a_line(backstage: Backstage, statement: str) -> None:
+    with backstage.database.write() as session:
+        record(session, "key_1", "prompt.push", "prm_1")
+    with pytest.raises(DBAPIError, match="append-only"), backstage.database.write() as session:
+        session.execute(text(statement))
+    with backstage.database.read() as session:
+        assert [row.who for row in lines(session)] == ["key_1"]
+
+
+def test_nor_to_put_another_in_its_place(backstage: Backstage) -> None:
+    with backstage.database.write() as session:
+        record(session, "key_1", "prompt.push", "prm_1")
+    if backstage.database.engine.dialect.name == "sqlite":
+        statement = "INSERT OR REPLACE INTO audit_log (id, at, who, action, thing) VALUES (1, '2026', 'x', 'x', 'x')"
+    else:
+        statement = "TRUNCATE audit_log"
+    with pytest.raises(DBAPIError, match="append-only"), backstage.database.write() as session:
+        session.execute(text(statement))
+
+
+def test_a_prompts_life_is_written_down(front: Front) -> None:
+    """Once for each thing done; not for what was refused, looked at or there already."""
+    target, student = front.add_pair()
+    dataset = front.add_dataset()
+    data = prompt_bytes(student.hash)
+    prompt = front.push("alice", data).json()["id"]
+    front.push("alice", data)
+    order = {"prompt": prompt, "target": target.id, "dataset": "public"}
+    headers = {"Idempotency-Key": "once"}
+    for _ in range(2):
+        job = front("alice", "POST", "/v1/transfers", json=order, headers=headers).json()["id"]
+    front("alice", "GET", f"/v1/prompts/{prompt}")
+    assert code(front("bob", "DELETE", f"/v1/prompts/{prompt}")) == (404, "not_found")
+    front("provider", "POST", f"/v1/jobs/{job}/cancel")
+    front("provider", "GET", f"/v1/prompts/{prompt}/file", headers={"Range": "bytes=1-"})
+    front("provider", "HEAD", f"/v1/prompts/{prompt}/file")
+    front("alice", "GET", f"/v1/models/{student.id}/files/config.json")
+    front("alice", "DELETE", f"/v1/prompts/{prompt}")
+    alice, provider = front.key_ids["alice"], front.key_ids["provider"]
+    assert written(front) == [
+        (provider, "dataset.add", dataset),
+        (alice, "prompt.push", prompt),
+        (alice, "transfer.order", job),
+        (provider, "job.cancel", job),
+        (provider, "prompt.download", prompt),
+        (alice, "model.download", student.id),
+        (alice, "prompt.delete", prompt),
+    ]
+
+
+def test_a_line_knows_its_request_and_goes_with_its_transaction(front: Front) -> None:
+    _, student = front.add_pair()
+    answer = front.push("alice", prompt_bytes(student.hash))
+    with front.database.read() as session:
+        (row,) = lines(session)
+    assert row.request_id == answer.headers["x-request-id"]
+
+    def fail() -> None:
+        with front.database.write() as session:
+            record(session, "key_1", "prompt.delete", "prm_1")
+            session.flush()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert len(written(front)) == 1
+
+
+@pytest.fixture
+def settings(home: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    monkeypatch.setenv("POST_HOME", str(home))
+    get_settings.cache_clear()
+    yield get_settings()
+    get_settings.cache_clear()
+
+
+def run(*arguments: str) -> str:
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_providers_commands_are_written_down_and_shown(settings: Settings) -> None:
+    run("key", "create", "--role", "owner", "--name", "alice")
+    run("key", "rotate", "alice")
+    run("key", "limit", "alice", "--priority", "1")
+    run("key", "revoke", "alice")
+    shown = [json.loads(line) for line in run("admin", "audit", "--json").splitlines()]
+    assert [line["action"] for line in shown] == ["key.revoke", "key.limit", "key.rotate", "key.create"]
+    assert all(line["who"].startswith("local:") for line in shown)
+    assert len({line["thing"] for line in shown}) == 1
+    key = shown[0]["thing"]
+    with Database.from_settings(settings).write() as session:
+        record(session, key, "prompt.push", "prm_1")
+        record(session, key, "prompts_of_others", "prm_2")
+    assert run("admin", "audit", "--action", "prompt", "--who", key).count("prm_") == 1
+    assert "key.rotate" in run("admin", "audit", "--thing", key, "--days", "1")
+    assert run("admin", "audit", "--limit", "2", "--json").count("\n") == 2
