@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from post_server.database import guard
 from post_server.records import ModelRow
 from post_server.storage import BlobStore, copy_to
 from post_shared.errors import Conflict, NotFound
@@ -60,6 +61,10 @@ def add_model(
     for file in files:
         if store.put(folder / file.path) != file.sha256:
             raise Conflict(f"{file.path} changed while it was stored; add the model again.")
+    guard(session)
+    for file in files:
+        if not store.exists(file.sha256):  # a clean-up has taken an old copy that nothing named
+            store.put(folder / file.path)
     existing = session.scalar(select(ModelRow).where(ModelRow.name == name))
     if existing is not None:
         if existing.hash == digest:

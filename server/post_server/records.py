@@ -6,7 +6,7 @@ Rows are plain; everything that changes them lives with its feature (``api``, ``
 from __future__ import annotations
 
 import secrets
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -222,7 +222,7 @@ class JobRow(Base):
     device: Mapped[str | None] = mapped_column(String(16))
     """The class of device that it waits for; null: any."""
     queued_at: Mapped[datetime] = mapped_column(default=now)
-    """When it last began to wait."""
+    """When it last began to wait, or will after a pause."""
     attempt: Mapped[int] = mapped_column(default=0)
     lease_losses: Mapped[int] = mapped_column(default=0)
     lease_until: Mapped[datetime | None]
@@ -259,6 +259,7 @@ class IdempotencyRow(Base):
     """The answer to a create that carried an ``Idempotency-Key``, kept for a day."""
 
     __tablename__ = "idempotency"
+    kept: ClassVar[timedelta] = timedelta(days=1)
 
     key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)

@@ -5,12 +5,15 @@ A blob never changes, so writing it twice is harmless and a reader never sees ha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -22,7 +25,17 @@ from post_shared.errors import IntegrityError, NotFound
 
 CHUNK_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 8 * CHUNK_BYTES  # of an object store, for each reader
+_FRESH = timedelta(hours=1)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A stored blob; putting it again makes it as young as a new one."""
+
+    sha256: str
+    size: int
+    stored_at: datetime
 
 
 class BlobStore:
@@ -125,10 +138,41 @@ class BlobStore:
             return
 
     def list(self) -> list[str]:
-        """The SHA-256 of every blob, for housekeeping and tests."""
-        found = self._fs.find(self._root) if self._fs.exists(self._root) else []
-        names = (str(path).rsplit("/", 1)[-1] for path in found)
-        return sorted(name for name in names if _SHA256.fullmatch(name))
+        """The SHA-256 of every blob."""
+        return sorted(blob.sha256 for blob in self.blobs())
+
+    def blobs(self) -> Iterator[Blob]:
+        """Every blob, for housekeeping."""
+        found = self._fs.find(self._root, detail=True) if self._fs.exists(self._root) else {}
+        for path, facts in found.items():
+            name = str(path).rsplit("/", 1)[-1]
+            if _SHA256.fullmatch(name):
+                yield Blob(name, int(facts["size"]), self._stored_at(str(path), facts))
+
+    def abandoned(self, before: datetime) -> Iterator[Path]:
+        """Temporary files on this machine that nobody has written to since."""
+        for path in (self._cache / "tmp").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if datetime.fromtimestamp(path.stat().st_mtime, UTC) < before:
+                    yield path
+
+    def cached(self) -> Iterator[Path]:
+        """This machine's copies of the blobs of a remote store; a folder of blobs needs none."""
+        if not self._is_local:
+            yield from (path for path in self._cache.glob("??/*") if _SHA256.fullmatch(path.name))
+
+    def _stored_at(self, path: str, facts: dict[str, Any]) -> datetime:
+        """When the blob was last put, as the kind of store says it."""
+        at = facts.get("mtime") or facts.get("LastModified") or self._fs.modified(path)
+        return datetime.fromtimestamp(at, UTC) if isinstance(at, int | float) else at.astimezone(UTC)
+
+    def _is_fresh(self, sha256: str) -> bool:
+        """Whether the blob was put a moment ago, so that no clean-up can take it for an old one."""
+        try:
+            facts = self._fs.info(self._key(sha256))
+        except FileNotFoundError:
+            return False
+        return datetime.now(UTC) - self._stored_at(self._key(sha256), facts) < _FRESH
 
     def _key(self, sha256: str) -> str:
         return f"{self._root}/{_place_of(sha256)}"
@@ -139,7 +183,7 @@ class BlobStore:
     def _adopt(self, temporary: Path, sha256: str) -> None:
         if self._is_local:
             _place(temporary, Path(self._key(sha256)))
-        elif not self.exists(sha256):  # an object store shows an object when it is whole
+        elif not self._is_fresh(sha256):  # an object store shows an object when it is whole
             self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
             self._fs.put_file(str(temporary), self._key(sha256))
 

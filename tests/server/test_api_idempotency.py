@@ -8,7 +8,6 @@ from datetime import timedelta
 import httpx
 import pytest
 
-from post_server.api.idempotency import KEPT
 from post_server.records import IdempotencyRow, ModelRow, now
 from tests.server.front import ROWS, TASK, Front, code, prompt_bytes
 
@@ -129,5 +128,5 @@ def test_answers_are_forgotten_after_a_day(front: Front, student: ModelRow) -> N
     first = front("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"]
     with front.database.write() as session:
         row = session.get_one(IdempotencyRow, (front.key_ids["alice"], KEY["Idempotency-Key"]))
-        row.created_at = now() - KEPT - timedelta(minutes=1)
+        row.created_at = now() - IdempotencyRow.kept - timedelta(minutes=1)
     assert front("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"] != first

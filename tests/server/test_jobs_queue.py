@@ -67,6 +67,19 @@ def test_a_job_that_was_given_back_keeps_its_place(backstage: Backstage, others:
     assert [take(backstage), take(backstage)] == [first, second]
 
 
+def test_a_job_that_rests_is_passed_over(backstage: Backstage, others: list[ApiKeyRow]) -> None:
+    """As after an outage: a worker that takes it again at once would fail again at once."""
+    first, second = add(backstage, others[0]), add(backstage, others[0])
+    assert take(backstage) == first
+    with backstage.database.write() as session:
+        lease = states.Lease(first, str(backstage.job(first).token))
+        states.release(session, lease, reason="disk_full", give_attempt_back=True, pause_seconds=60.0)
+    assert [take(backstage), take(backstage)] == [second, None]
+    with backstage.database.write() as session:
+        session.execute(update(JobRow).where(JobRow.id == first).values(queued_at=now()))
+    assert take(backstage) == first
+
+
 def test_a_key_runs_as_many_jobs_as_it_may(backstage: Backstage, others: list[ApiKeyRow]) -> None:
     alice, bob = others
     mine = [add(backstage, alice) for _ in range(3)]
@@ -154,7 +167,7 @@ def test_rings_reach_those_that_can_do_the_job(backstage: Backstage, others: lis
     assert take(backstage) == light
     with backstage.database.read() as session:
         assert session.get_one(JobRow, held).state is JobState.QUEUED
-    with doorbell.celery_for(settings.redis_url).connection_for_write() as connection:
+    with doorbell.celery_for(settings).connection_for_write() as connection:
         connection.default_channel.client.delete(queue_of(GPU), queue_of(None))
     assert reconcile(backstage.database, settings) == [heavy]
 

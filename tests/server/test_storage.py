@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import secrets
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,22 @@ def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
         store.put(Broken(DATA))
     assert store.list() == []
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_blob_that_is_put_again_is_young_again(tmp_path: Path, kind: str) -> None:
+    """So that a clean-up, which takes old blobs, leaves one alone whose row is about to come."""
+    old = datetime.now(UTC) - timedelta(days=30)
+    url = f"file://{tmp_path}/blobs" if kind == "file" else f"memory://{secrets.token_hex(8)}"
+    store = BlobStore(url, cache=tmp_path / "cache")
+    store.put(DATA)
+    if kind == "file":
+        os.utime(store.local_path(SHA256), (old.timestamp(), old.timestamp()))
+    else:
+        store._fs.store[store._key(SHA256)].modified = old
+    (blob,) = store.blobs()
+    assert (blob.sha256, blob.size) == (SHA256, len(DATA))
+    assert abs(blob.stored_at - old) < timedelta(seconds=2)
+    store.put(DATA)
+    (blob,) = store.blobs()
+    assert datetime.now(UTC) - blob.stored_at < timedelta(minutes=1)

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Annotated
 
 from fastapi import Header, Response
@@ -21,8 +20,6 @@ from sqlalchemy.orm import Session
 from post_server.api.context import Context
 from post_server.records import ApiKeyRow, IdempotencyRow, now
 from post_shared.errors import IdempotencyMismatch, RequestInFlight
-
-KEPT = timedelta(hours=24)
 
 IdempotencyKey = Annotated[
     str | None,
@@ -96,7 +93,7 @@ class Once:
     def _known(self, session: Session, digest: str) -> Response | None:
         if self.key is None:
             return None
-        session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < now() - KEPT))
+        session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < now() - IdempotencyRow.kept))
         row = session.get(IdempotencyRow, (self.caller.id, self.key))
         if row is None:
             return None

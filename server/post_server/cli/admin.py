@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from post_server.cli.parts import parts, show, table
+from post_server.cli.parts import parts, show, table, when
+from post_shared.schemas import JobState
 
 admin = typer.Typer(no_args_is_help=True, help="The audit log, jobs and storage.")
 
@@ -35,3 +36,80 @@ def show_audit(
             shown.add_row(f"{row.at:%Y-%m-%d %H:%M:%S}", *(each or "" for each in cells.values()))
     if not as_json:
         show(shown)
+
+
+@admin.command("jobs")
+def list_jobs(
+    state: Annotated[JobState | None, typer.Option(help="Only those in this state.")] = None,
+    key: Annotated[str | None, typer.Option(help="Only those of this key, by its id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="So many at most.")] = 50,
+) -> None:
+    """The jobs of all keys, newest first."""
+    from sqlalchemy import select
+
+    from post_server.records import JobRow
+
+    statement = select(JobRow)
+    for column, wanted in ((JobRow.state, state), (JobRow.owner_key_id, key)):
+        statement = statement if wanted is None else statement.where(column == wanted)
+    with parts() as (_, database, _), database.read() as session:
+        rows = session.scalars(statement.order_by(JobRow.created_at.desc(), JobRow.id).limit(limit)).all()
+    shown = table("id", "kind", "state", "progress", "priority", "attempt", "lost", "key", "created", "error")
+    for row in rows:
+        counts = (str(each) for each in (row.priority, row.attempt, row.lease_losses))
+        error = str(row.error["code"]) if row.error else ""
+        facts = (row.kind.value, row.state.value, f"{row.progress:.0%}", *counts, row.owner_key_id)
+        shown.add_row(row.id, *facts, when(row.created_at), error)
+    show(shown)
+
+
+Job = Annotated[str, typer.Argument(help="Its id.")]
+
+
+@admin.command("cancel")
+def cancel_job(job: Job) -> None:
+    """Stop a job: a queued one ends at once, a running one soon."""
+    from post_server.audit_log import local_user, record
+    from post_server.jobs.states import request_cancel
+
+    with parts() as (_, database, _), database.write() as session:
+        row = request_cancel(session, job)
+        record(session, local_user(), "job.cancel", job)
+    typer.echo(f"{row.id}: {row.state}")
+
+
+@admin.command("requeue")
+def requeue_job(job: Job) -> None:
+    """Queue a job that failed or was cancelled again, from its beginning."""
+    from post_server.audit_log import local_user, record
+    from post_server.jobs.doorbell import ring
+    from post_server.jobs.states import requeue
+
+    with parts() as (settings, database, _):
+        with database.write() as session:
+            row = requeue(session, job)
+            record(session, local_user(), "job.requeue", job)
+        ring(row.id, settings, row.device)
+    typer.echo(f"{row.id}: {row.state}")
+
+
+@admin.command("clean")
+def clean_storage(
+    grace_hours: Annotated[float, typer.Option(min=0, help="Leave alone what is younger than that.")] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove what nothing refers to: old blobs, temporary files, cached copies, work folders, expired answers."""
+    from datetime import timedelta
+
+    from post_server.audit_log import local_user, record
+    from post_server.clean import clean
+
+    with parts() as (settings, database, store):
+        found = clean(database, store, settings, grace=timedelta(hours=grace_hours), dry_run=dry_run)
+        if not dry_run:
+            with database.write() as session:
+                record(session, local_user(), "storage.clean", "storage")
+    shown = table("would go" if dry_run else "removed", "", "MB")
+    for each in found:
+        shown.add_row(each.what, f"{each.count:,}", f"{each.size / 1e6:,.1f}")
+    show(shown)

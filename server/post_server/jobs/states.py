@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, null, or_, select, update
 from sqlalchemy.orm import Session
 
 from post_server.records import JobEventRow, JobRow, now
-from post_shared.errors import NotFound, PostError, WorkerLost
+from post_shared.errors import Conflict, NotFound, PostError, WorkerLost
 from post_shared.schemas import JobState
 
 HELD = (JobState.RUNNING, JobState.CANCELLING)
@@ -44,7 +44,7 @@ class Lease:
 def free(max_attempts: int) -> ColumnElement[bool]:
     """A job that may be claimed: it waits, or its lease ran out and it has an attempt left."""
     lost = and_(JobRow.state == JobState.RUNNING, JobRow.lease_until < now(), JobRow.attempt < max_attempts)
-    return or_(JobRow.state == JobState.QUEUED, lost)
+    return or_(and_(JobRow.state == JobState.QUEUED, JobRow.queued_at <= now()), lost)
 
 
 # --- by the worker that holds the job -----------------------------------------------------------------
@@ -134,14 +134,16 @@ def cancel(session: Session, lease: Lease) -> None:
     _end(session, lease, JobState.CANCELLED)
 
 
-def release(session: Session, lease: Lease, *, reason: str, give_attempt_back: bool = False) -> None:
-    """Put a running job back into the queue; a cancelling one ends as cancelled instead."""
+def release(
+    session: Session, lease: Lease, *, reason: str, give_attempt_back: bool = False, pause_seconds: float = 0.0
+) -> None:
+    """Put a running job back into the queue, where it rests for a pause; a cancelling one ends as cancelled instead."""
     row = _fenced(session, lease, heartbeat_at=now())
     if row.state is JobState.CANCELLING:
         cancel(session, lease)
         return
     attempt = max(0, row.attempt - 1) if give_attempt_back else row.attempt
-    _requeue(session, and_(JobRow.id == lease.job_id, JobRow.token == lease.token), attempt=attempt)
+    _requeue(session, and_(JobRow.id == lease.job_id, JobRow.token == lease.token), attempt, pause_seconds)
     _append(session, lease.job_id, "state", {"state": JobState.QUEUED, "attempt": attempt, "reason": reason})
 
 
@@ -173,6 +175,23 @@ def request_cancel(session: Session, job_id: str) -> JobRow:
         if row.state.ended or row.state is JobState.CANCELLING:
             return row
     return row
+
+
+def requeue(session: Session, job_id: str) -> JobRow:
+    """Let a job that failed or was cancelled begin anew, with all its attempts. Ring the doorbell after the commit.
+
+    Raises:
+        NotFound: there is no such job.
+        Conflict: it has not ended, or it succeeded.
+    """
+    over = and_(JobRow.id == job_id, JobRow.state.in_((JobState.FAILED, JobState.CANCELLED)))
+    fresh: dict[str, Any] = {"error": null(), "result": null(), "metrics": {}, "progress": 0.0, "stage": None}
+    if not _update(session, over, **fresh, finished_at=None, cancel_requested_at=None):
+        state = _fresh(session, job_id).state
+        raise Conflict(f"The job {job_id} is {state}; only one that failed or was cancelled can be queued again.")
+    _requeue(session, JobRow.id == job_id, 0)
+    _append(session, job_id, "state", {"state": JobState.QUEUED, "attempt": 0, "reason": "requeued"})
+    return _fresh(session, job_id)
 
 
 # --- by the reconciler --------------------------------------------------------------------------------
@@ -223,8 +242,9 @@ def _end(session: Session, lease: Lease, state: JobState, **values: Any) -> None
     _append(session, lease.job_id, "state", {"state": state, "attempt": row.attempt})
 
 
-def _requeue(session: Session, where: ColumnElement[bool], attempt: int) -> None:
-    _update(session, where, state=JobState.QUEUED, queued_at=now(), attempt=attempt, token=None, lease_until=None)
+def _requeue(session: Session, where: ColumnElement[bool], attempt: int, pause_seconds: float = 0.0) -> None:
+    at = now() + timedelta(seconds=pause_seconds)
+    _update(session, where, state=JobState.QUEUED, queued_at=at, attempt=attempt, token=None, lease_until=None)
 
 
 def _fresh(session: Session, job_id: str) -> JobRow:

@@ -17,6 +17,7 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from post_server.clean import ended_work
 from post_server.database import Database
 from post_server.jobs import doorbell, queue, states
 from post_server.jobs.states import Lease, LeaseLost
@@ -85,12 +86,8 @@ class JobSupervisor:
 
     def sweep(self) -> None:
         """Remove the work folders of jobs that have ended; call it when the worker starts."""
-        folder = self._settings.home / "work"
-        for path in folder.iterdir() if folder.is_dir() else ():
-            with self._database.read() as session:
-                row = session.get(JobRow, path.name)
-            if row is None or row.state.ended:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in ended_work(self._settings, self._database):
+            shutil.rmtree(path, ignore_errors=True)
 
     # --- while it runs --------------------------------------------------------------------------------
 
@@ -187,8 +184,9 @@ class JobSupervisor:
         if self._stopping.is_set():
             states.release(session, lease, reason="worker_stopped", give_attempt_back=True)
             return True
-        if status in PASSING:  # not announced at once: the reconciler does so a little later
-            states.release(session, lease, reason=PASSING[status], give_attempt_back=True)
+        if status in PASSING:  # not at once: the reconciler announces it a little later
+            pause = self._settings.ring_seconds
+            states.release(session, lease, reason=PASSING[status], give_attempt_back=True, pause_seconds=pause)
             return False
         seconds = self._settings.progress_seconds
         if attempt.attempt < self._settings.max_attempts:

@@ -1,0 +1,243 @@
+"""Clean-up takes what nothing names and leaves all that anything names, whatever else happens meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import typer
+from sqlalchemy import select, update
+from typer.testing import CliRunner
+
+from post_server.audit_log import lines
+from post_server.clean import blobs_in_use, clean
+from post_server.cli import register
+from post_server.jobs import states
+from post_server.model_store import add_model
+from post_server.prompt_store import add_prompt, delete_prompt
+from post_server.records import IdempotencyRow, JobRow, PromptRow, now
+from post_server.settings import Settings, get_settings
+from post_server.storage import BlobStore
+from post_server.worker.supervisor import work_folder
+from post_shared.errors import Conflict, NotFound, WorkerLost
+from post_shared.schemas import JobKind, JobState, ModelRole, PromptRole
+from tests.server.backstage import Backstage
+from tests.server.front import Front, prompt_bytes
+
+NOW, DAY = timedelta(0), timedelta(days=1)
+
+
+def cleaned(stage: Backstage | Front, grace: timedelta = NOW, *, dry_run: bool = False) -> dict[str, int]:
+    found = clean(stage.database, stage.store, stage.settings, grace=grace, dry_run=dry_run)
+    return {each.what: each.count for each in found}
+
+
+@pytest.fixture
+def filled(front: Front) -> Front:
+    """A model, a student, a dataset and a prompt; two blobs that nothing names."""
+    _, student = front.add_pair()
+    front.add_dataset()
+    front.push("alice", prompt_bytes(student.hash))
+    for data in (b"of a model that was never added", b"of another"):
+        front.store.put(data)
+    return front
+
+
+def test_what_is_named_stays_and_the_rest_goes(filled: Front) -> None:
+    with filled.database.read() as session:
+        used = blobs_in_use(session)
+    assert len(filled.store.list()) == len(used) + 2
+    assert cleaned(filled, dry_run=True)["blobs that nothing names"] == 2
+    assert len(filled.store.list()) == len(used) + 2, "a dry run removes nothing"
+    assert cleaned(filled)["blobs that nothing names"] == 2
+    assert filled.store.list() == sorted(used)
+    assert all(filled.store.read(each) for each in used)
+    assert cleaned(filled)["blobs that nothing names"] == 0
+
+
+def test_what_is_young_stays(filled: Front) -> None:
+    before = filled.store.list()
+    assert not any(cleaned(filled, DAY).values())
+    assert filled.store.list() == before
+
+
+def test_the_last_prompt_with_the_bytes_keeps_them(front: Front) -> None:
+    """Deleted prompts leave no blob that another row names."""
+    _, student = front.add_pair()
+    data = prompt_bytes(student.hash)
+    mine, theirs = (front.push(who, data).json() for who in ("alice", "bob"))
+    front("alice", "DELETE", f"/v1/prompts/{mine['id']}")
+    cleaned(front)
+    assert front.store.read(theirs["sha256"]) == data
+
+
+def test_a_model_whose_old_blobs_are_cleaned_while_it_is_added_is_whole(
+    backstage: Backstage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the storing of its files and its row comes a clean-up without any grace."""
+    model = backstage.add_target()
+    facts = {name: getattr(model, name) for name in ("kind", "architecture", "layers", "hidden_size")}
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "new": 1}')
+    put, last = backstage.store.put, []
+
+    def put_and_clean(source: Path) -> str:
+        sha256 = put(source)
+        if not last:
+            last.append(sha256)
+            cleaned(backstage)
+            assert not backstage.store.exists(sha256)
+        return sha256
+
+    (tmp_path / "model.safetensors").write_bytes(backstage.store.read(_weights(backstage)))
+    monkeypatch.setattr(backstage.store, "put", put_and_clean)
+    with backstage.database.write() as session:
+        row = add_model(
+            session, backstage.store, tmp_path, name="new", role=ModelRole.TARGET, vocabulary=9, parameters=9, **facts
+        )
+    assert last
+    assert all(backstage.store.exists(file["sha256"]) for file in row.files)
+
+
+def _weights(backstage: Backstage) -> str:
+    from post_server.model_store import find_model, model_files
+
+    with backstage.database.read() as session:
+        return next(
+            file.sha256 for file in model_files(find_model(session, "target")) if file.path.endswith(".safetensors")
+        )
+
+
+def test_prompts_that_come_and_go_beside_a_clean_up_lose_nothing(front: Front) -> None:
+    """With no grace at all: the guard alone has to do."""
+    _, student = front.add_pair()
+    stop = threading.Event()
+
+    def come_and_go(seed: int) -> None:
+        for step in range(13):
+            data = prompt_bytes(student.hash, seed=seed * 2 + step % 2)
+            with front.database.write() as session:
+                owner = front.key_ids["alice"]
+                row, _ = add_prompt(session, front.store, data, role=PromptRole.SOURCE, owner_key_id=owner)
+            if step % 3:
+                with front.database.write() as session:
+                    if (again := session.get(PromptRow, row.id)) is not None:
+                        delete_prompt(session, front.store, again)
+
+    def clean_all_the_time() -> None:
+        while not stop.is_set():
+            cleaned(front)
+
+    cleaner = threading.Thread(target=clean_all_the_time)
+    workers = [threading.Thread(target=come_and_go, args=(seed,)) for seed in range(3)]
+    for thread in (cleaner, *workers):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    stop.set()
+    cleaner.join()
+    with front.database.read() as session:
+        rows = session.scalars(select(PromptRow)).all()
+        assert rows
+        assert all(front.store.exists(row.sha256) for row in rows)
+
+
+def test_files_of_uploads_that_were_given_up(front: Front) -> None:
+    old, young = front.store.new_file(), front.store.new_file()
+    os.utime(old, (0, 0))
+    assert cleaned(front, DAY)["temporary files"] == 1
+    assert not old.exists()
+    assert young.exists()
+    young.unlink()
+
+
+def test_copies_of_remote_blobs_that_nothing_names(tmp_path: Path, backstage: Backstage) -> None:
+    store = BlobStore("memory://clean-up", cache=tmp_path / "cache")
+    path = store.local_path(store.put(b"a copy"))
+    found = clean(backstage.database, store, backstage.settings, grace=DAY)
+    assert {each.what: each.count for each in found}["cached copies"] == 1
+    assert not path.exists()
+    assert store.list(), "its blob is too young to go"
+
+
+def test_folders_of_ended_jobs_and_expired_answers(backstage: Backstage) -> None:
+    running, ended = (backstage.add_job(JobKind.TRANSFER, {}) for _ in range(2))
+    for job_id in (running, ended):
+        (work_folder(backstage.settings, job_id) / "checkpoint").mkdir(parents=True)
+    with backstage.database.write() as session:
+        states.request_cancel(session, ended)
+        for key, days in (("old", 2), ("new", 0)):
+            at = now() - days * DAY
+            member = {"key_id": backstage.owner.id, "key": key, "body_hash": "x", "status": 201}
+            session.add(IdempotencyRow(**member, response={}, created_at=at))
+    assert cleaned(backstage, dry_run=True)["work folders of ended jobs"] == 1
+    found = cleaned(backstage)
+    assert (found["work folders of ended jobs"], found["expired idempotent answers"]) == (1, 1)
+    assert work_folder(backstage.settings, running).exists()
+    assert not work_folder(backstage.settings, ended).exists()
+    with backstage.database.read() as session:
+        assert [row.key for row in session.scalars(select(IdempotencyRow))] == ["new"]
+
+
+# --- jobs ---------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_failed_begins_anew(backstage: Backstage) -> None:
+    job_id = backstage.add_job(JobKind.TRANSFER, {})
+    with backstage.database.write() as session:
+        row, lease = states.claim(session, job_id, lease_seconds=60, max_attempts=3) or pytest.fail("not claimed")
+        with pytest.raises(Conflict, match="running"):
+            states.requeue(session, job_id)
+        states.fail(session, lease, WorkerLost("gone"))
+        states.requeue(session, job_id)
+    row = backstage.job(job_id)
+    assert (row.state, row.attempt, row.error, row.finished_at) == (JobState.QUEUED, 0, None, None)
+    assert backstage.events(job_id)[-1].data["reason"] == "requeued"
+    with backstage.database.write() as session:
+        assert states.claim(session, job_id, lease_seconds=60, max_attempts=1) is not None
+        with pytest.raises(NotFound):
+            states.requeue(session, "job_unknown")
+    assert backstage.job(job_id).attempt == 1
+
+
+@pytest.fixture
+def settings(front: Front, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """The commands act on the store of ``front``."""
+    for name in ("home", "database_url", "redis_url", "storage_url"):
+        monkeypatch.setenv(f"POST_{name.upper()}", str(getattr(front.settings, name)))
+    get_settings.cache_clear()
+    yield get_settings()
+    get_settings.cache_clear()
+
+
+def run(*arguments: str) -> str:
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "250"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_commands(filled: Front, settings: Settings) -> None:
+    row = JobRow(kind=JobKind.DISTIL, request={}, owner_key_id=filled.key_ids["provider"])
+    with filled.database.write() as session:
+        states.announce(session, row)
+    assert "queued" in run("admin", "jobs", "--state", "queued", "--key", filled.key_ids["provider"])
+    assert row.id not in run("admin", "jobs", "--key", filled.key_ids["alice"])
+    assert run("admin", "cancel", row.id).strip() == f"{row.id}: cancelled"
+    assert run("admin", "requeue", row.id).strip() == f"{row.id}: queued"
+    with filled.database.write() as session:
+        session.execute(update(JobRow).values(state=JobState.SUCCEEDED))
+    with pytest.raises(Conflict):
+        run("admin", "requeue", row.id)
+    blobs = filled.store.list()
+    assert "would go" in run("admin", "clean", "--dry-run", "--grace-hours", "0")
+    assert filled.store.list() == blobs
+    run("admin", "clean", "--grace-hours", "0")
+    assert len(filled.store.list()) == len(blobs) - 2
+    with filled.database.read() as session:
+        done = [line.action for line in lines(session) if line.who.startswith("local:")]
+    assert done == ["storage.clean", "job.requeue", "job.cancel"]
