@@ -1,7 +1,7 @@
 """Who did what to which thing. Ids and the names of actions only: never a text, a tensor or a key's text.
 
 Rows are added in the transaction that does the thing, so one never stands without the other. The database itself
-refuses to change or remove them (see migration 0006).
+refuses to change or remove them (see migration 0007).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ before it adds its row, and a writer that finds its blob gone stores it again.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from itertools import islice
 from pathlib import Path
 
 from sqlalchemy import delete, func, select
-from sqlalchemy.orm import Session
 
 from post_server.database import Database, guard
-from post_server.model_store import model_files
-from post_server.records import DatasetRow, IdempotencyRow, JobRow, ModelRow, PromptRow, now
+from post_server.prompt_store import blobs_in_use
+from post_server.records import IdempotencyRow, JobRow, now
 from post_server.settings import Settings
 from post_server.storage import Blob, BlobStore
+from post_server.upload_store import forget_old_uploads
 
 _BATCH = 100
 """Blobs for which the guard is held at a time, so that nobody waits long."""
@@ -43,6 +44,7 @@ def clean(
     folders = ended_work(settings, database)
     kept = _names_in_use(database)
     found = [
+        _uploads(database, store, dry_run),
         _blobs(database, store, before, dry_run),
         _files("temporary files", store.abandoned(before), dry_run),
         _files("cached copies", (path for path in store.cached() if path.name not in kept), dry_run),
@@ -63,17 +65,30 @@ def ended_work(settings: Settings, database: Database) -> list[Path]:
     return [path for path, row in rows.items() if row is None or row.state.ended]
 
 
-def blobs_in_use(session: Session) -> set[str]:
-    """The SHA-256 of every blob that a row names."""
-    used = {file.sha256 for row in session.scalars(select(ModelRow)) for file in model_files(row)}
-    for column in (DatasetRow.sha256, PromptRow.sha256):
-        used |= set(session.scalars(select(column)))
-    return used
+def damaged(database: Database, store: BlobStore, *, hashes: bool) -> Iterator[str]:
+    """Every blob that a row names and that is missing, or (with ``hashes``, which reads all) holds other bytes."""
+    for sha256 in sorted(_names_in_use(database)):
+        if not store.exists(sha256):
+            yield f"{sha256} is missing"
+        elif hashes and _hash(store, sha256) != sha256:
+            yield f"{sha256} holds other bytes"
+
+
+def _hash(store: BlobStore, sha256: str) -> str:
+    digest = hashlib.sha256()
+    for chunk in store.open(sha256):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _names_in_use(database: Database) -> set[str]:
     with database.read() as session:
         return blobs_in_use(session)
+
+
+def _uploads(database: Database, store: BlobStore, dry_run: bool) -> Cleaned:
+    with database.write() as session:
+        return Cleaned("forgotten uploads of datasets", forget_old_uploads(session, store, dry_run=dry_run))
 
 
 def _blobs(database: Database, store: BlobStore, before: datetime, dry_run: bool) -> Cleaned:

@@ -114,10 +114,14 @@ def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
         options = {name: value for name, value in _POSTGRES_OPTIONS.items() if name not in parsed.query}
-        return create_engine(parsed, pool_pre_ping=True, connect_args=options, json_serializer=to_json)
+        return create_engine(
+            parsed, pool_pre_ping=True, connect_args=options, json_serializer=to_json, hide_parameters=True
+        )
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000}, json_serializer=to_json)
+    engine = create_engine(
+        parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000}, json_serializer=to_json, hide_parameters=True
+    )
     event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", _begin)
     return engine

@@ -18,11 +18,10 @@ def configure_logs(settings: Settings) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.StackInfoRenderer(),
+        _say_where,
     ]
     if settings.log_json:
         last: list[structlog.typing.Processor] = [
-            structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ]
     else:
@@ -44,6 +43,15 @@ def configure_logs(settings: Settings) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(settings.log_level.upper())
+
+
+def _say_where(_logger: object, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """In the place of a traceback with its message: the message of any error, a library's too, may quote a text."""
+    given = line.pop("exc_info", None)
+    error = given if isinstance(given, BaseException) else given[1] if isinstance(given, tuple) else sys.exc_info()[1]
+    if given and error is not None:
+        line["error"], line["where"] = type(error).__name__, where(error)
+    return line
 
 
 def where(error: BaseException) -> str:

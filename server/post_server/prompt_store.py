@@ -97,17 +97,25 @@ def prompt_document(row: PromptRow) -> Prompt:
     return Prompt.model_validate({name: getattr(row, name) for name in Prompt.model_fields})
 
 
+_BY_HASH = (PromptRow.sha256, DatasetRow.sha256)
+_IN_LISTS = (UploadRow.parts, ModelRow.files)
+"""Every column that names blobs."""
+
+
 def blob_is_used(session: Session, sha256: str) -> bool:
     """Whether a row still names the blob."""
-    by_column = any(
-        session.scalar(select(exists().where(column == sha256))) for column in (PromptRow.sha256, DatasetRow.sha256)
-    )
-    return by_column or any(
-        entry["sha256"] == sha256
-        for column in (UploadRow.parts, ModelRow.files)
-        for entries in session.scalars(select(column))
-        for entry in entries
-    )
+    by_column = any(session.scalar(select(exists().where(column == sha256))) for column in _BY_HASH)
+    return by_column or sha256 in _listed(session)
+
+
+def blobs_in_use(session: Session) -> set[str]:
+    """The SHA-256 of every blob that a row names."""
+    return _listed(session).union(*(session.scalars(select(column)) for column in _BY_HASH))
+
+
+def _listed(session: Session) -> set[str]:
+    entries = (entry for column in _IN_LISTS for each in session.scalars(select(column)) for entry in each)
+    return {str(entry["sha256"]) for entry in entries}
 
 
 def _model_of(session: Session, prompt: PromptFile) -> ModelRow:

@@ -64,7 +64,12 @@ class Settings(BaseSettings):
     visibility_seconds: float = Field(
         default=3600.0, gt=0, description="Redis gives a ring that a worker kept for so long to another one."
     )
-    stop_seconds: float = Field(default=10.0, gt=0, description="From a stop signal to kill, for every process.")
+    stop_seconds: float = Field(default=30.0, gt=0, description="From a stop signal to kill, for every process.")
+
+    @property
+    def step_seconds(self) -> float:
+        """How long a job may take to reach the end of its step and keep a checkpoint, once its worker has to stop."""
+        return max(self.stop_seconds / 2, self.stop_seconds - 5.0)
 
     predictor_models: int = Field(default=2, ge=1, description="Models that a predictor keeps in memory.")
     predictor_prompt_bytes: int = Field(

@@ -30,13 +30,21 @@ def begin_upload(session: Session, store: BlobStore, caller: ApiKeyRow, order: U
         Conflict: there is a dataset of that name.
     """
     guard(session)
-    for old in session.scalars(select(UploadRow).where(UploadRow.created_at < now() - LIFE)):
-        remove_upload(session, store, old)
+    forget_old_uploads(session, store)
     name_is_free(session, order.name)
     row = UploadRow(owner_key_id=caller.id, parts=[], **order.model_dump())
     session.add(row)
     session.flush()
     return row
+
+
+def forget_old_uploads(session: Session, store: BlobStore, *, dry_run: bool = False) -> int:
+    """Clear away the uploads whose day is over; how many there were."""
+    guard(session)
+    forgotten = session.scalars(select(UploadRow).where(UploadRow.created_at < now() - LIFE)).all()
+    for row in forgotten if not dry_run else ():
+        remove_upload(session, store, row)
+    return len(forgotten)
 
 
 def visible_upload(session: Session, caller: ApiKeyRow, upload_id: str) -> UploadRow:

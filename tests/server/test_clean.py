@@ -14,12 +14,12 @@ from sqlalchemy import select, update
 from typer.testing import CliRunner
 
 from post_server.audit_log import lines
-from post_server.clean import blobs_in_use, clean
+from post_server.clean import clean
 from post_server.cli import register
 from post_server.jobs import states
 from post_server.model_store import add_model
-from post_server.prompt_store import add_prompt, delete_prompt
-from post_server.records import IdempotencyRow, JobRow, PromptRow, now
+from post_server.prompt_store import add_prompt, blobs_in_use, delete_prompt
+from post_server.records import Base, IdempotencyRow, JobRow, PromptRow, UploadRow, now
 from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
 from post_server.worker.supervisor import work_folder
@@ -63,6 +63,33 @@ def test_what_is_young_stays(filled: Front) -> None:
     before = filled.store.list()
     assert not any(cleaned(filled, DAY).values())
     assert filled.store.list() == before
+
+
+def test_every_column_that_names_blobs_is_known() -> None:
+    """A new one has to be added to the two that prompt_store looks at."""
+    names = {"sha256", "files", "parts"}
+    found = {f"{table.name}.{column.name}" for table in Base.metadata.sorted_tables for column in table.columns}
+    assert {each for each in found if each.split(".")[1] in names or "blob" in each} == {
+        "prompts.sha256",
+        "datasets.sha256",
+        "models.files",
+        "uploads.parts",
+    }
+
+
+def test_parts_of_an_upload_stay_for_its_day(front: Front) -> None:
+    """Then it is forgotten, with its bytes."""
+    order = {"name": "parts", "kind": "rows"}
+    upload = front("provider", "POST", "/v1/uploads", json=order).json()["id"]
+    front("provider", "PUT", f"/v1/uploads/{upload}/parts/1", content=b'{"text": "x"}\n')
+    assert len(front.store.list()) == 1
+    assert not any(cleaned(front).values())
+    with front.database.write() as session:
+        session.execute(update(UploadRow).values(created_at=now() - 2 * DAY))
+    assert cleaned(front, dry_run=True)["forgotten uploads of datasets"] == 1
+    assert len(front.store.list()) == 1
+    assert cleaned(front)["forgotten uploads of datasets"] == 1
+    assert front.store.list() == []
 
 
 def test_the_last_prompt_with_the_bytes_keeps_them(front: Front) -> None:

@@ -110,6 +110,25 @@ def test_a_killed_job_process_and_a_stopped_worker(ready: Backstage, tmp_path: P
     assert row.result["hash"] == undisturbed(ready, job_id, tmp_path)
 
 
+def test_a_stop_releases_the_job_whatever_its_process_does(ready: Backstage) -> None:
+    """It hangs, so it can't reach the end of its step: it is killed, and its last checkpoint stands."""
+    ready.settings = ready.settings.model_copy(update={"stop_seconds": 3.0, "lease_seconds": 600.0})
+    job_id = ready.add_distil(steps=ENDLESS)
+    doorbell.ring(job_id, ready.settings)
+    worker = ready.start_worker()
+    ready.reaches(job_id, stage="distil", progress=0.0)
+    wait_for(lambda: (work_folder(ready.settings, job_id) / "checkpoint").is_dir())
+    (process,) = job_processes(worker)
+    process.send_signal(signal.SIGSTOP)
+    worker.terminate()
+    assert worker.wait(30) == 0
+    row = ready.job(job_id)
+    assert (row.state, row.attempt, row.token, row.lease_until) == (JobState.QUEUED, 0, None, None)
+    assert ready.events(job_id)[-1].data["reason"] == "worker_stopped"
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    assert (work_folder(ready.settings, job_id) / "checkpoint").is_dir()
+
+
 def test_a_paused_worker_that_wakes_up_does_no_harm(ready: Backstage) -> None:
     ready.settings = ready.settings.model_copy(update={"lease_seconds": 2.0})
     job_id = ready.add_distil(steps=ENDLESS)

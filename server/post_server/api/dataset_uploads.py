@@ -15,6 +15,7 @@ from post_server.api.idempotency import IdempotencyKey, Once, document_hash
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
 from post_server.api.uploads import raw_body, received_file
+from post_server.audit_log import record
 from post_server.database import guard
 from post_server.dataset_store import add_dataset, dataset_document, summarise
 from post_server.records import ApiKeyRow, UploadRow, now
@@ -125,6 +126,8 @@ def _finish(once: Once, upload: str, order: UploadFinish) -> Response:
             row, is_new = add_dataset(
                 session, app.store, path, summary, name=seen.name, kind=seen.kind, licence=seen.licence
             )
+            if is_new:
+                record(session, caller.id, "dataset.add", row.id)
             remove_upload(session, app.store, visible_upload(session, caller, upload))
             return 201 if is_new else 200, dataset_document(row)
 

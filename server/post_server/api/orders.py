@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import structlog
 from fastapi import APIRouter, BackgroundTasks, Response
 from sqlalchemy.orm import Session
 
@@ -13,6 +14,7 @@ from post_server.jobs.doorbell import ring
 from post_server.records import ApiKeyRow
 from post_shared.schemas import DistillationCreate, EvaluationCreate, Job, TransferCreate
 
+log = structlog.get_logger("post.api")
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
 ORDER_PROBLEMS = problems(403, 404, 409, 413, 429)
@@ -62,6 +64,7 @@ def place(
 
     def create(session: Session) -> tuple[int, Job]:
         row = place_order(session, caller, order, app.settings)
+        log.info("job ordered", job=row.id, kind=row.kind.value)
         tasks.add_task(ring, row.id, app.settings, row.device)
         return 202, job_document(row)
 

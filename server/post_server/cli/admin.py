@@ -113,3 +113,20 @@ def clean_storage(
     for each in found:
         shown.add_row(each.what, f"{each.count:,}", f"{each.size / 1e6:,.1f}")
     show(shown)
+
+
+@admin.command("check")
+def check_storage(
+    hashes: Annotated[bool, typer.Option("--hashes", help="Read every blob and compare its hash; slow.")] = False,
+) -> None:
+    """Whether every blob that a row names is there, as after a restore; exit code 1 if not."""
+    from post_server.clean import damaged
+
+    with parts() as (_, database, store):
+        found = 0
+        for line in damaged(database, store, hashes=hashes):
+            found += 1
+            typer.echo(line)
+    typer.echo(f"{found} damaged" if found else "every blob is there", err=True)
+    if found:
+        raise typer.Exit(1)

@@ -23,7 +23,7 @@ def api(listening: int) -> None:
         factory=True,
         log_level=settings.log_level.lower(),
         access_log=False,
-        timeout_graceful_shutdown=max(1, int(settings.stop_seconds / 2)),
+        timeout_graceful_shutdown=max(1, min(5, int(settings.stop_seconds / 2))),  # open streams would never end
     )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=listening)])
 

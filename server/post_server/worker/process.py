@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import structlog
 from sqlalchemy.exc import OperationalError
 
 from post_server.database import Database
@@ -135,6 +136,7 @@ def main(job_id: str, token: str) -> int:
     left = settings.lease_seconds - settings.heartbeat_seconds
     lifeline.die_with_parent(max(0.2, min(settings.stop_seconds, left / 2)))
     configure_logs(settings)
+    structlog.contextvars.bind_contextvars(job=job_id)  # for the lines of libraries, too
     return JobProcess(settings, Lease(job_id, token), interrupted).run()
 
 

@@ -110,7 +110,7 @@ class JobSupervisor:
                 if self._look(attempt, beat=at - beaten >= self._settings.heartbeat_seconds):
                     beaten = at
             if self._stopping.is_set():
-                self._ask_to_end(attempt, self._settings.stop_seconds / 2)
+                self._ask_to_end(attempt, self._settings.step_seconds)
             overdue = attempt.kill_at is not None and at > attempt.kill_at
             attempt.stalled = at - attempt.progressed_at > self._settings.progress_seconds
             silent = at - beaten > self._settings.lease_seconds  # others may have the job by now

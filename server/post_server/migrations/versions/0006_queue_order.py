@@ -1,6 +1,6 @@
 """Jobs have a priority and may need a device; a key has a limit on running jobs and a priority.
 
-Revision: 0005
+Revision: 0006
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 

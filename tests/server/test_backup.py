@@ -1,0 +1,107 @@
+"""The backup guide, done word for word on the embedded parts: what was saved is there again, all of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from post_server.audit_log import lines
+from post_server.database import Database
+from post_server.jobs import states
+from post_server.records import JobRow
+from post_server.storage import BlobStore
+from post_shared.schemas import JobKind
+from tests.server.front import Front, prompt_bytes
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "howto-operate.md").read_text("utf-8")
+
+
+def commands(marker: str) -> str:
+    """The code block behind a marker in the guide."""
+    found = re.search(rf"<!-- {marker} -->\n```\n(.*?)```", GUIDE, re.DOTALL)
+    assert found is not None, marker
+    return found[1]
+
+
+def shell(script: str, home: Path, backup: Path) -> subprocess.CompletedProcess[str]:
+    """Run it as a person would: in a shell, with ``post`` on the path."""
+    folder = str(Path(sys.executable).parent)
+    parts = {"POST_HOME": str(home), "BACKUP": str(backup), "PATH": f"{folder}:{os.environ['PATH']}"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("POST_")} | parts
+    return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture
+def filled(home: Path) -> Front:
+    front = Front(home / "provider")
+    _, student = front.add_pair()
+    front.add_dataset()
+    front.push("alice", prompt_bytes(student.hash))
+    row = JobRow(kind=JobKind.TRANSFER, request={}, owner_key_id=front.key_ids["alice"])
+    with front.database.write() as session:
+        states.announce(session, row)
+    return front
+
+
+def everything(home: Path) -> dict[str, list[str]]:
+    """Every row of every table, and every blob's bytes by name."""
+    database = Database(f"sqlite:///{home}/post.db")
+    with database.read() as session:
+        names = session.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table'")).all()
+        rows = {name: sorted(map(repr, session.execute(text(f"SELECT * FROM {name}")))) for name in names}
+    database.dispose()
+    store = BlobStore(f"file://{home}/blobs")
+    assert all(store.read(each) for each in store.list())
+    return rows | {"blobs": store.list()}
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="the guide's sqlite3 isn't installed")
+def test_a_backup_of_a_running_server_restores_all_of_it(filled: Front, home: Path) -> None:
+    backup = home / "backup"
+    done = shell(commands("backup"), filled.settings.home, backup)  # the server runs meanwhile
+    assert done.returncode == 0, done.stderr
+    saved = everything(filled.settings.home)
+    student = filled("alice", "GET", "/v1/models?role=student").json()["items"][0]
+    filled.push("alice", prompt_bytes(student["hash"], seed=9))  # after the backup: it is not in it
+    filled.close()
+    shutil.rmtree(filled.settings.home)
+    done = shell(commands("restore"), filled.settings.home, backup)
+    assert done.returncode == 0, done.stderr
+    assert "every blob is there" in done.stderr
+    assert everything(filled.settings.home) == saved
+    front = Front(filled.settings.home)  # it serves, with the keys of before
+    front.keys["alice"] = filled.keys["alice"]
+    front.add_caller("saved", front_key(front), filled.keys["alice"])
+    (prompt,) = front("saved", "GET", "/v1/prompts").json()["items"]
+    assert front("saved", "GET", f"/v1/prompts/{prompt['id']}/file").content == prompt_bytes(student["hash"])
+    with front.database.read() as session:
+        assert [line.action for line in lines(session)][-1] == "dataset.add", "the audit log came along"
+    front.close()
+
+
+def front_key(front: Front) -> object:
+    from post_server.keys import authenticate
+
+    with front.database.read() as session:
+        return authenticate(session, front.keys["alice"])
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="the guide's sqlite3 isn't installed")
+def test_a_damaged_restore_is_found_out(filled: Front, home: Path) -> None:
+    """A blob that is missing, and one whose bytes have changed."""
+    filled.close()
+    lost, changed = filled.store.list()[:2]
+    filled.store.delete(lost)
+    path = filled.store.local_path(changed)
+    path.chmod(0o600)
+    path.write_bytes(b"x")
+    done = shell("post admin check --hashes", filled.settings.home, home / "backup")
+    assert done.returncode == 1
+    assert sorted(done.stdout.splitlines()) == sorted([f"{lost} is missing", f"{changed} holds other bytes"])
