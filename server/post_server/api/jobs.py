@@ -29,7 +29,9 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[str, Path(min_length=1, max_length=64)]
 Sequence = Annotated[int, Query(ge=0, le=2**31 - 1, description="Events behind this sequence number.")]
-Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")]
+Cursor = Annotated[
+    str | None, Query(pattern=r"^[0-9]{1,10}$", max_length=10, description="`next_cursor` of the page before.")
+]
 _LOOK_SECONDS = 0.3
 _PING_SECONDS = 15
 _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}

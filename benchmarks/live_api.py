@@ -1,0 +1,101 @@
+"""An API process with a Redis server, for the benchmarks that ask it: without workers, with a tiny model to name."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import numpy as np
+from safetensors.numpy import save_file
+
+from post_server.database import Database
+from post_server.keys import create_key
+from post_server.model_store import add_model
+from post_server.serve import embedded_redis
+from post_server.settings import Settings
+from post_server.storage import BlobStore
+from post_shared.schemas import ModelRole, Role
+
+
+class LiveApi:
+    """Started by ``with``; ``owner`` and ``provider`` are the headers of their keys."""
+
+    def __init__(self, home: Path, *, width: int = 8, **settings: Any) -> None:
+        self.settings = Settings(home=home, log_level="ERROR", jobs_per_key=10**6, port=_free_port(), **settings)
+        self.url = f"http://127.0.0.1:{self.settings.port}"
+        self.database = Database.from_settings(self.settings)
+        self.database.migrate()
+        self.model_hash = self._add_models(width)
+        self.owner_id, self.owner = self._key(Role.OWNER)
+        _, self.provider = self._key(Role.PROVIDER)
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        self._start(*embedded_redis.command(embedded_redis.find_program(), self.settings.home / "redis.sock"))
+        api = ("-m", "uvicorn", "--factory", "post_server.api.app:create_app", "--no-access-log")
+        process = self._start(sys.executable, *api, "--port", str(self.settings.port), "--log-level", "error")
+        self.pid = process.pid
+        while process.poll() is None and not self._answers():
+            time.sleep(0.05)
+        if process.poll() is not None:
+            raise SystemExit("the API process has ended; run it alone to see why")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes):
+            process.kill()
+            process.wait()
+        self.database.dispose()
+
+    def _start(self, *argv: str) -> subprocess.Popen[bytes]:
+        told = {f"POST_{name.upper()}": str(value) for name, value in self.settings.model_dump().items()}
+        process = subprocess.Popen(argv, env=os.environ | told, stdout=subprocess.DEVNULL)
+        self._processes.append(process)
+        return process
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _key(self, role: Role) -> tuple[str, dict[str, str]]:
+        with self.database.write() as session:
+            row, text = create_key(session, name=role.value, role=role)
+        return row.id, {"Authorization": f"Bearer {text}"}
+
+    def _add_models(self, width: int) -> str:
+        """A target and a student of it; the student's hash."""
+        target_id, digest = None, ""
+        for name, role in (("large", ModelRole.TARGET), ("small", ModelRole.STUDENT)):
+            with tempfile.TemporaryDirectory() as folder, self.database.write() as session:
+                Path(folder, "config.json").write_text(json.dumps({"model_type": "llama", "note": name}))
+                save_file({"embed": np.zeros((6, width), np.float32)}, Path(folder, "model.safetensors"))
+                facts = {"kind": "causal", "architecture": "LlamaForCausalLM", "layers": 4, "vocabulary": 6}
+                store = BlobStore.from_settings(self.settings)
+                row = add_model(
+                    session,
+                    store,
+                    Path(folder),
+                    name=name,
+                    role=role,
+                    target_id=target_id,
+                    hidden_size=width,
+                    parameters=6 * width,
+                    **facts,  # type: ignore[arg-type]
+                )
+                target_id, digest = row.id, row.hash
+        return digest
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
