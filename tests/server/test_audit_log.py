@@ -33,7 +33,7 @@ def written(front: Front) -> list[tuple[str, str, str]]:
         "UPDATE audit_log SET who = 'nobody'",
         "UPDATE audit_log SET id = id + 100",
         "DELETE FROM audit_log",
-        "DELETE FROM audit_log WHERE id = 1",
+        "DELETE FROM audit_log WHERE who = 'key_1'",
     ],
 )
 def test_the_database_refuses_to_change_a_line(backstage: Backstage, statement: str) -> None:

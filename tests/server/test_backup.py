@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import DBAPIError
 
 from post_server.audit_log import lines
 from post_server.database import Database
@@ -18,6 +19,7 @@ from post_server.jobs import states
 from post_server.records import JobRow
 from post_server.storage import BlobStore
 from post_shared.schemas import JobKind
+from tests.server.backing import Backing
 from tests.server.front import Front, prompt_bytes
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "howto-operate.md").read_text("utf-8")
@@ -30,10 +32,15 @@ def commands(marker: str) -> str:
     return found[1]
 
 
-def shell(script: str, home: Path, backup: Path) -> subprocess.CompletedProcess[str]:
+def shell(script: str, home: Path, backup: Path, database: str = "") -> subprocess.CompletedProcess[str]:
     """Run it as a person would: in a shell, with ``post`` on the path."""
     folder = str(Path(sys.executable).parent)
-    parts = {"POST_HOME": str(home), "BACKUP": str(backup), "PATH": f"{folder}:{os.environ['PATH']}"}
+    parts = {
+        "DATABASE": database.replace("+psycopg", ""),
+        "POST_HOME": str(home),
+        "BACKUP": str(backup),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+    }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("POST_")} | parts
     return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, env=environment, timeout=120)
 
@@ -50,15 +57,22 @@ def filled(home: Path) -> Front:
     return front
 
 
-def everything(home: Path) -> dict[str, list[str]]:
-    """Every row of every table, and every blob's bytes by name."""
-    database = Database(f"sqlite:///{home}/post.db")
+def rows_of(url: str) -> dict[str, list[str]]:
+    """Every row of every table."""
+    database = Database(url)
     with database.read() as session:
-        names = session.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table'")).all()
+        names = inspect(session.connection()).get_table_names()
         rows = {name: sorted(map(repr, session.execute(text(f"SELECT * FROM {name}")))) for name in names}
     database.dispose()
+    return rows
+
+
+def everything(home: Path) -> dict[str, list[str]]:
+    """Every row of every table, and every blob's bytes by name."""
+    rows = rows_of(f"sqlite:///{home}/post.db")
     store = BlobStore(f"file://{home}/blobs")
     assert all(store.read(each) for each in store.list())
+    assert len(rows["jobs"]) == 1
     return rows | {"blobs": store.list()}
 
 
@@ -105,3 +119,24 @@ def test_a_damaged_restore_is_found_out(filled: Front, home: Path) -> None:
     done = shell("post admin check --hashes", filled.settings.home, home / "backup")
     assert done.returncode == 1
     assert sorted(done.stdout.splitlines()) == sorted([f"{lost} is missing", f"{changed} holds other bytes"])
+
+
+def test_a_dump_of_postgresql_restores_all_rows_and_refusals(
+    request: pytest.FixtureRequest, front: Front, home: Path, backing: Backing
+) -> None:
+    """The audit log is as closed as before."""
+    if not backing.urls:
+        pytest.skip("needs --backing real")
+    _, student = front.add_pair()
+    front.push("alice", prompt_bytes(student.hash))
+    url, new = front.settings.database_url, request.getfixturevalue("postgres").new_database()
+    for kind, database in (("backup", url), ("restore", new)):
+        done = shell(commands(f"{kind} of PostgreSQL"), home, home, database)
+        assert done.returncode == 0, done.stderr
+    assert rows_of(new) == rows_of(url)
+    assert rows_of(new)["audit_log"]
+    restored = Database(new)
+    restored.migrate()
+    with pytest.raises(DBAPIError, match="append-only"), restored.write() as session:
+        session.execute(text("DELETE FROM audit_log"))
+    restored.dispose()
