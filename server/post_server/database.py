@@ -16,6 +16,7 @@ from post_server.settings import Settings
 
 _BUSY_MILLISECONDS = 30_000
 _GUARD_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock behind :func:`guard`
+_MIGRATION_LOCK, _CLAIM_LOCK = _GUARD_LOCK + 1, _GUARD_LOCK + 2
 _POSTGRES_OPTIONS: dict[str, str | int] = {
     # A server that went away without a word is noticed within the lease, not after TCP's quarter of an hour.
     "connect_timeout": 5,
@@ -64,7 +65,7 @@ class Database:
 
         with self.engine.execution_options(immediate=True).begin() as connection:
             if self.engine.dialect.name == "postgresql":
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _GUARD_LOCK + 1})
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             command.upgrade(alembic_config(connection), "head")
 
     def dispose(self) -> None:
@@ -78,8 +79,17 @@ def guard(session: Session) -> None:
     Without it, deleting an unused blob could race with a row that is about to name the same bytes, and two orders
     could each find that the name of their student is free.
     """
+    _lock(session, _GUARD_LOCK)
+
+
+def guard_claims(session: Session) -> None:
+    """Hold off other workers that choose a job. Not :func:`guard`: workers mustn't wait for somebody's upload."""
+    _lock(session, _CLAIM_LOCK)
+
+
+def _lock(session: Session, key: int) -> None:
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _GUARD_LOCK})
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
     else:  # any statement takes SQLite's write lock, since the session is a writing one
         session.execute(text("SELECT 1"))
 

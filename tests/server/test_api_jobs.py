@@ -291,7 +291,7 @@ class TestEvents:
         time.sleep(0.5)
         with front.database.write() as session:
             revoke_key(session, "alice")
-        follower.join(5.0)
+        follower.join(60.0)
         assert [event.get("id") for event in seen[0]] == ["1"]
 
     @pytest.mark.parametrize("number", ["x", "-1", "1.5", "9" * 30])

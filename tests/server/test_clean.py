@@ -256,10 +256,13 @@ def test_the_commands(filled: Front, settings: Settings) -> None:
     assert row.id not in run("admin", "jobs", "--key", filled.key_ids["alice"])
     assert run("admin", "cancel", row.id).strip() == f"{row.id}: cancelled"
     assert run("admin", "requeue", row.id).strip() == f"{row.id}: queued"
+    assert run("admin", "priority", row.id, "7").strip() == f"{row.id}: priority 7"
+    assert filled.job(row.id).priority == 7
     with filled.database.write() as session:
         session.execute(update(JobRow).values(state=JobState.SUCCEEDED))
-    with pytest.raises(Conflict):
-        run("admin", "requeue", row.id)
+    for refused in (("requeue", row.id), ("priority", row.id, "1")):
+        with pytest.raises(Conflict):
+            run("admin", *refused)
     blobs = filled.store.list()
     assert "would go" in run("admin", "clean", "--dry-run", "--grace-hours", "0")
     assert filled.store.list() == blobs
@@ -267,4 +270,4 @@ def test_the_commands(filled: Front, settings: Settings) -> None:
     assert len(filled.store.list()) == len(blobs) - 2
     with filled.database.read() as session:
         done = [line.action for line in lines(session) if line.who.startswith("local:")]
-    assert done == ["storage.clean", "job.requeue", "job.cancel"]
+    assert done == ["storage.clean", "job.priority", "job.requeue", "job.cancel"]

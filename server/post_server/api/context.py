@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, field
 from typing import Annotated, cast
 
@@ -23,6 +25,8 @@ from post_shared.schemas import Role
 
 log = structlog.get_logger("post.api")
 
+_NOTE_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Context:
@@ -34,6 +38,16 @@ class Context:
     limits: RateLimits
     in_flight: dict[tuple[str, str], object] = field(default_factory=dict)
     """(key id, Idempotency-Key) of the creates that this process is working on."""
+    noted: dict[str, float] = field(default_factory=dict)
+    """When this process last wrote the use of a key down."""
+
+    def writes_use(self, key_id: str) -> bool:
+        """Whether this request is to write the key's use down: of many at once one does, so that none waits in line."""
+        at = time.monotonic()
+        if at - self.noted.get(key_id, -math.inf) < _NOTE_SECONDS:
+            return False
+        self.noted[key_id] = at
+        return True
 
 
 def get_context(request: Request) -> Context:
@@ -66,7 +80,7 @@ def get_caller(
         caller = authenticate(session, credentials.credentials)
     request.state.caller = caller.id
     app.limits.check(caller.id, caller.requests_per_minute)
-    if use_is_due(caller):
+    if use_is_due(caller) and app.writes_use(caller.id):
         _note_use(app, caller)
     for scope in scopes.scopes:
         check_scope(caller, Scope(scope))

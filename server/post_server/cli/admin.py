@@ -78,6 +78,20 @@ def cancel_job(job: Job) -> None:
     typer.echo(f"{row.id}: {row.state}")
 
 
+@admin.command("priority")
+def prioritise_job(
+    job: Job, priority: Annotated[int, typer.Argument(min=-100, max=100, help="The higher come first.")]
+) -> None:
+    """Move a waiting job forward or back in the line."""
+    from post_server.audit_log import local_user, record
+    from post_server.jobs.states import prioritise
+
+    with parts() as (_, database, _), database.write() as session:
+        row = prioritise(session, job, priority)
+        record(session, local_user(), "job.priority", job)
+    typer.echo(f"{row.id}: priority {row.priority}")
+
+
 @admin.command("requeue")
 def requeue_job(job: Job) -> None:
     """Queue a job that failed or was cancelled again, from its beginning."""

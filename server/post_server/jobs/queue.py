@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Select, func, or_, select
 from sqlalchemy.orm import Session
 
-from post_server.database import guard
+from post_server.database import guard_claims
 from post_server.jobs.states import HELD, Lease, claim, free
 from post_server.records import ApiKeyRow, JobRow, now
 from post_server.settings import Settings
@@ -46,7 +46,7 @@ def claim_next(session: Session, settings: Settings) -> tuple[JobRow, Lease] | N
 
     Claims come one after the other, so that a key's limit holds however many workers look at once.
     """
-    guard(session)
+    guard_claims(session)
     for _ in range(_TRIES):  # only a cancel can come in between
         job_id = session.scalar(line(settings, devices(settings)).limit(1))
         if job_id is None:

@@ -177,6 +177,18 @@ def request_cancel(session: Session, job_id: str) -> JobRow:
     return row
 
 
+def prioritise(session: Session, job_id: str, priority: int) -> JobRow:
+    """Give a waiting job another priority.
+
+    Raises:
+        NotFound: there is no such job.
+        Conflict: it doesn't wait any more.
+    """
+    if not _update(session, and_(JobRow.id == job_id, JobRow.state == JobState.QUEUED), priority=priority):
+        raise Conflict(f"The job {job_id} is {_fresh(session, job_id).state}; only a queued one can be moved.")
+    return _fresh(session, job_id)
+
+
 def requeue(session: Session, job_id: str) -> JobRow:
     """Let a job that failed or was cancelled begin anew, with all its attempts. Ring the doorbell after the commit.
 
