@@ -29,7 +29,10 @@ class LiveApi:
     """Started by ``with``; ``owner`` and ``provider`` are the headers of their keys."""
 
     def __init__(self, home: Path, *, width: int = 8, **settings: Any) -> None:
-        self.settings = Settings(home=home, log_level="ERROR", jobs_per_key=10**6, port=_free_port(), **settings)
+        unlimited = {"jobs_per_key": 10**6, "requests_per_minute": 0}
+        self.settings = Settings.model_validate(
+            {"home": home, "log_level": "ERROR", "port": _free_port(), **unlimited, **settings}
+        )
         self.url = f"http://127.0.0.1:{self.settings.port}"
         self.database = Database.from_settings(self.settings)
         self.database.migrate()

@@ -25,6 +25,7 @@ from post_server.api import (
     reports,
 )
 from post_server.api.context import Context
+from post_server.api.following import Following
 from post_server.api.metrics import Metrics
 from post_server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from post_server.database import Database
@@ -71,7 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = Metrics(database)
     limits = RateLimits(settings, app.state.metrics.uncounted)
-    app.state.context = Context(settings, database, BlobStore.from_settings(settings), limits)
+    app.state.context = Context(settings, database, BlobStore.from_settings(settings), limits, Following(database))
     for module in _PARTS:
         app.include_router(module.router)
     page.mount_static(app)

@@ -12,6 +12,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from sqlalchemy.exc import OperationalError
 
+from post_server.api.following import Following
 from post_server.database import Database
 from post_server.keys import authenticate, check_scope, note_use, use_is_due
 from post_server.logs import where
@@ -36,6 +37,7 @@ class Context:
     database: Database
     store: BlobStore
     limits: RateLimits
+    following: Following
     in_flight: dict[tuple[str, str], object] = field(default_factory=dict)
     """(key id, Idempotency-Key) of the creates that this process is working on."""
     noted: dict[str, float] = field(default_factory=dict)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-import anyio
 from fastapi import APIRouter, Header, Path, Query
 from pydantic import AwareDatetime
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import AnyCaller, App, Caller, Context
+from post_server.api.following import News
 from post_server.api.pagination import MAX_LIMIT, Paging, paginate
 from post_server.api.problems import problems
 from post_server.audit_log import record
 from post_server.job_orders import check_may_order, job_document, metric_series, visible_job
-from post_server.jobs.states import request_cancel
+from post_server.jobs.states import events_behind, request_cancel
 from post_server.keys import check_still_valid
 from post_server.records import ApiKeyRow, JobEventRow, JobRow
 from post_shared.errors import InvalidInput, Unauthenticated
@@ -32,7 +31,6 @@ Sequence = Annotated[int, Query(ge=0, le=2**31 - 1, description="Events behind t
 Cursor = Annotated[
     str | None, Query(pattern=r"^[0-9]{1,10}$", max_length=10, description="`next_cursor` of the page before.")
 ]
-_LOOK_SECONDS = 0.3
 _PING_SECONDS = 15
 _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
@@ -89,7 +87,7 @@ def get_job_metrics(
     after = _number(cursor, 0)
     with app.database.read() as session:
         visible_job(session, caller, job)
-        rows = _events(session, job, after, limit + 1, kind="metrics")
+        rows = events_behind(session, job, after, limit + 1, kind="metrics")
     last = rows[limit - 1].sequence if len(rows) > limit else None
     series = metric_series(rows[:limit], None if name is None else set(name))
     return JobMetrics(job_id=job, series=series, next_cursor=None if last is None else str(last))
@@ -126,23 +124,24 @@ async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int | Non
     caller's key is revoked or expires.
     """
     place = after or 0
+    news: News = None
     if after is None:
         place, document = await run_in_threadpool(_snapshot, app, caller, job_id)
         yield ServerSentEvent(data=document.model_dump_json(), event="job", sep="\n")
     while True:
         try:
-            job, events = await run_in_threadpool(_look, app, caller, job_id, place, MAX_LIMIT)
+            if news is None:
+                news = await run_in_threadpool(_look, app, caller, job_id, place, MAX_LIMIT)
+            job, events = news
+            for event in events:
+                place = event.sequence
+                yield ServerSentEvent(data=event.model_dump_json(), event=event.kind, id=str(place), sep="\n")
+            if len(events) < MAX_LIMIT and job.state.ended:
+                yield ServerSentEvent(data=job.model_dump_json(), event="end", sep="\n")
+                return
+            news = await app.following.news(job_id, caller.id, place) if len(events) < MAX_LIMIT else None
         except Unauthenticated:
             return
-        for event in events:
-            place = event.sequence
-            yield ServerSentEvent(data=event.model_dump_json(), event=event.kind, id=str(place), sep="\n")
-        if len(events) == MAX_LIMIT:
-            continue
-        if job.state.ended:
-            yield ServerSentEvent(data=job.model_dump_json(), event="end", sep="\n")
-            return
-        await anyio.sleep(_LOOK_SECONDS)
 
 
 def _look(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) -> tuple[Job, list[JobEvent]]:
@@ -150,7 +149,7 @@ def _look(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) 
     with app.database.read() as session:
         check_still_valid(session, caller.id)
         job = job_document(visible_job(session, caller, job_id))
-        return job, _events(session, job_id, after, limit)
+        return job, events_behind(session, job_id, after, limit)
 
 
 def _snapshot(app: Context, caller: ApiKeyRow, job_id: str) -> tuple[int, Job]:
@@ -164,17 +163,6 @@ def _page(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) 
     _, events = _look(app, caller, job_id, after, limit + 1)
     more = len(events) > limit
     return Page(items=events[:limit], next_cursor=str(events[limit - 1].sequence) if more else None)
-
-
-def _events(session: Session, job_id: str, after: int, limit: int, kind: str | None = None) -> list[JobEvent]:
-    statement = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
-    if kind is not None:
-        statement = statement.where(JobEventRow.kind == kind)
-    statement = statement.order_by(JobEventRow.sequence).limit(limit)
-    return [
-        JobEvent.model_validate({name: getattr(row, name) for name in JobEvent.model_fields})
-        for row in session.scalars(statement)
-    ]
 
 
 def _number(text: str | None, otherwise: int) -> int:

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from post_server.records import JobEventRow, JobRow, now
 from post_shared.errors import Conflict, NotFound, PostError, WorkerLost
-from post_shared.schemas import JobState
+from post_shared.schemas import JobEvent, JobState
 
 HELD = (JobState.RUNNING, JobState.CANCELLING)
 _CANCEL_TRIES = 5
@@ -204,6 +204,18 @@ def requeue(session: Session, job_id: str) -> JobRow:
     _requeue(session, JobRow.id == job_id, 0)
     _append(session, job_id, "state", {"state": JobState.QUEUED, "attempt": 0, "reason": "requeued"})
     return _fresh(session, job_id)
+
+
+def events_behind(session: Session, job_id: str, after: int, limit: int, kind: str | None = None) -> list[JobEvent]:
+    """A job's history behind an event, oldest first: all of it, or one kind of events."""
+    statement = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
+    if kind is not None:
+        statement = statement.where(JobEventRow.kind == kind)
+    statement = statement.order_by(JobEventRow.sequence).limit(limit)
+    return [
+        JobEvent.model_validate({name: getattr(row, name) for name in JobEvent.model_fields})
+        for row in session.scalars(statement)
+    ]
 
 
 # --- by the reconciler --------------------------------------------------------------------------------
