@@ -24,10 +24,10 @@ from post_server.ml.descent import HEAD_SHARE, Descent, Student
 from post_server.ml.distillation import WARM_UP, DistilConfig, choose_layers, start_student
 from post_server.ml.objective import Objective
 from post_server.ml.processes import ALONE
+from post_shared.clock import warm_then_linear
 from post_shared.data import read_corpus
 from post_shared.language_model import LanguageModel
 from post_shared.losses import softened_cross_entropy
-from post_shared.training import warm_then_linear
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TEMPERATURE = 2.0

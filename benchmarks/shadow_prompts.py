@@ -54,7 +54,7 @@ def ways(
     words = label_words(model, task)
 
     def shared(prompt: Tensor, batch: Batch) -> Tensor:
-        return label_word_loss(words.scores(model.answer_logits_shared(batch, prompt)), batch.labels)
+        return label_word_loss(words.of(model.answer_logits_shared(batch, prompt)), batch.labels)
 
     alone = work(model, batch_size, tokens + batch_size * length) * count
     once = work(model, batch_size, tokens + length) * count

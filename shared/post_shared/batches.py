@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from post_shared.errors import InvalidInput, TaskInvalid
 from post_shared.language_model import LanguageModel
 from post_shared.tasks import MASK, TEXT, Task
 
-SPREAD = 12
-"""Tokens: padding that costs about as much as one more micro-batch does."""
+PASS = 48
+"""Tokens: padding that costs about as much as one more pass through the model does."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,40 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
-    def split(self, size: int, *, tokens: int | None = None) -> list[Batch]:
-        """Micro-batches of at most ``size`` rows, none :data:`SPREAD` longer than another; together the same rows.
+    def split(self, size: int, *, tokens: int | None = None, room: int = 0) -> list[Batch]:
+        """Micro-batches of at most ``size`` rows with the least padding; together the same rows.
 
-        ``tokens`` bounds what a micro-batch of more than one row holds, padding included.
+        ``tokens`` bounds what a micro-batch of more than one row holds, padding and ``room`` for each row included.
         """
-        parts: list[list[int]] = []
-        for row in sorted(self.index, key=self.encoded.length):
-            shortest, length = self.encoded.length(parts[-1][0]) if parts else 0, self.encoded.length(row)
-            full = parts and (len(parts[-1]) == size or (tokens is not None and (len(parts[-1]) + 1) * length > tokens))
-            if not parts or full or length > shortest + SPREAD:
-                parts.append([])
-            parts[-1].append(row)
-        return [Batch(self.encoded, tuple(part)) for part in parts]
+        return [self.part(places) for places in self.places(size, tokens=tokens, room=room)]
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """The rows at these places of the batch."""
+        return Batch(self.encoded, tuple(self.index[at] for at in places))
+
+    def places(self, size: int, *, tokens: int | None = None, room: int = 0) -> list[list[int]]:
+        """As :meth:`split`, as places in this batch: the rows sorted by length and cut where padding and passes
+        (:data:`PASS`) together cost least."""
+        lengths = [self.encoded.length(row) for row in self.index]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        costs, cuts = [0], [0]  # of the first n rows: the least cost, and where the last part of it begins
+        for end in range(1, len(order) + 1):
+            longest = lengths[order[end - 1]]
+            most = max(1, min(size, end, end if tokens is None else tokens // (longest + room)))
+            cost, begin = min((costs[end - n] + n * longest + PASS, end - n) for n in range(1, most + 1))
+            costs.append(cost)
+            cuts.append(begin)
+        parts, end = [], len(order)
+        while end:
+            parts.append(order[cuts[end] : end])
+            end = cuts[end]
+        return parts[::-1]
+
+    def answers_at(self, places: Sequence[int]) -> Tensor:
+        """Which of the batch's answer positions are those of the rows at ``places``, in that order."""
+        counts = [len(row.positions) for row in self._rows]
+        first = [0, *accumulate(counts)]
+        return torch.tensor([first[at] + n for at in places for n in range(counts[at])])
 
     @cached_property
     def _rows(self) -> list[EncodedRow]:
@@ -110,6 +132,11 @@ class EncodedRows:
     def length(self, row: int) -> int:
         """Tokens of a row."""
         return len(self.rows[row].token_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.token_ids) for row in self.rows)
 
     def batch(self, index: Sequence[int]) -> Batch:
         return Batch(self, tuple(int(at) for at in index))

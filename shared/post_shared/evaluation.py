@@ -51,9 +51,9 @@ def classify(
     scores = torch.zeros(len(texts), len(task.labels))
     for batch in encoded.in_order_of_length(batch_size):
         if isinstance(prompt, Prefix):
-            logits = model.answer_logits_after(batch, prompt)
+            logits = model.answer_logits_after(batch, prompt, words.token_ids)
         else:
-            logits = model.answer_logits(batch, prompt)
+            logits = model.answer_logits(batch, prompt, words.token_ids)
         scores[list(batch.index)] = words.scores(logits).softmax(-1).cpu()
     if not torch.isfinite(scores).all():
         raise InvalidInput("the model's answers are no numbers; with a prompt of far too large ones, tune it again")

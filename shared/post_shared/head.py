@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 
 class Head:
-    """Hidden states (..., d) -> logits over the vocabulary (..., V), float32.
+    """Hidden states (..., d) -> logits over the vocabulary (..., V) or at some tokens of it (..., K), float32.
 
     The model's own ``forward`` runs, with a stand-in for its body that hands out the given states. So the head
     may be whatever the family has: a plain matrix, a masked model's transform, capped or scaled logits.
@@ -20,14 +20,47 @@ class Head:
         self._body = _Body()
         self._model = copy.copy(model)  # shares the head's weights
         self._model._modules = {**model._modules, model.base_model_prefix: self._body}
+        last = model.get_output_embeddings()
+        linear = isinstance(last, nn.Linear)
+        self._last = next((name for name, module in model.named_modules() if module is last), "") if linear else ""
+        """Where the matrix over the vocabulary stands, if it is a plain one."""
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        model = self._model if tokens is None or not self._last else self._of(tokens)
         self._body.hidden = hidden.reshape(1, -1, hidden.shape[-1])
         try:
-            logits = self._model(inputs_embeds=self._body.hidden).logits
+            logits = model(inputs_embeds=self._body.hidden).logits
         finally:
             self._body.hidden = None
+        if tokens is not None and not self._last:
+            logits = logits[..., tokens.to(logits.device)]
         return logits.float().reshape(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def _of(self, tokens: Tensor) -> Any:
+        """The head with the rows of ``tokens`` alone: the rest of a large matrix isn't even read."""
+        whole = self._model.get_submodule(self._last)
+        rows = tokens.to(whole.weight.device)
+        narrow = _Rows(whole.weight[rows], None if whole.bias is None else whole.bias[rows])
+        return _with(self._model, self._last.split("."), narrow)
+
+
+def _with(module: Any, path: list[str], replacement: nn.Module) -> Any:
+    """``module`` with ``replacement`` at ``path``; what isn't on the way is shared, and nothing is changed."""
+    inner = replacement if len(path) == 1 else _with(module._modules[path[0]], path[1:], replacement)
+    other = copy.copy(module)
+    other._modules = {**module._modules, path[0]: inner}
+    return other
+
+
+class _Rows(nn.Module):
+    """Some rows of a matrix, with their biases."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight, self.bias)
 
 
 class _Body(nn.Module):

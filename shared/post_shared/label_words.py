@@ -22,10 +22,13 @@ class LabelWords:
     weights: Tensor
     """(C, K): 1/n where token k is one of the n words of class c, else 0."""
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """Class scores, the mean over each class's words (Table 9): (B, V) -> (B, C)."""
-        chosen = logits[:, self.token_ids.to(logits.device)]  # (B, V) -> (B, K)
-        return chosen @ self.weights.to(logits.device).T
+    def scores(self, chosen: Tensor) -> Tensor:
+        """Class scores of logits at :attr:`token_ids`, the mean over each class's words (Table 9): (B, K) -> (B, C)."""
+        return chosen @ self.weights.to(chosen.device).T
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Class scores of logits over the vocabulary: (B, V) -> (B, C)."""
+        return self.scores(logits[:, self.token_ids.to(logits.device)])
 
 
 def label_words(model: LanguageModel, task: Task) -> LabelWords:

@@ -28,8 +28,9 @@ from transformers import (
 
 from post_shared.devices import choose_device
 from post_shared.errors import InvalidInput, PromptMismatch
+from post_shared.gated import keep_less
 from post_shared.head import Head
-from post_shared.prefixes import Prefix, behind, can_keep_prefix
+from post_shared.prefixes import Prefix, after_padding, behind, behind_shared, can_keep_prefix
 
 if TYPE_CHECKING:
     from post_shared.batches import Batch
@@ -40,15 +41,14 @@ Kind = Literal["causal", "masked"]
 class LanguageModel:
     """A frozen language model in evaluation mode, with its tokenizer.
 
-    Gradients flow through it to a prompt; its own weights never get one (distillation, which trains a
-    student's weights, turns that on for itself).
-    """
+    Gradients flow through it to a prompt; its own weights get none (distillation turns that on for its student)."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.kind: Kind = kind_of(self.model.config)
         self._head = Head(self.model)
+        keep_less(self.model)
 
     # --- loading and saving ---------------------------------------------------------------------------
 
@@ -171,9 +171,9 @@ class LanguageModel:
             attention_mask = attention_mask.to(self.device)
         return self.run_body(inputs_embeds=inputs, attention_mask=attention_mask).last_hidden_state  # type: ignore[no-any-return]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., d) -> logits over the vocabulary (..., V), float32."""
-        return self._head(hidden)
+    def head(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Hidden states (..., d) -> logits over the vocabulary (..., V), or at ``tokens`` (..., K), float32."""
+        return self._head(hidden, tokens)
 
     def answer_hidden(self, batch: Batch, prompt: Tensor | None = None) -> Tensor:
         """Hidden states at the answer positions only: (P, d)."""
@@ -181,9 +181,9 @@ class LanguageModel:
         shift = 0 if prompt is None else prompt.shape[-2]
         return hidden[batch.rows.to(self.device), batch.positions.to(self.device) + shift]  # (B, L, d) -> (P, d)
 
-    def answer_logits(self, batch: Batch, prompt: Tensor | None = None) -> Tensor:
-        """Logits at the answer positions: (P, V), float32. The head sees the P gathered rows and nothing else."""
-        return self.head(self.answer_hidden(batch, prompt))
+    def answer_logits(self, batch: Batch, prompt: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """Logits at the answer positions, (P, V), or (P, K) with ``tokens``; the head sees the P rows and no others."""
+        return self.head(self.answer_hidden(batch, prompt), tokens)
 
     @cached_property
     def keeps_prefix(self) -> bool:
@@ -199,28 +199,33 @@ class LanguageModel:
         """
         if not self.keeps_prefix:
             raise InvalidInput("a masked or recurrent model has no key/value prefix: put the prompt before each text")
-        self._check_width(prompt)
-        cache = DynamicCache()  # without the configuration: a sliding layer keeps all of the prompt, and masks it
-        self.run_body(inputs_embeds=prompt[None].to(self.device, self.dtype), past_key_values=cache, use_cache=True)
-        return Prefix.of(cache)
+        return Prefix.of(self._cache_of(prompt))
 
     @torch.no_grad()
-    def answer_logits_after(self, batch: Batch, prefix: Prefix | Sequence[Prefix]) -> Tensor:
+    def answer_logits_after(
+        self, batch: Batch, prefix: Prefix | Sequence[Prefix], tokens: Tensor | None = None
+    ) -> Tensor:
         """As :meth:`answer_logits` without running a prompt again: one prefix for all, or one for each row."""
         prefixes = [prefix] * len(batch) if isinstance(prefix, Prefix) else prefix
-        return self._at_answers(batch, **behind(prefixes, batch.token_ids.shape[1], self.device))
+        return self._at_answers(batch, tokens, **behind(prefixes, batch.token_ids.shape[1], self.device))
 
-    def answer_logits_shared(self, batch: Batch, prompt: Tensor, owner: Tensor | None = None) -> Tensor:
+    def answer_logits_shared(
+        self, batch: Batch, prompt: Tensor, owner: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         """As :meth:`answer_logits` with one prompt (l, d), or several (K, l, d) of which row i has ``owner[i]``.
 
-        Gradients included, in fewer operations: a causal model runs each prompt once, not once per row, since its
-        vectors see nothing of the text. A masked one can't.
+        Gradients included, in fewer operations: a causal model's prompt sees nothing of the text and is run once, not
+        once per row, and short texts aren't padded to the longest. A masked model can't do that.
         """
-        if self.kind == "masked":
-            return self.answer_logits(batch, prompt if owner is None else prompt[owner])
-        cache = self._cache_of(prompt)
-        cache.reorder_cache(torch.zeros(len(batch), dtype=torch.long) if owner is None else owner)
-        return self._at_answers(batch, past_key_values=cache, use_cache=True)
+        if not self.keeps_prefix:
+            return self.answer_logits(batch, prompt if owner is None else prompt[owner], tokens)
+        cache, places = self._cache_of(prompt), batch.places(len(batch))
+        logits = [
+            self._at_answers(batch.part(some), tokens, **behind_shared(cache, None if owner is None else owner[some]))
+            for some in places
+        ]
+        order = torch.cat([batch.answers_at(some) for some in places])
+        return torch.cat(logits)[order.argsort().to(self.device)]  # (P, V) or (P, K)
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Sequence[int]], prompt: Tensor | None, max_new_tokens: int) -> list[str]:
@@ -234,7 +239,7 @@ class LanguageModel:
         steps = torch.arange(longest)
         mask = (steps[None, :] >= longest - lengths[:, None]).long()
         if prompt is not None:
-            inputs, mask = self._prompt_after_padding(prompt, inputs, lengths)
+            inputs, mask = after_padding(self._prepend(prompt, inputs), prompt.shape[-2], lengths)
         end = self.tokenizer.eos_token_id
         made = self.model.generate(
             inputs_embeds=inputs,
@@ -248,17 +253,19 @@ class LanguageModel:
 
     # --- helpers --------------------------------------------------------------------------------------
 
-    def _cache_of(self, prompt: Tensor) -> Any:
+    def _cache_of(self, prompt: Tensor) -> DynamicCache:
         """Keys and values of ``prompt``, (l, d) or (K, l, d), in every layer, as a cache of one row or of K."""
         self._check_width(prompt)
         inputs = prompt.reshape(-1, *prompt.shape[-2:]).to(self.device, self.dtype)
-        return self.run_body(inputs_embeds=inputs, use_cache=True).past_key_values
+        cache = DynamicCache()  # without the configuration: a sliding layer keeps all of the prompt, and masks it
+        self.run_body(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+        return cache
 
-    def _at_answers(self, batch: Batch, **inputs: Any) -> Tensor:
-        """Logits (P, V) at the answer positions of ``batch``, the body's further inputs being ``inputs``."""
+    def _at_answers(self, batch: Batch, tokens: Tensor | None, **inputs: Any) -> Tensor:
+        """Logits (P, V) or (P, K) at the answer positions of ``batch``, the body's further inputs being ``inputs``."""
         output = self.run_body(inputs_embeds=self.embed(batch.token_ids), **inputs)
         rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
-        return self.head(output.last_hidden_state[rows, positions])  # (B, T, d) -> (P, d) -> (P, V)
+        return self.head(output.last_hidden_state[rows, positions], tokens)  # (B, T, d) -> (P, d) -> (P, V)
 
     def run_body(self, **inputs: Any) -> Any:
         """The body's forward, without those inputs that its family doesn't know."""
@@ -271,19 +278,6 @@ class LanguageModel:
         self._check_width(prompt)
         rows = prompt if prompt.dim() == 3 else prompt.expand(inputs.shape[0], -1, -1)  # (l, d) -> (B, l, d)
         return torch.cat([rows.to(inputs.device, inputs.dtype), inputs], dim=1)
-
-    def _prompt_after_padding(self, prompt: Tensor, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """[padding, text] -> [padding, prompt, text], by rolling each row of [prompt, padding, text]."""
-        joined = self._prepend(prompt, inputs)  # (B, L, d)
-        count, total = joined.shape[:2]
-        length = prompt.shape[-2]
-        gap = (total - length) - lengths  # (B,) padding of each row
-        place = torch.arange(total)[None, :].expand(count, -1)
-        source = torch.where(place < gap[:, None], place + length, place - gap[:, None])
-        source = torch.where(place >= gap[:, None] + length, place, source)  # the text stays where it is
-        mask = (place >= gap[:, None]).long()
-        rows = torch.arange(count, device=joined.device)[:, None]
-        return joined[rows, source.to(joined.device)], mask
 
     def _check_width(self, prompt: Tensor) -> None:
         if prompt.shape[-1] != self.hidden_size:

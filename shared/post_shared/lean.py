@@ -79,7 +79,9 @@ class LeanFreeLoss:
             InvalidInput: the answers to public texts are no numbers.
         """
         leaf = prompt.detach().clone().requires_grad_()
-        scores = self.words.scores(self.model.answer_logits_shared(self.batches(step), leaf))  # (B, C)
+        scores = self.words.scores(
+            self.model.answer_logits_shared(self.batches(step), leaf, tokens=self.words.token_ids)
+        )  # (B, C)
         mean = (scores - scores.mean(1, keepdim=True)).mean(0)  # (C,)
         known = torch.stack([torch.autograd.grad(each, leaf, retain_graph=True)[0] for each in mean[:-1]])
         if not (torch.isfinite(mean).all() and torch.isfinite(known).all()):  # says nothing of private rows
@@ -90,7 +92,7 @@ class LeanFreeLoss:
     def __call__(self, prompt: Tensor, batch: Batch) -> Tensor:
         if self.lean is None:
             raise RuntimeError("look() comes before the first loss")
-        scores = self.words.scores(self.model.answer_logits(batch, prompt))  # (B, C)
+        scores = self.words.scores(self.model.answer_logits(batch, prompt, self.words.token_ids))  # (B, C)
         return lean_free(scores, self.lean.of(prompt), batch.labels.to(scores.device))
 
 

@@ -71,7 +71,7 @@ def tuning_objective(model: LanguageModel, task: Task) -> Loss:
     words = label_words(model, task)
 
     def classification(prompt: Tensor, batch: Batch) -> Tensor:
-        scores = words.scores(model.answer_logits(batch, prompt))  # (B, C)
+        scores = words.scores(model.answer_logits(batch, prompt, words.token_ids))  # (B, C)
         return label_word_loss(scores, batch.labels.to(scores.device))
 
     return classification

@@ -192,7 +192,7 @@ def _scores(logits: Tensor, prompts: Sequence[ServedPrompt]) -> list[tuple[float
         words = prompts[rows[0]].words
         if words is None:
             raise TypeError("a generation task has no classes to score")
-        chances = words.scores(logits[rows]).softmax(-1).cpu()  # (B, V) -> (B', C)
+        chances = words.of(logits[rows]).softmax(-1).cpu()  # (B, V) -> (B', C)
         good = torch.isfinite(chances).all(-1).tolist()
         for at, values, finite in zip(rows, chances.tolist(), good, strict=True):
             found[at] = tuple(values) if finite else None

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from post_shared.batches import Batch
+from post_shared.clock import Clock, warm_then_linear
 from post_shared.errors import Cancelled, InvalidInput
 
 log = logging.getLogger("post.training")
@@ -66,19 +67,34 @@ class PromptOptimizer(Trainable, Protocol):
     def set_learning_rate(self, learning_rate: float) -> None: ...
 
 
-class PromptAdam:
-    """Adam on a prompt (l, d) and on nothing else, with the mean of the rows' losses."""
+def whole(batch: Batch) -> list[Batch]:
+    """One pass for all rows."""
+    return [batch]
 
-    def __init__(self, prompt: nn.Parameter, learning_rate: float) -> None:
-        self.prompt = prompt
+
+class PromptAdam:
+    """Adam on a prompt (l, d) and on nothing else, with the mean of the rows' losses.
+
+    ``split`` cuts a batch into what runs at a time: memory depends on it, the result doesn't.
+    """
+
+    def __init__(
+        self, prompt: nn.Parameter, learning_rate: float, split: Callable[[Batch], list[Batch]] = whole
+    ) -> None:
+        self.prompt, self.split = prompt, split
         self.optimizer = torch.optim.Adam([prompt], lr=learning_rate)
 
     def update(self, loss: Loss, batch: Batch) -> float:
         self.optimizer.zero_grad()
-        mean = loss(self.prompt, batch).mean()
-        mean.backward()  # type: ignore[no-untyped-call]
+        total, count = 0.0, 0
+        for part in self.split(batch):
+            losses = loss(self.prompt, part)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            total, count = total + float(losses.detach().sum()), count + len(losses)
+        if self.prompt.grad is not None:
+            self.prompt.grad /= count
         self.optimizer.step()
-        return float(mean.detach())
+        return total / count
 
     def set_learning_rate(self, learning_rate: float) -> None:
         set_learning_rate(self.optimizer, learning_rate)
@@ -112,13 +128,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
             state.setdefault(int(at), {})[entry] = value.clone()
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def warm_then_linear(done: float, warm: float = 0.0) -> float:
-    """Factor of the learning rate after the share ``done`` of the work: up to 1 over ``warm``, then down to 0."""
-    if done < warm:
-        return done / warm
-    return max(0.0, (1.0 - done) / (1.0 - warm))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------
@@ -191,38 +200,6 @@ class Checkpoint:
 
 
 # --- the loop -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Clock:
-    """Share of the work done, by steps or by time, whichever is further."""
-
-    steps: int | None
-    seconds: float | None
-    spent: float = 0.0
-    step: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.seconds is None:
-            raise InvalidInput("say how long to train: steps, minutes or both")
-        self._since = time.monotonic() - self.spent
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self._since
-
-    @property
-    def done(self) -> float:
-        by_steps = self.step / self.steps if self.steps else 0.0
-        by_time = self.elapsed / self.seconds if self.seconds else 0.0
-        return min(1.0, max(by_steps, by_time))
-
-    @property
-    def expected_steps(self) -> int:
-        """The steps in all: known, or projected from the pace so far."""
-        if self.done <= 0 or (self.steps and not self.seconds):
-            return self.steps or 1
-        return max(self.step, round(self.step / self.done))
 
 
 def run_steps(

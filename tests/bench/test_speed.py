@@ -18,8 +18,9 @@ from post_bench.speed.machine import Peak, matrix_rate
 from post_bench.speed.memory import transfer_memory
 from post_bench.speed.parts import PARTS, Requests
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
+from post_server.ml.constants import constants
 from post_server.ml.layers import copy_student
-from post_server.ml.transfer import constants, paper_objective
+from post_server.ml.transfer import paper_objective
 from post_shared.data import Row
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task

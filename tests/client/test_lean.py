@@ -41,7 +41,7 @@ def lean_free(model: LanguageModel, prompt: torch.Tensor) -> LeanFreeLoss:
 def mean_scores(model: LanguageModel, prompt: torch.Tensor) -> torch.Tensor:
     """The slow path: centred class scores of every public text, averaged."""
     encoded = encode_rows(model, TASK, PUBLIC, 64, room=4)
-    scores = label_words(model, TASK).scores(model.answer_logits(encoded.batch(range(len(PUBLIC))), prompt))
+    scores = label_words(model, TASK).of(model.answer_logits(encoded.batch(range(len(PUBLIC))), prompt))
     return (scores - scores.mean(1, keepdim=True)).mean(0)
 
 
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_loss_written_out(model: LanguageModel) -> No
     ours, slow = (SoftPrompt.random(model, 4, seed=1).embeddings.clone().requires_grad_() for _ in range(2))
     lean_free(model, ours)(ours, batch).sum().backward()
     mean = mean_scores(model, slow)
-    scores = label_words(model, TASK).scores(model.answer_logits(batch, slow)) - mean
+    scores = label_words(model, TASK).of(model.answer_logits(batch, slow)) - mean
     uniform = torch.nn.functional.kl_div(mean.log_softmax(0), torch.full((3,), 1 / 3), reduction="sum")
     (torch.nn.functional.cross_entropy(scores, batch.labels, reduction="sum") + 8 * uniform).backward()
     assert ours.grad is not None

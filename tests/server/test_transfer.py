@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from post_server.ml.constants import constants
 from post_server.ml.ensemble import balanced, ensemble
 from post_server.ml.held_out import BestStep, hold_out
 from post_server.ml.layers import copy_student
-from post_server.ml.transfer import (
-    TransferConfig,
-    choose_alpha,
-    constants,
-    ensemble_objective,
-    paper_objective,
-    transfer,
-)
+from post_server.ml.transfer import TransferConfig, choose_alpha, ensemble_objective, paper_objective, transfer
 from post_shared import losses
 from post_shared.batches import ShuffledBatches, encode_rows
 from post_shared.data import Row
@@ -73,7 +67,7 @@ def test_cached_constants_give_loss_and_gradients_of_the_uncached_loop(
     target, student = pair
     prompt = SoftPrompt.random(target, 4, seed=1)
     encoded = encode_rows(target, TASK, TEXTS)
-    loss = paper_objective(target, constants(target, student, prompt, encoded, batch_size=3), alpha, 2.0)
+    loss = paper_objective(target, constants(target, student, prompt, encoded), alpha, 2.0)
     ours, theirs = (SoftPrompt.random(target, 4, seed=9).embeddings.clone().requires_grad_() for _ in range(2))
     total = loss(ours, encoded.batch([3, 1, 2, 0, 7, 6, 5, 4])).sum()
     slow = published_loop(target, student, prompt.embeddings, theirs, alpha)

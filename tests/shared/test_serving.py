@@ -32,7 +32,7 @@ def slow(model: LanguageModel, text: str, prompt: ServedPrompt) -> torch.Tensor:
     if prompt.embeddings is not None:
         inputs = torch.cat([prompt.embeddings[None], inputs], 1)
     logits = model.model(inputs_embeds=inputs).logits[:, row.positions[0] + prompt.length]
-    return label_words(model, prompt.task).scores(logits).softmax(-1)[0]
+    return label_words(model, prompt.task).of(logits).softmax(-1)[0]
 
 
 def check(model: LanguageModel, prompts: Sequence[ServedPrompt], texts: Sequence[str] = TEXTS) -> None:

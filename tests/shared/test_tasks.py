@@ -81,7 +81,7 @@ def test_label_words_are_the_tokens_after_the_template_and_scores_their_mean(fam
         for word in some
     }
     wanted = torch.stack([logits[:, [ids[w] for w in some]].mean(1) for some in WORDS.values()], 1)
-    torch.testing.assert_close(words.scores(logits), wanted)
+    torch.testing.assert_close(words.of(logits), wanted)
 
 
 def test_label_words_of_several_tokens_and_colliding_ones_are_refused() -> None:

@@ -37,7 +37,7 @@ def work(checkpoint: Checkpoint | None = None, stop_at: int | None = None, steps
     words = label_words(model, TASK)
 
     def loss(prompt: Tensor, batch: Batch) -> Tensor:
-        return label_word_loss(words.scores(model.answer_logits(batch, prompt)), batch.labels)
+        return label_word_loss(words.of(model.answer_logits(batch, prompt)), batch.labels)
 
     def report(progress: Progress) -> None:
         if progress.step == stop_at:
@@ -101,7 +101,7 @@ def test_tuning_lowers_the_loss_and_moves_nothing_but_the_prompt() -> None:
     words, encoded = label_words(model, TASK), encode_rows(model, TASK, TEXTS, labels=LABELS)
     train_prompt(
         PromptAdam(nn.Parameter(SoftPrompt.random(model, 8).embeddings.clone()), 0.3),
-        lambda prompt, batch: label_word_loss(words.scores(model.answer_logits(batch, prompt)), batch.labels),
+        lambda prompt, batch: label_word_loss(words.of(model.answer_logits(batch, prompt)), batch.labels),
         ShuffledBatches(encoded, 8, seed=0),
         steps=100,
         learning_rate=0.3,

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def measure(folder: Path, device: str) -> dict[str, float]:
     task, prompt = Task.load(folder / "task.json"), torch.tensor(given["prompt"])
     with Peak(torch.device(device)) as peak:
         target = LanguageModel.load(folder / "target", device=device)
-        student = LanguageModel.load(folder / "student", device=device)
+        student = partial(LanguageModel.load, folder / "student", device=device)
         transfer(target, student, task, SoftPrompt(prompt), given["texts"], TransferConfig(steps=STEPS))
     size = sum(weight.nbytes for weight in target.model.parameters())
     return {"peak_bytes": peak.bytes, "target_bytes": size, "ratio": peak.bytes / size}

@@ -15,16 +15,18 @@ from post_bench.speed.bench import Bench, Race, fresh, tokens_of
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
 from post_bench.speed.serving import mixed, mixed_generation
 from post_client.privacy import PrivacyConfig
+from post_server.ml.constants import constants
 from post_server.ml.corpus import prepare_corpus
 from post_server.ml.descent import HEAD_SHARE, Descent, Student, predictions
 from post_server.ml.distillation import DistilConfig
 from post_server.ml.layers import chosen_layers, copy_student
 from post_server.ml.objective import Objective
 from post_server.ml.processes import ALONE
-from post_server.ml.transfer import TransferConfig, constants, ensemble_objective
-from post_shared.batches import Batch, EncodedRows, ShuffledBatches
+from post_server.ml.transfer import TransferConfig, ensemble_objective
+from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
+from post_shared.memory import plan_step
 from post_shared.prompt_tuning import PLAIN, lean_for, tuning_objective
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.training import Loss, PromptAdam, PromptOptimizer
@@ -39,7 +41,7 @@ def transfer(bench: Bench) -> Race[Batch]:
     prompt, words = bench.prompt(target), label_words(target, bench.task)
     known = constants(target, bench.student, SoftPrompt(bench.prompt(bench.student)), bench.public_rows, words)
     loss = ensemble_objective(target, known, config.alpha, words)
-    optimizer = _adam(prompt, target)
+    optimizer = _adam(prompt, target, shared=True)
     theirs = PublishedTransfer(target, bench.student, prompt, alpha=config.alpha, temperature=config.temperature)
     return Race(
         {
@@ -146,22 +148,25 @@ def distil(bench: Bench) -> Race[int]:
 
 @dataclass(frozen=True)
 class Requests:
-    """As many prompts as texts, one each; all texts of as many tokens."""
+    """As many prompts as texts, one each. ``token_ids`` are those of the texts in the task's template."""
 
     prompts: list[Tensor]
+    texts: list[str]
     token_ids: list[list[int]]
 
     @classmethod
     def draw(cls, bench: Bench, *, count: int, length: int, tokens: int) -> Requests:
-        """Rows of the vocabulary as prompts, and the corpus's own words as texts."""
-        generator = torch.Generator().manual_seed(0)
-        matrix = bench.target.model.get_input_embeddings().weight.detach()
+        """Rows of the vocabulary as prompts, and the corpus's own words as texts of about ``tokens`` tokens."""
+        model, generator = bench.target, torch.Generator().manual_seed(0)
+        matrix = model.model.get_input_embeddings().weight.detach()
         rows = [torch.randint(len(matrix), (length,), generator=generator).to(matrix.device) for _ in range(count)]
-        ids = bench.target.tokenizer("\n".join(bench.corpus[: 50 * count]), add_special_tokens=False).input_ids
+        ids = model.tokenizer("\n".join(bench.corpus[: 50 * count]), add_special_tokens=False).input_ids
         while len(ids) < count * tokens:
             ids = ids + ids
-        texts = [ids[at * tokens : (at + 1) * tokens] for at in range(count)]
-        return cls([matrix[some].float().cpu() for some in rows], texts)
+        own = max(1, tokens - len(encode_rows(model, bench.task, [""]).rows[0].token_ids))
+        texts = [model.tokenizer.decode(ids[at * tokens : at * tokens + own]).strip() for at in range(count)]
+        encoded = encode_rows(model, bench.task, texts)
+        return cls([matrix[some].float().cpu() for some in rows], texts, [row.token_ids for row in encoded.rows])
 
     @property
     def tokens(self) -> int:
@@ -178,7 +183,7 @@ def predict(bench: Bench, *, count: int = 64, length: int = 100, tokens: int = 3
             theirs.logits(at, ids)
 
     return Race(
-        {"post": mixed(model, asked.prompts, asked.token_ids), "peft": peft},
+        {"post": mixed(model, bench.task, asked.prompts, asked.texts), "peft": peft},
         int,
         lambda _: Arithmetic.of(model).forward(asked.tokens, count),
         lambda _: asked.tokens,
@@ -203,8 +208,12 @@ def generate(bench: Bench, *, count: int = 8, length: int = 100, tokens: int = 3
     )
 
 
-def _adam(start: Tensor, model: LanguageModel) -> PromptAdam:
-    return PromptAdam(nn.Parameter(start.clone().to(model.device)), 0.01)
+def _adam(start: Tensor, model: LanguageModel, *, shared: bool = False) -> PromptAdam:
+    """As the loops make it, in micro-batches; ``shared`` where one pass runs the prompt once."""
+    positions, length = plan_step(model, longest=1).positions, len(start)
+    tokens, room = (positions - length, 0) if shared else (positions, length)
+    prompt = nn.Parameter(start.clone().to(model.device))
+    return PromptAdam(prompt, 0.01, lambda batch: batch.split(len(batch), tokens=tokens, room=room))
 
 
 def _update(optimizer: PromptOptimizer, loss: Loss, batch: Batch) -> None:

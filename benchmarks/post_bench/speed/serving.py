@@ -6,18 +6,17 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from post_shared.batches import EncodedRow, EncodedRows
 from post_shared.language_model import LanguageModel
+from post_shared.serving import ServedPrompt, classify_mixed
+from post_shared.tasks import Task
 
 
-def mixed(model: LanguageModel, prompts: Sequence[Tensor], token_ids: Sequence[list[int]]) -> Callable[[int], None]:
-    """The logits behind each text with its own prompt. The prompts' prefixes are there, as for a second request."""
-    kept = [model.prefix(prompt) for prompt in prompts]
-    rows = EncodedRows(tuple(EncodedRow(ids, [len(ids) - 1], [], None) for ids in token_ids))
+def mixed(model: LanguageModel, task: Task, prompts: Sequence[Tensor], texts: Sequence[str]) -> Callable[[int], None]:
+    """Class probabilities of each text behind its own prompt, which was asked for before."""
+    served = [ServedPrompt.of(model, task, prompt) for prompt in prompts]
 
     def way(_: int) -> None:
-        for at, prefix in enumerate(kept):
-            model.answer_logits_after(rows.batch([at]), prefix)
+        classify_mixed(model, texts, served)
 
     return way
 

@@ -81,12 +81,13 @@ class ManyLoss:
 
     def of_rows(self, prompts: Tensor, batch: Batch, owner: Tensor) -> Tensor:
         """Losses (B,) with prompts (B, l, d), one for each row, so that their gradients are the rows' own."""
-        return self._losses(self.model.answer_logits(batch, prompts), prompts, batch, owner)
+        return self._losses(self.model.answer_logits(batch, prompts, self.words.token_ids), prompts, batch, owner)
 
     def of_prompts(self, prompts: Tensor, batch: Batch, owner: Tensor) -> Tensor:
         """The same with the prompts of all, (K, l, d): each is run once, and its gradient is the sum over its rows."""
         used = torch.tensor(_prompts_of(owner))
-        logits = self.model.answer_logits_shared(batch, prompts[used], torch.searchsorted(used, owner))
+        own = torch.searchsorted(used, owner)
+        logits = self.model.answer_logits_shared(batch, prompts[used], own, self.words.token_ids)
         return self._losses(logits, prompts[owner], batch, owner)
 
     def _losses(self, logits: Tensor, prompts: Tensor, batch: Batch, owner: Tensor) -> Tensor:

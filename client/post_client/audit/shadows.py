@@ -16,22 +16,14 @@ from post_client.privacy import PoissonSampler, PrivacyConfig, PrivacyPlan
 from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_client.tuning import TuneConfig, check_rows, encode_private, starting_prompt, work_of
 from post_shared.batches import EncodedRows, ShuffledBatches
+from post_shared.clock import Clock, warm_then_linear
 from post_shared.data import Row
 from post_shared.errors import InvalidInput
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_tuning import lean_for
 from post_shared.tasks import Task
-from post_shared.training import (
-    Checkpoint,
-    Clock,
-    Progress,
-    Reporter,
-    fingerprint,
-    ignore,
-    run_steps,
-    warm_then_linear,
-)
+from post_shared.training import Checkpoint, Progress, Reporter, fingerprint, ignore, run_steps
 
 Members = NDArray[np.bool_]
 """(K, N): whether prompt k was tuned on row i."""
@@ -192,7 +184,8 @@ def confidences(
     for done, batch in enumerate(batches, start=1):
         own = torch.nn.functional.one_hot(batch.labels, len(task.labels)).bool()  # (B, C)
         for k, prompt in enumerate(prompts):
-            scores = words.scores(model.answer_logits_shared(batch, prompt)).double().cpu()  # (B, C)
+            chosen = model.answer_logits_shared(batch, prompt, tokens=words.token_ids)  # (B, K)
+            scores = words.scores(chosen).double().cpu()  # (B, C)
             others = scores.masked_fill(own, -torch.inf).logsumexp(1)
             found[k, list(batch.index)] = scores[own] - others
         report(Progress(done, len(batches), stage))

@@ -17,10 +17,11 @@ from post_server.ml.objective import Objective
 from post_server.ml.processes import ALONE, Group
 from post_server.ml.start import STARTS, TargetStates
 from post_server.ml.teacher_cache import CacheRoom, TeacherCache
+from post_shared.clock import Clock, warm_then_linear
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
 from post_shared.schemas import DistillationCreate
-from post_shared.training import Checkpoint, Clock, Progress, Reporter, fingerprint, ignore, run_steps, warm_then_linear
+from post_shared.training import Checkpoint, Progress, Reporter, fingerprint, ignore, run_steps
 
 WARM_UP = 0.05
 SEARCH_TOKENS = 4_096

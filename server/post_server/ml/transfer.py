@@ -7,7 +7,8 @@ with the head at the answer positions only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from post_server.ml.constants import Constants, answers, first_answers, student_answers
 from post_server.ml.ensemble import ensemble
 from post_server.ml.held_out import BestStep, hold_out
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
@@ -24,6 +26,7 @@ from post_shared.evaluation import check_labels, evaluate
 from post_shared.label_words import LabelWords, label_words
 from post_shared.language_model import LanguageModel
 from post_shared.losses import alpha_heuristic, divergence, soften, transfer_loss
+from post_shared.memory import plan_step
 from post_shared.schemas import TransferCreate
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
@@ -71,25 +74,6 @@ class TransferResult:
     """Mean loss at the chosen step on public rows that weren't trained on; None if there were too few to leave out."""
 
 
-@dataclass(frozen=True)
-class Constants:
-    """What never changes during a transfer, one row per text and answer position: logits (N, V) or scores (N, C)."""
-
-    student: Tensor
-    """Φs(p_s + x)"""
-    student_plain: Tensor
-    """Φs(x); left empty with class scores"""
-    target_plain: Tensor
-    """Φt(x)"""
-    first: Tensor
-    """(rows,): where each text's answer positions begin."""
-
-    def of(self, batch: Batch) -> Tensor:
-        """The positions of a batch's rows in the tensors above: (P,)."""
-        spans = [torch.arange(len(batch.encoded.rows[at].positions)) + self.first[at] for at in batch.index]
-        return torch.cat(spans)
-
-
 def check_pair(target: LanguageModel, student: LanguageModel, prompt: SoftPrompt) -> None:
     """The full-vocabulary losses need the same vocabulary, and the prompt the same width, on both sides.
 
@@ -103,35 +87,6 @@ def check_pair(target: LanguageModel, student: LanguageModel, prompt: SoftPrompt
             f"the student (width {student.hidden_size}, vocabulary {student.vocabulary}) isn't one of the target model "
             f"(width {target.hidden_size}, vocabulary {target.vocabulary}); use the target that it was distilled from"
         )
-
-
-@torch.no_grad()
-def constants(
-    target: LanguageModel,
-    student: LanguageModel,
-    prompt: SoftPrompt,
-    encoded: EncodedRows,
-    words: LabelWords | None = None,
-    *,
-    batch_size: int = 32,
-    report: Reporter = ignore,
-) -> Constants:
-    """Run each of the three constant forward passes once over all rows; with ``words``, keep class scores only."""
-    counts = torch.tensor([len(row.positions) for row in encoded.rows])
-    first = torch.cumsum(counts, 0) - counts
-    width = len(words.weights) if words else target.vocabulary
-    right, right_plain, plain = (torch.empty(int(counts.sum()), width) for _ in range(3))
-    kept = Constants(right, right_plain, plain, first)
-    view = words.scores if words else lambda logits: logits
-    batches = list(encoded.in_order_of_length(batch_size))
-    for step, batch in enumerate(batches, 1):
-        at = kept.of(batch)
-        kept.student[at] = view(student.answer_logits_shared(batch, prompt.embeddings)).cpu()
-        if words is None:  # only Eq. 5 looks at it
-            kept.student_plain[at] = view(student.answer_logits(batch)).cpu()
-        kept.target_plain[at] = view(target.answer_logits(batch)).cpu()
-        report(Progress(step, len(batches), "constants"))
-    return kept
 
 
 def paper_objective(target: LanguageModel, known: Constants, alpha: float, temperature: float) -> Loss:
@@ -159,7 +114,7 @@ def ensemble_objective(target: LanguageModel, known: Constants, alpha: float, wo
     goal = ensemble(known.student, known.target_plain, alpha)  # (N, C)
 
     def loss(prompt: Tensor, batch: Batch) -> Tensor:
-        scores = words.scores(target.answer_logits_shared(batch, prompt))  # (P, C)
+        scores = words.scores(target.answer_logits_shared(batch, prompt, tokens=words.token_ids))  # (P, C)
         return divergence(goal[known.of(batch)].to(scores.device), soften(scores, 1.0))
 
     return loss
@@ -167,7 +122,7 @@ def ensemble_objective(target: LanguageModel, known: Constants, alpha: float, wo
 
 def transfer(
     target: LanguageModel,
-    student: LanguageModel,
+    student: LanguageModel | Callable[[], LanguageModel],
     task: Task,
     prompt: SoftPrompt,
     texts: Sequence[str],
@@ -180,34 +135,37 @@ def transfer(
     """p_s -> p_t: start where p_s is, and follow the method's loss on public texts. Labels are never looked at.
 
     Of enough public texts some are left out of training, and the step at which these are imitated best is chosen.
+    A ``student`` that is loaded by calling it is in memory only until it has answered.
 
     A generation task has no classes: it is transferred by the paper's loss, where the answer begins.
 
     Raises:
         PromptMismatch: prompt, student and target don't belong together.
         DataInvalid: there is no text.
+        OutOfMemory: a step on a single text doesn't fit the free memory.
     """
-    check_pair(target, student, prompt)
+    small = student if isinstance(student, LanguageModel) else student()
+    check_pair(target, small, prompt)
     chosen = list(dict.fromkeys(texts))[: config.max_rows]
     if not chosen:
         raise DataInvalid("the public dataset has no texts")
     encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
     words = label_words(target, task) if config.method == "ensemble" and not task.is_generation else None
-    if words and not torch.equal(words.token_ids, label_words(student, task).token_ids):
+    if words and not torch.equal(words.token_ids, label_words(small, task).token_ids):
         raise PromptMismatch("student and target cut the task's label words into different tokens")
-    known = constants(target, student, prompt, encoded, words, report=report)
-    if words:
-        objective = ensemble_objective(target, known, config.alpha, words)
-    else:
-        objective = paper_objective(target, known, config.alpha, config.temperature)
-    work = fingerprint(config, prompt.embeddings, chosen, task.form().model_dump(), target.model, student.model)
+    work = fingerprint(config, prompt.embeddings, chosen, task.form().model_dump(), target.model, small.model)
+    said = student_answers(small, prompt, encoded, words, report=report)
+    del small
+    gc.collect()
+    known = Constants(*said, answers(target, encoded, words, report=report), first_answers(encoded))
+    objective = _objective(target, known, words, config)
     losses: list[float] = []
 
     def watch(progress: Progress) -> None:
         losses.append(progress.metrics["loss"])
         report(progress)
 
-    adam = PromptAdam(nn.Parameter(prompt.embeddings.clone().to(target.device)), config.learning_rate)
+    adam = _adam(target, prompt, encoded, config)
     trained, left_out = hold_out(len(encoded), config.seed)
     best = BestStep(adam, objective, encoded.batch(left_out), batch_size=config.batch_size, steps=config.steps)
     train_prompt(
@@ -224,6 +182,21 @@ def transfer(
     moved, step, held_out_loss = best.chosen
     first, last = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
     return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last, step, held_out_loss)
+
+
+def _objective(target: LanguageModel, known: Constants, words: LabelWords | None, config: TransferConfig) -> Loss:
+    if words:
+        return ensemble_objective(target, known, config.alpha, words)
+    return paper_objective(target, known, config.alpha, config.temperature)
+
+
+def _adam(target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig) -> PromptAdam:
+    """On p_t = p_s, in micro-batches that the memory plan allows."""
+    plan = plan_step(target, longest=prompt.length + encoded.longest)
+    shared = target.keeps_prefix  # then the prompt runs once for all rows of a pass
+    tokens, room = (plan.positions - prompt.length, 0) if shared else (plan.positions, prompt.length)
+    start = nn.Parameter(prompt.embeddings.clone().to(target.device))
+    return PromptAdam(start, config.learning_rate, lambda batch: batch.split(len(batch), tokens=tokens, room=room))
 
 
 def choose_alpha(

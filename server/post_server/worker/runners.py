@@ -156,13 +156,13 @@ def run_transfer(work: Work) -> Outcome:
         student_row = _student_of(session, source, target_row)
     file, task = _read(work, source)
     prompt = SoftPrompt(torch.from_numpy(file.embeddings))
-    target, student = work.load(target_row), work.load(student_row)
+    target, load_student = work.load(target_row), partial(work.load, student_row)
     alpha = request.alpha
     if alpha == "auto":
-        alpha = choose_alpha(target, student, task, prompt, work.rows(dataset)[: request.max_rows])
+        alpha = choose_alpha(target, load_student(), task, prompt, work.rows(dataset)[: request.max_rows])
     moved = transfer(
         target,
-        student,
+        load_student,
         task,
         prompt,
         work.texts(dataset),

@@ -1,0 +1,96 @@
+"""What never changes while a prompt is transferred, computed once: Φs(p_s + x), Φs(x) and Φt(x), where texts end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from post_shared.batches import Batch, EncodedRows
+from post_shared.label_words import LabelWords
+from post_shared.language_model import LanguageModel
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.training import Progress, Reporter, ignore
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What never changes during a transfer, one row per text and answer position: logits (N, V) or scores (N, C)."""
+
+    student: Tensor
+    """Φs(p_s + x)"""
+    student_plain: Tensor
+    """Φs(x); left empty with class scores"""
+    target_plain: Tensor
+    """Φt(x)"""
+    first: Tensor
+    """(rows,): where each text's answer positions begin."""
+
+    def of(self, batch: Batch) -> Tensor:
+        """The positions of a batch's rows in the tensors above: (P,)."""
+        return answers_of(batch, self.first)
+
+
+def constants(
+    target: LanguageModel,
+    student: LanguageModel,
+    prompt: SoftPrompt,
+    encoded: EncodedRows,
+    words: LabelWords | None = None,
+) -> Constants:
+    """Run each of the three constant forward passes once over all rows; with ``words``, keep class scores only."""
+    said = student_answers(student, prompt, encoded, words)
+    return Constants(*said, answers(target, encoded, words), first_answers(encoded))
+
+
+def student_answers(
+    student: LanguageModel,
+    prompt: SoftPrompt,
+    encoded: EncodedRows,
+    words: LabelWords | None,
+    *,
+    report: Reporter = ignore,
+) -> tuple[Tensor, Tensor]:
+    """Φs(p_s + x) and Φs(x); the latter, which only Eq. 5 looks at, is left empty with class scores."""
+    prompted = answers(student, encoded, words, prompt, report=report)
+    return prompted, torch.empty(0) if words else answers(student, encoded, words, report=report)
+
+
+@torch.no_grad()
+def answers(
+    model: LanguageModel,
+    encoded: EncodedRows,
+    words: LabelWords | None,
+    prompt: SoftPrompt | None = None,
+    *,
+    batch_size: int = 32,
+    report: Reporter = ignore,
+) -> Tensor:
+    """What the model says at every answer position: logits (N, V) or, with ``words``, class scores (N, C)."""
+    first = first_answers(encoded)
+    found = torch.empty(
+        sum(len(row.positions) for row in encoded.rows), len(words.weights) if words else model.vocabulary
+    )
+    tokens = words.token_ids if words else None
+    batches = list(encoded.in_order_of_length(batch_size))
+    for step, batch in enumerate(batches, 1):
+        at = answers_of(batch, first)
+        if prompt:
+            logits = model.answer_logits_shared(batch, prompt.embeddings, tokens=tokens)
+        else:
+            logits = model.answer_logits(batch, tokens=tokens)
+        found[at] = (words.scores(logits) if words else logits).cpu()
+        report(Progress(step, len(batches), "constants"))
+    return found
+
+
+def first_answers(encoded: EncodedRows) -> Tensor:
+    """(rows,): where each text's answer positions begin among all of them."""
+    counts = torch.tensor([len(row.positions) for row in encoded.rows])
+    return torch.cumsum(counts, 0) - counts
+
+
+def answers_of(batch: Batch, first: Tensor) -> Tensor:
+    """The answer positions of a batch's rows among all of them: (P,)."""
+    return torch.cat([torch.arange(len(batch.encoded.rows[at].positions)) + first[at] for at in batch.index])

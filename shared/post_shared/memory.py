@@ -1,0 +1,87 @@
+"""A memory plan: what a step that trains a prompt will take, said before it is made.
+
+Nearly all of a step's memory are activations that the pass backward needs, and they grow with the positions that run
+at a time. What one position takes is measured on the model itself, so a plan holds for any architecture.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from post_shared.errors import OutOfMemory
+from post_shared.language_model import LanguageModel
+
+TASTE = 16
+"""Positions of the pass that is measured."""
+SHARE = 0.6
+"""Of the free memory that a step may take; the rest is for what isn't counted."""
+ENOUGH = 256
+"""Positions at a time from which on a CPU's matrix products no longer gain speed."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How many positions (texts with their prompts) run at a time, and what they take, in bytes."""
+
+    positions: int
+    per_position: int
+    free: int
+
+    @property
+    def bytes(self) -> int:
+        return self.positions * self.per_position
+
+
+def plan_step(model: LanguageModel, *, longest: int) -> MemoryPlan:
+    """The largest micro-batch that fits the free memory and isn't larger than it helps; ``longest`` is what a single
+    text takes with its prompt.
+
+    Raises:
+        OutOfMemory: not even one text fits.
+    """
+    per_position, free = saved_per_position(model), free_bytes(model.device)
+    most = int(free * SHARE) // per_position
+    if most < longest:
+        raise OutOfMemory(
+            f"a step on one text with its prompt ({longest} positions) takes about {longest * per_position / 1e6:.0f} "
+            f"MB for the pass backward, and {free / 1e6:.0f} MB are free on {model.device}; use shorter texts "
+            "(max_length), a shorter prompt, or a machine with more memory"
+        )
+    enough = max(ENOUGH, longest) if model.device.type == "cpu" else most
+    return MemoryPlan(min(most, enough), per_position, free)
+
+
+def saved_per_position(model: LanguageModel) -> int:
+    """Bytes that a pass keeps for the way back, for each position: measured on a few of them."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    prompt = torch.zeros(TASTE, model.hidden_size, device=model.device, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.hidden(torch.zeros(1, 1, dtype=torch.long), prompt=prompt)
+    del hidden  # until here no storage was freed, so none was counted twice
+    return max(1, sum(kept.values()) // (TASTE + 1))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free there: the GPU's, or this machine's within the limit of its control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no limit, or none that can be read
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return max(free, 0)

@@ -1,0 +1,117 @@
+"""The memory plan, and that cutting a step into what fits changes nothing but its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from post_shared import memory
+from post_shared.batches import PASS, EncodedRow, EncodedRows, encode_rows
+from post_shared.errors import OutOfMemory
+from post_shared.language_model import LanguageModel
+from post_shared.memory import free_bytes, plan_step, saved_per_position
+from post_shared.prompt_tuning import tuning_objective
+from post_shared.tasks import Task
+from post_shared.training import PromptAdam
+from tests.models import LABELS, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("terrible",), "positive": ("great",)})
+CPU = torch.device("cpu")
+
+
+def rows_of(lengths: list[int]) -> EncodedRows:
+    return EncodedRows(tuple(EncodedRow([1] * length, [length - 1], [], None) for length in lengths))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 12), st.integers(1, 200))
+def test_no_other_way_of_cutting_a_batch_costs_less(lengths: list[int], size: int, tokens: int) -> None:
+    batch = rows_of(lengths).batch(range(len(lengths)))
+    parts = batch.places(size, tokens=tokens)
+    assert sorted(at for part in parts for at in part) == list(range(len(lengths)))
+    held = [len(part) * max(lengths[at] for at in part) for part in parts]
+    assert all(len(part) <= size for part in parts)
+    assert all(len(part) == 1 or of <= tokens for part, of in zip(parts, held, strict=True))
+    ordered = sorted(lengths)
+
+    def least(end: int) -> int:
+        """By trying all."""
+        ways = [n for n in range(1, min(size, end) + 1) if n == 1 or n * ordered[end - 1] <= tokens]
+        return min((least(end - n) + n * ordered[end - 1] + PASS for n in ways), default=0) if end else 0
+
+    assert sum(held) + PASS * len(parts) == least(len(lengths))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+def test_a_step_in_parts_is_the_step(family: str) -> None:
+    model = tiny_model(family)
+    task = TASK if model.kind == "causal" else Task("{text}, it was {mask}", TASK.label_words)
+    encoded, loss = encode_rows(model, task, TEXTS, labels=LABELS, room=4), tuning_objective(model, task)
+    start = torch.randn(4, model.hidden_size) * 0.1
+    moved = []
+    for tokens in (None, 30, 1):
+        adam = PromptAdam(
+            nn.Parameter(start.clone()), 0.01, lambda batch, n=tokens: batch.split(len(batch), tokens=n, room=4)
+        )
+        value = adam.update(loss, encoded.batch(range(len(TEXTS))))
+        moved.append((value, adam.prompt.grad, adam.prompt.detach()))
+    for value, gradient, prompt in moved[1:]:
+        assert value == pytest.approx(moved[0][0], rel=1e-5)
+        torch.testing.assert_close(gradient, moved[0][1], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(prompt, moved[0][2], rtol=0, atol=1e-4)
+
+
+def test_what_a_position_keeps_grows_with_the_layers_and_leaves_the_weights_out() -> None:
+    small, large = (saved_per_position(tiny_model(layers=layers)) for layers in (2, 6))
+    assert 2.0 < large / small < 4.0
+    wide = tiny_model(layers=2)
+    assert small < sum(weight.nbytes for weight in wide.model.parameters())
+    assert all(weight.grad is None for weight in wide.model.parameters())
+
+
+def test_a_plan_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    each = saved_per_position(model)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 100 * each)
+    plan = plan_step(model, longest=20)
+    assert plan.positions == 60
+    assert plan.bytes == 60 * each
+    with pytest.raises(OutOfMemory, match=r"61 positions.*MB are free on cpu"):
+        plan_step(model, longest=61)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 10**12)
+    assert plan_step(model, longest=20).positions == memory.ENOUGH
+    assert plan_step(model, longest=900).positions == 900
+
+
+def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    unlimited = free_bytes(CPU)
+    assert unlimited > 10**6
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert free_bytes(CPU) > 10**6
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_bytes(CPU) == 995
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert free_bytes(CPU) == 0
+
+
+def test_texts_of_all_lengths_behind_one_prompt_are_in_their_order() -> None:
+    model: LanguageModel = tiny_model()
+    encoded = encode_rows(model, TASK, [*TEXTS, " ".join(TEXTS) * 2], room=4)
+    batch, prompt = encoded.batch([8, 2, 4, 0, 5, 8, 1]), torch.randn(4, model.hidden_size)
+    assert len(batch.places(len(batch))) > 1
+    torch.testing.assert_close(
+        model.answer_logits_shared(batch, prompt), model.answer_logits(batch, prompt), rtol=1e-4, atol=1e-5
+    )
+    prompts, owner = torch.randn(3, 4, model.hidden_size), torch.tensor([0, 2, 1, 1, 0, 2, 0])
+    torch.testing.assert_close(
+        model.answer_logits_shared(batch, prompts, owner),
+        model.answer_logits(batch, prompts[owner]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
