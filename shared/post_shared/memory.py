@@ -21,8 +21,6 @@ TASTE = 16
 """Positions of the pass that is measured."""
 SHARE = 0.6
 """Of the free memory that a step may take; the rest is for what isn't counted."""
-ENOUGH = 256
-"""Positions at a time from which on a CPU's matrix products no longer gain speed."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -39,23 +37,24 @@ class MemoryPlan:
         return self.positions * self.per_position
 
 
-def plan_step(model: LanguageModel, *, longest: int) -> MemoryPlan:
-    """The largest micro-batch that fits the free memory and isn't larger than it helps; ``longest`` is what a single
-    text takes with its prompt.
+def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) -> MemoryPlan:
+    """The largest micro-batch that fits the free memory and, where that is given, ``most`` bytes.
+
+    ``longest`` is what a single text takes with its prompt: that much is run whatever ``most`` says.
 
     Raises:
         OutOfMemory: not even one text fits.
     """
     per_position, free = saved_per_position(model), free_bytes(model.device)
-    most = int(free * SHARE) // per_position
-    if most < longest:
+    fits = int(free * SHARE) // per_position
+    if fits < longest:
         raise OutOfMemory(
             f"a step on one text with its prompt ({longest} positions) takes about {longest * per_position / 1e6:.0f} "
             f"MB for the pass backward, and {free / 1e6:.0f} MB are free on {model.device}; use shorter texts "
             "(max_length), a shorter prompt, or a machine with more memory"
         )
-    enough = max(ENOUGH, longest) if model.device.type == "cpu" else most
-    return MemoryPlan(min(most, enough), per_position, free)
+    wanted = fits if most is None else max(longest, most // per_position)
+    return MemoryPlan(min(fits, wanted), per_position, free)
 
 
 def saved_per_position(model: LanguageModel) -> int:

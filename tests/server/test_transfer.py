@@ -103,11 +103,11 @@ def test_the_ensemble_is_imitated_over_class_scores(pair: tuple[LanguageModel, L
     with torch.no_grad():
         got = ensemble_objective(target, known, 0.3, words)(trained, batch)
         goal = ensemble(
-            words.scores(student.answer_logits(batch, prompt.embeddings)),
-            words.scores(target.answer_logits(batch)),
+            words.of(student.answer_logits(batch, prompt.embeddings)),
+            words.of(target.answer_logits(batch)),
             0.3,
         )
-        wanted = losses.divergence(goal, words.scores(target.answer_logits(batch, trained)).log_softmax(-1))
+        wanted = losses.divergence(goal, words.of(target.answer_logits(batch, trained)).log_softmax(-1))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 

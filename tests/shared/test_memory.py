@@ -83,8 +83,8 @@ def test_a_plan_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemory, match=r"61 positions.*MB are free on cpu"):
         plan_step(model, longest=61)
     monkeypatch.setattr(memory, "free_bytes", lambda _: 10**12)
-    assert plan_step(model, longest=20).positions == memory.ENOUGH
-    assert plan_step(model, longest=900).positions == 900
+    assert plan_step(model, longest=20, most=50 * each).positions == 50
+    assert plan_step(model, longest=900, most=50 * each).positions == 900
 
 
 def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

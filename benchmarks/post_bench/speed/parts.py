@@ -22,7 +22,7 @@ from post_server.ml.distillation import DistilConfig
 from post_server.ml.layers import chosen_layers, copy_student
 from post_server.ml.objective import Objective
 from post_server.ml.processes import ALONE
-from post_server.ml.transfer import TransferConfig, ensemble_objective
+from post_server.ml.transfer import STEP_SHARE, TransferConfig, ensemble_objective
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
@@ -210,7 +210,8 @@ def generate(bench: Bench, *, count: int = 8, length: int = 100, tokens: int = 3
 
 def _adam(start: Tensor, model: LanguageModel, *, shared: bool = False) -> PromptAdam:
     """As the loops make it, in micro-batches; ``shared`` where one pass runs the prompt once."""
-    positions, length = plan_step(model, longest=1).positions, len(start)
+    most = int(STEP_SHARE * sum(weight.nbytes for weight in model.model.parameters())) if shared else None
+    positions, length = plan_step(model, longest=1, most=most).positions, len(start)
     tokens, room = (positions - length, 0) if shared else (positions, length)
     prompt = nn.Parameter(start.clone().to(model.device))
     return PromptAdam(prompt, 0.01, lambda batch: batch.split(len(batch), tokens=tokens, room=room))

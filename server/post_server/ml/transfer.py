@@ -32,6 +32,9 @@ from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
+STEP_SHARE = 0.5
+"""Of the target's own size: what a step keeps for the way back. Less would cost time: small matrices are slow."""
+
 
 @dataclass(frozen=True)
 class TransferConfig:
@@ -192,7 +195,8 @@ def _objective(target: LanguageModel, known: Constants, words: LabelWords | None
 
 def _adam(target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig) -> PromptAdam:
     """On p_t = p_s, in micro-batches that the memory plan allows."""
-    plan = plan_step(target, longest=prompt.length + encoded.longest)
+    size = sum(weight.nbytes for weight in target.model.parameters())
+    plan = plan_step(target, longest=prompt.length + encoded.longest, most=int(STEP_SHARE * size))
     shared = target.keeps_prefix  # then the prompt runs once for all rows of a pass
     tokens, room = (plan.positions - prompt.length, 0) if shared else (plan.positions, prompt.length)
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
