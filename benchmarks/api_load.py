@@ -49,16 +49,21 @@ def add_jobs(api: LiveApi, count: int) -> list[str]:
     return jobs
 
 
+def connect(api: LiveApi) -> httpx.AsyncClient:
+    """A client with one connection of its own. Without TLS, whose certificates take a while to load."""
+    return httpx.AsyncClient(base_url=api.url, headers=api.owner, timeout=120, trust_env=False, verify=False)
+
+
 async def load(api: LiveApi, jobs: list[str], *, clients: int, rate: float, seconds: float) -> dict[str, Any]:
     """Requests at a steady rate, whatever the answers take. Latency counts from when a request was due."""
     paths = [f"/v1/jobs/{job}{end}" for job in jobs for end in ("", "/events", "/metrics")] + ["/v1/jobs?limit=20"] * 20
     process, latencies = psutil.Process(api.pid), list[float]()
     used = process.cpu_times()
     failures: list[str] = []
-    begin = time.perf_counter() + 0.5
+    begin = time.perf_counter() + 1.0
 
     async def client(number: int) -> None:
-        async with httpx.AsyncClient(base_url=api.url, headers=api.owner, timeout=30, trust_env=False) as http:
+        async with connect(api) as http:
             for at in range(number, int(rate * seconds), clients):
                 due = begin + at / rate
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -90,8 +95,8 @@ async def open_streams(api: LiveApi, jobs: list[str], count: int, arrived: list[
     few = asyncio.Semaphore(50)
 
     async def follow(job: str) -> None:
-        params, headers = {"snapshot": "true"}, api.owner | {"Accept": "text/event-stream"}
-        async with httpx.AsyncClient(base_url=api.url, timeout=120, trust_env=False) as http:
+        params, headers = {"snapshot": "true"}, {"Accept": "text/event-stream"}
+        async with connect(api) as http:
             await few.acquire()
             async with http.stream("GET", f"/v1/jobs/{job}/events", params=params, headers=headers) as answer:
                 first = True

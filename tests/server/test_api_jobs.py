@@ -288,7 +288,9 @@ class TestEvents:
         seen: list[list[dict[str, str]]] = []
         follower = threading.Thread(target=lambda: seen.append(self.follow(front, job)))
         follower.start()
-        time.sleep(0.5)
+        waits = front.app.state.context.following._waits
+        while not waits and follower.is_alive():  # until it has seen all and waits for more
+            time.sleep(0.01)
         with front.database.write() as session:
             revoke_key(session, "alice")
         follower.join(60.0)

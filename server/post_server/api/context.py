@@ -52,8 +52,8 @@ class Context:
         return True
 
 
-def get_context(request: Request) -> Context:
-    """The parts of the server that the request came to."""
+async def get_context(request: Request) -> Context:
+    """The parts of the server that the request came to. Asynchronous, as all that never waits: no thread is needed."""
     return cast(Context, request.app.state.context)
 
 
@@ -97,7 +97,7 @@ def _note_use(app: Context, caller: ApiKeyRow) -> None:
         log.warning("use of a key not noted", error=type(error).__name__, where=where(error))
 
 
-def get_provider(caller: Annotated[ApiKeyRow, Depends(get_caller)]) -> ApiKeyRow:
+async def get_provider(caller: Annotated[ApiKeyRow, Depends(get_caller)]) -> ApiKeyRow:
     """A caller that is the provider.
 
     Raises:

@@ -31,7 +31,7 @@ class Wanted:
     if_none_match: str | None
 
 
-def _wanted(
+async def _wanted(
     request: Request,
     range_: Annotated[str | None, Header(alias="Range", max_length=100)] = None,
     if_range: Annotated[str | None, Header(max_length=100)] = None,

@@ -208,14 +208,12 @@ def requeue(session: Session, job_id: str) -> JobRow:
 
 def events_behind(session: Session, job_id: str, after: int, limit: int, kind: str | None = None) -> list[JobEvent]:
     """A job's history behind an event, oldest first: all of it, or one kind of events."""
-    statement = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
+    columns = [getattr(JobEventRow, name) for name in JobEvent.model_fields]  # plain values: no row objects to track
+    statement = select(*columns).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
     if kind is not None:
         statement = statement.where(JobEventRow.kind == kind)
-    statement = statement.order_by(JobEventRow.sequence).limit(limit)
-    return [
-        JobEvent.model_validate({name: getattr(row, name) for name in JobEvent.model_fields})
-        for row in session.scalars(statement)
-    ]
+    rows = session.execute(statement.order_by(JobEventRow.sequence).limit(limit)).mappings()
+    return [JobEvent.model_validate(dict(row)) for row in rows]
 
 
 # --- by the reconciler --------------------------------------------------------------------------------
