@@ -1,7 +1,7 @@
 """Peak memory of a transfer over the target model's own size, in a process of its own: ``python -m`` with a folder.
 
 The process does what a worker's does: it loads both models from their folders and transfers a prompt. What it held
-before it loaded them (Python and its libraries) doesn't count; the models themselves do.
+before it loaded them (Python, its libraries, the code of the models' family) doesn't count; the models themselves do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModel
 
 from post_bench.speed.machine import Peak
 from post_server.ml.transfer import TransferConfig, transfer
@@ -45,6 +46,8 @@ def transfer_memory(
 def measure(folder: Path, device: str) -> dict[str, float]:
     """In the new process."""
     given = json.loads((folder / "transfer.json").read_text("utf-8"))
+    for name in ("target", "student"):
+        _ = AutoModel._model_mapping[type(AutoConfig.from_pretrained(folder / name))]  # imports the family's code
     task, prompt = Task.load(folder / "task.json"), torch.tensor(given["prompt"])
     with Peak(torch.device(device)) as peak:
         target = LanguageModel.load(folder / "target", device=device)
