@@ -11,7 +11,7 @@ COPY shared shared
 COPY client client
 COPY server server
 COPY benchmarks/post_bench benchmarks/post_bench
-RUN PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL}" /opt/post/bin/pip install -c constraints.txt '.[server,postgres]'
+RUN PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL}" /opt/post/bin/pip install -c constraints.txt '.[server,postgres,s3]'
 
 FROM python:3.12-slim
 RUN useradd --system --uid 10001 --create-home --home-dir /data post

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ from post_shared.errors import IntegrityError, NotFound
 CHUNK_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 8 * CHUNK_BYTES  # of an object store, for each reader
 _FRESH = timedelta(hours=1)
+_FORGOTTEN_SECONDS = 24 * 3600.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -81,6 +83,14 @@ class BlobStore:
         finally:
             temporary.unlink(missing_ok=True)
         return sha256
+
+    def sweep(self, seconds: float = _FORGOTTEN_SECONDS) -> None:
+        """Remove temporary files older than that, which processes that were killed have left."""
+        before = time.time() - seconds
+        for path in (self._cache / "tmp").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def exists(self, sha256: str) -> bool:
         """Whether the blob is stored."""

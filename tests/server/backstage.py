@@ -76,10 +76,10 @@ class Backstage:
 
     # --- processes ------------------------------------------------------------------------------------
 
-    def start(self, *argv: str) -> subprocess.Popen[bytes]:
+    def start(self, *argv: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         log = (self.settings.home / "test.log").open("ab")
         with log:
-            process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment(self.settings))
+            process = subprocess.Popen(argv, stdout=log, stderr=log, env=env or environment(self.settings))
         self._processes.append(process)
         return process
 
@@ -191,11 +191,33 @@ class Backstage:
 
 def job_processes(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes of the jobs that a worker runs."""
-    return [
-        process
-        for process in psutil.Process(worker.pid).children()
-        if "post_server.worker.process" in process.cmdline()
-    ]
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(worker.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # which a zombie is, too
+                if "post_server.worker.process" in process.cmdline():
+                    found.append(process)
+    return found
+
+
+def undisturbed(backstage: Backstage, job_id: str, folder: Path) -> str:
+    """The hash of the student that a plain call makes of the same request."""
+    from post_server.ml.distillation import DistilConfig, distil
+    from post_server.ml.teacher_cache import CacheRoom
+    from post_server.model_store import materialise_model
+    from post_shared.data import read_corpus
+    from post_shared.language_model import LanguageModel
+    from post_shared.model_files import manifest, model_hash
+
+    request = DistillationCreate.model_validate(backstage.job(job_id).request)
+    with backstage.database.read() as session:
+        target = session.scalars(select(ModelRow).where(ModelRow.name == "target")).one()
+    model = LanguageModel.load(materialise_model(backstage.store, target, folder / "target"), device="cpu")
+    corpus = folder / "corpus.txt"
+    corpus.write_bytes(b"".join(backstage.store.open(backstage.add_corpus(name="again").sha256)))
+    config, room = DistilConfig.from_request(request), CacheRoom(backstage.settings.teacher_cache_bytes)
+    distil(model, read_corpus(corpus), config, checkpoint=folder / "work", room=room).save(folder / "student")
+    return model_hash(manifest(folder / "student"))
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:

@@ -118,6 +118,16 @@ def test_another_process_sees_every_change_at_once(object_store: ObjectStore, tm
     assert not here.exists(SHA256)
 
 
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    store = BlobStore(f"file://{tmp_path}")
+    store.put(DATA)
+    old, new = store.new_file(), store.new_file()
+    os.utime(old, (0, 0))
+    store.sweep()
+    assert (old.exists(), new.exists()) == (False, True)
+    assert store.list() == [SHA256]
+
+
 def test_changed_bytes_are_noticed(tmp_path: Path) -> None:
     store = BlobStore(f"file://{tmp_path}")
     path = store.local_path(store.put(DATA))

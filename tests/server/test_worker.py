@@ -7,19 +7,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sqlalchemy import select
 
 from post_server.jobs import doorbell, states
-from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.teacher_cache import CacheRoom
-from post_server.model_store import materialise_model
-from post_server.records import JobRow, ModelRow
+from post_server.records import JobRow
 from post_server.worker.supervisor import work_folder
-from post_shared.data import read_corpus
-from post_shared.language_model import LanguageModel
-from post_shared.model_files import manifest, model_hash
-from post_shared.schemas import DistillationCreate, JobState
-from tests.server.backstage import Backstage, job_processes, wait_for
+from post_shared.schemas import JobState
+from tests.server.backstage import Backstage, job_processes, undisturbed, wait_for
 
 STEPS = 400
 ENDLESS = 10_000_000
@@ -31,19 +24,6 @@ def ready(backstage: Backstage) -> Backstage:
     backstage.add_corpus()
     backstage.start_redis()
     return backstage
-
-
-def undisturbed(backstage: Backstage, job_id: str, folder: Path) -> str:
-    """The hash of the student that a plain call makes of the same request."""
-    request = DistillationCreate.model_validate(backstage.job(job_id).request)
-    with backstage.database.read() as session:
-        target = session.scalars(select(ModelRow).where(ModelRow.name == "target")).one()
-    model = LanguageModel.load(materialise_model(backstage.store, target, folder / "target"), device="cpu")
-    corpus = folder / "corpus.txt"
-    corpus.write_bytes(b"".join(backstage.store.open(backstage.add_corpus(name="again").sha256)))
-    config, room = DistilConfig.from_request(request), CacheRoom(backstage.settings.teacher_cache_bytes)
-    distil(model, read_corpus(corpus), config, checkpoint=folder / "work", room=room).save(folder / "student")
-    return model_hash(manifest(folder / "student"))
 
 
 def succeeded(backstage: Backstage, job_id: str) -> JobRow:

@@ -16,6 +16,7 @@ from post_server.jobs.queue import devices
 from post_server.jobs.reconciler import Reconciler
 from post_server.logs import configure_logs
 from post_server.settings import Settings
+from post_server.storage import BlobStore
 from post_server.worker.supervisor import JobSupervisor
 
 log = logging.getLogger("post.worker")
@@ -37,6 +38,7 @@ def main(settings: Settings) -> int:
     database, stopping = Database.from_settings(settings), threading.Event()
     supervisor = JobSupervisor(settings, database, stopping)
     supervisor.sweep()
+    BlobStore.from_settings(settings).sweep()
     app = celery_for(settings)
     app.task(supervisor.run, name=RUN_JOB, ignore_result=True, typing=False)
 
