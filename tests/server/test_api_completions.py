@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ import pytest
 import redis
 import torch
 from openai import OpenAI
+from typer.testing import CliRunner
 
 from post_server.keys import create_key
 from post_server.model_store import materialise_model
 from post_server.predictor import transport
 from post_server.predictor.server import Predictor
+from post_shared.cli import build_app
 from post_shared.key_schemas import Scope
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_file import read_prompt
@@ -271,3 +274,14 @@ def test_a_full_queue_is_429_with_retry_after(stage: Stage) -> None:
         assert code(stage.front("alice", "POST", "/v1/predictions", json=question)) == (429, "too_many_requests")
     finally:
         object.__setattr__(context, "settings", stage.front.settings)
+
+
+def test_the_command_goes_on_with_texts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [stage.plain(text, 6) for text in TEXTS[:2]]
+    monkeypatch.setenv("POST_URL", stage.front.url)
+    monkeypatch.setenv("POST_API_KEY", stage.front.keys["alice"])
+    argv = ["complete", "--model", "large", "--prompt", stage.prompt, "--max-tokens", "6", "--temperature", "0"]
+    one = CliRunner().invoke(build_app(), [*argv, "--text", TEXTS[0]])
+    assert (one.exit_code, one.stdout) == (0, expected[0] + "\n")
+    two = CliRunner().invoke(build_app(), [*argv, "--text", TEXTS[0], "--text", TEXTS[1]])
+    assert [json.loads(line)["answer"] for line in two.stdout.splitlines()] == expected

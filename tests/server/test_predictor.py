@@ -192,6 +192,26 @@ def test_a_predictor_that_goes_away_is_noticed(backstage: Backstage) -> None:
     assert time.monotonic() - began < 5.0
 
 
+def test_one_predictor_that_goes_away_is_noticed_while_others_live(backstage: Backstage) -> None:
+    backstage.start_redis()
+    row, stopping = backstage.add_target(), threading.Event()
+    lost, other = Predictor(backstage.settings), Predictor(backstage.settings)
+    other_beats = threading.Thread(target=other.beat, args=(stopping,))
+    with redis.Redis.from_url(backstage.settings.redis_url) as client:
+        other_beats.start()
+        wait_for(lambda: client.exists(transport.ALIVE), 5.0)
+        takes = threading.Thread(target=lost._take)  # and then never gives a sign of life
+        takes.start()
+        (error,) = ask(backstage, payload(row))
+    takes.join()
+    stopping.set()
+    other_beats.join()
+    assert type(error) is Unavailable
+    assert lost._backlog.texts == len(TEXTS)
+    lost.close()
+    other.close()
+
+
 def test_the_process_answers_logs_no_text_and_stops_when_told(backstage: Backstage) -> None:
     backstage.start_redis()
     row = backstage.add_target()

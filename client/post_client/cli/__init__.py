@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import typer
 
 from post_client.cli.audit import audit
+from post_client.cli.complete import complete
 from post_client.cli.demo import demo
 from post_client.cli.jobs import jobs
 from post_client.cli.ledger import epsilon, ledger
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    verbs = (pull, tune, audit, push, transfer, predict, ledger, epsilon)
+    verbs = (pull, tune, audit, push, transfer, predict, complete, ledger, epsilon)
     for verb in verbs:
         app.command(verb.__name__, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import signal
 import threading
 import time
@@ -50,6 +51,7 @@ class Predictor:
         self._database = Database.from_settings(settings)
         self._shelf = Shelf(settings, self._database, BlobStore.from_settings(settings))
         self._redis = redis.Redis.from_url(settings.redis_url, socket_timeout=10.0, socket_connect_timeout=2.0)
+        self._name = secrets.token_hex(8)
         self._backlog = Backlog()
         self._desk = Desk()
 
@@ -57,7 +59,10 @@ class Predictor:
         """Give signs of life, in a thread of its own: a long batch is no death."""
         while not stopping.is_set():
             try:
-                self._redis.set(transport.ALIVE, 1, ex=transport.ALIVE_SECONDS)
+                with self._redis.pipeline() as pipe:
+                    for key in (transport.ALIVE, transport.alive_key(self._name)):
+                        pipe.set(key, 1, ex=transport.ALIVE_SECONDS)
+                    pipe.execute()
             except redis.RedisError as error:
                 log.warning("redis away: %s", type(error).__name__)
             stopping.wait(transport.ALIVE_SECONDS / 3)
@@ -154,6 +159,7 @@ class Predictor:
         except (ValueError, KeyError, TypeError):
             log.error("a question that can't be read")
             return
+        self._redis.set(transport.taken_key(reply), self._name, ex=transport.KEPT_SECONDS)
         try:
             if document.get("kind") == "completion":
                 self._begin(reply, deadline, transport.CompletionQuestion.model_validate(payload))

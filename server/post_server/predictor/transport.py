@@ -30,7 +30,8 @@ QUESTIONS = "post:predictor:questions"
 ALIVE = "post:predictor:alive"
 """Every predictor renews this key; when it's gone, none is there."""
 ALIVE_SECONDS = 6
-GONE_SECONDS = 600
+KEPT_SECONDS = 600
+"""How long is remembered who has a question, and that nobody waits for its answer."""
 _LOOK_SECONDS = 1.0
 """How often a waiting request asks whether a predictor, and its caller, are still there."""
 _RETRY_SECONDS = 2
@@ -48,6 +49,16 @@ class CompletionQuestion(Document):
     model: str
     prompt: str | None
     form: CompletionCreate
+
+
+def alive_key(predictor: str) -> str:
+    """The key that one predictor renews."""
+    return f"{ALIVE}:{predictor}"
+
+
+def taken_key(reply: str) -> str:
+    """The key that says which predictor has the question."""
+    return f"{reply}:taken"
 
 
 def gone_key(reply: str) -> str:
@@ -147,7 +158,8 @@ async def _next(client: Redis, reply: str, deadline: float, seconds: float, left
         found = await client.brpop([reply], timeout=min(_LOOK_SECONDS, max(0.05, rest)))
         if found is not None:
             return dict(json.loads(found[1]))
-        if not await client.exists(ALIVE):
+        taken = await client.get(taken_key(reply))
+        if not await client.exists(ALIVE if taken is None else alive_key(_text(taken))):
             raise Unavailable("the predictor went away before it answered; try again")
         if left is not None and await left():
             raise Cancelled("the caller went away")
@@ -158,9 +170,13 @@ async def _leave(client: Redis, reply: str) -> None:
     """Tell the predictor, also when this very task is being cancelled."""
     with anyio.CancelScope(shield=True):
         try:
-            await client.set(gone_key(reply), 1, ex=GONE_SECONDS)
+            await client.set(gone_key(reply), 1, ex=KEPT_SECONDS)
         except (RedisError, OSError):
             return  # the question's own deadline ends it
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _client(settings: Settings) -> Redis:
