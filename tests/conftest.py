@@ -33,7 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On the real parts, leave out what wouldn't notice them."""
+    """Whole journeys first: of two processes, none is left with them at the end. On the real parts, leave out what
+    wouldn't notice them."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
     if config.getoption("--backing") == "real":
         kept = [item for item in items if "backing" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

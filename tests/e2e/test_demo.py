@@ -56,6 +56,7 @@ def test_the_fast_demo_runs_to_its_report(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["r.json", "r.png"], "the run's folder must be gone"
 
 
+@pytest.mark.slow
 def test_a_failure_shows_the_servers_log_and_keeps_the_folder(folder: Path) -> None:
     demo = start(folder, POST_DEVICE="cuda:99")  # the jobs will find no such device
     _, said = demo.communicate(timeout=240)
@@ -69,7 +70,7 @@ def test_a_failure_shows_the_servers_log_and_keeps_the_folder(folder: Path) -> N
     assert not (folder / "r.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stop_leaves_nothing_behind(number: signal.Signals, folder: Path) -> None:
     demo = start(folder)
     home = wait_for(lambda: next(folder.glob("post-demo-*/provider/serve.json"), None), 120)

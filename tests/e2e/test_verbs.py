@@ -44,6 +44,7 @@ def test_all_verbs_in_their_order(machine: Machine) -> None:
     assert {job["state"] for job in jobs} == {"succeeded"}
 
 
+@pytest.mark.slow
 def test_a_report_of_a_student(machine: Machine) -> None:
     distil = ("--target", "large", "--corpus", "prose", "--name", "weighed", "--steps", 3, "--keep-layers", "0,3")
     small = ("--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)

@@ -75,6 +75,7 @@ class PeftTrainer:
 
     def seconds(self, batch: Batch) -> float:
         """Of one step itself: what the Trainer sets up before and tidies up after isn't counted."""
+        from accelerate.state import AcceleratorState
         from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
         spent: list[float] = []
@@ -101,6 +102,7 @@ class PeftTrainer:
         trainer = Trainer(self.peft, arguments, train_dataset=rows, data_collator=_padded, callbacks=[Watch()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        AcceleratorState._reset_state(reset_partial_state=True)  # else no group of processes can begin here later
         return spent[0]
 
     def _row(self, batch: Batch, at: int) -> dict[str, list[int]]:
