@@ -71,8 +71,10 @@ def test_a_full_disk_fails_the_job_with_advice_and_leaves_nothing(ready: Backsta
 def test_a_store_that_is_away_costs_no_attempt(
     backstage: Backstage, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the job is done once the store is back."""
-    backstage.settings = backstage.settings.model_copy(update={"storage_url": object_store.new_bucket()})
+    """And the job is done once the store is back and the job has rested."""
+    backstage.settings = backstage.settings.model_copy(
+        update={"storage_url": object_store.new_bucket(), "ring_seconds": 1.0}
+    )
     backstage.store = BlobStore.from_settings(backstage.settings)
     backstage.add_target()
     backstage.add_corpus()
@@ -84,7 +86,7 @@ def test_a_store_that_is_away_costs_no_attempt(
     row = backstage.job(job_id)
     assert (row.state, row.attempt, row.error) == (JobState.QUEUED, 0, None)
     assert backstage.events(job_id)[-1].data["reason"] == PASSING[STORAGE_AWAY]
-    supervisor(backstage).run(job_id)
+    wait_for(lambda: supervisor(backstage).run(job_id) or backstage.job(job_id).state.ended, 60.0)
     row = backstage.job(job_id)
     assert (row.state, row.attempt, row.error) == (JobState.SUCCEEDED, 1, None)
 
