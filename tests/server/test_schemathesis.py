@@ -31,7 +31,8 @@ def live(home: Path) -> Iterator[tuple[str, str, Backstage]]:
     """Address and a provider's key of an API process with Redis and a predictor; things to name are there."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    settings = Settings(home=home, port=port, jobs_per_key=100_000, device="cpu", threads=1, log_level="WARNING")
+    many = {"jobs_per_key": 1_000_000, "requests_per_minute": 1_000_000}
+    settings = Settings(home=home, port=port, device="cpu", threads=1, log_level="WARNING", **many)
     stage = Backstage(settings)
     with stage.database.write() as session:
         _, key = create_key(session, name="tester", role=Role.PROVIDER)

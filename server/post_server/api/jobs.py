@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, BeforeValidator
 from sqlalchemy import func, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
@@ -26,6 +26,16 @@ from post_shared.schemas import Job, JobEvent, JobKind, JobState, Page, Role
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+
+def _in_words(value: object) -> object:
+    """A bare number would be taken for seconds since 1970, which the document doesn't offer."""
+    if isinstance(value, str) and not any(letter in value for letter in "-T:"):
+        raise ValueError("a date and time with its offset, as 2026-01-31T08:00:00Z")
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_in_words)]
+
 JobId = Annotated[str, Path(min_length=1, max_length=64)]
 Sequence = Annotated[int, Query(ge=0, le=2**31 - 1, description="Events behind this sequence number.")]
 Cursor = Annotated[
@@ -42,8 +52,8 @@ def list_jobs(
     paging: Paging,
     kind: Annotated[list[JobKind] | None, Query(max_length=10, description="Only these kinds.")] = None,
     state: Annotated[list[JobState] | None, Query(max_length=10, description="Only these states.")] = None,
-    since: Annotated[AwareDatetime | None, Query(description="Only those made then or later.")] = None,
-    before: Annotated[AwareDatetime | None, Query(description="Only those made earlier.")] = None,
+    since: Annotated[Moment | None, Query(description="Only those made then or later.")] = None,
+    before: Annotated[Moment | None, Query(description="Only those made earlier.")] = None,
 ) -> Page[Job]:
     """The caller's jobs (a provider's: all), newest first."""
     wanted = {
