@@ -86,3 +86,12 @@ def small_front(home: Path, backing: Backing) -> Iterator[Front]:
     server = Front(home, **backing.urls, **limits)
     yield server
     server.close()
+
+
+@pytest.fixture
+def ready(backstage: Backstage) -> Backstage:
+    """With a target model, a corpus and a broker: a distillation can be ordered."""
+    backstage.add_target()
+    backstage.add_corpus()
+    backstage.start_redis()
+    return backstage

@@ -6,18 +6,16 @@ import json
 from collections.abc import Iterator
 
 import pytest
-import typer
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
-from typer.testing import CliRunner
 
 from post_server.audit_log import lines, record
-from post_server.cli import register
 from post_server.database import Database
 from post_server.records import AuditRow
 from post_server.settings import Settings, get_settings
 from tests.server.backstage import Backstage
 from tests.server.front import Front, code, prompt_bytes
+from tests.server.terminal import run
 
 
 def written(front: Front) -> list[tuple[str, str, str]]:
@@ -110,14 +108,6 @@ def settings(home: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings
     get_settings.cache_clear()
     yield get_settings()
     get_settings.cache_clear()
-
-
-def run(*arguments: str) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_the_providers_commands_are_written_down_and_shown(settings: Settings) -> None:

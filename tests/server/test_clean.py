@@ -9,13 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import typer
 from sqlalchemy import select, update
-from typer.testing import CliRunner
 
 from post_server.audit_log import lines
 from post_server.clean import clean
-from post_server.cli import register
 from post_server.jobs import states
 from post_server.model_store import add_model
 from post_server.prompt_store import add_prompt, blobs_in_use, delete_prompt
@@ -27,6 +24,7 @@ from post_shared.errors import Conflict, NotFound, WorkerLost
 from post_shared.schemas import JobKind, JobState, ModelRole, PromptRole
 from tests.server.backstage import Backstage
 from tests.server.front import Front, prompt_bytes
+from tests.server.terminal import run
 
 NOW, DAY = timedelta(0), timedelta(days=1)
 
@@ -238,14 +236,6 @@ def settings(front: Front, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings
     get_settings.cache_clear()
     yield get_settings()
     get_settings.cache_clear()
-
-
-def run(*arguments: str) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "250"}, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_the_commands(filled: Front, settings: Settings) -> None:

@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from post_server.cli import register
 from post_server.database import Database
 from post_server.keys import authenticate, list_keys
 from post_server.model_store import find_model, materialise_model, model_files
@@ -22,6 +19,7 @@ from post_shared.errors import Conflict, DataInvalid, InvalidInput, ModelUnsafe,
 from post_shared.model_files import verify
 from post_shared.schemas import ModelRole, Role
 from tests.models import tiny_model
+from tests.server.terminal import run
 
 
 @pytest.fixture
@@ -30,17 +28,6 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     get_settings.cache_clear()
     yield get_settings()
     get_settings.cache_clear()
-
-
-def run(*arguments: str) -> str:
-    """Standard output of one command line; its error is raised."""
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_a_key_is_printed_once_and_works_until_revoked(settings: Settings) -> None:

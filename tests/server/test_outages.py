@@ -24,14 +24,6 @@ ENDLESS = 10_000_000
 
 
 @pytest.fixture
-def ready(backstage: Backstage) -> Backstage:
-    backstage.add_target()
-    backstage.add_corpus()
-    backstage.start_redis()
-    return backstage
-
-
-@pytest.fixture
 def small_work_folder(backstage: Backstage) -> Iterator[Path]:
     """The folder of the jobs' work on a file system with too little room for a model."""
     folder = backstage.settings.home / "work"

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import psutil
-import pytest
 
 from post_server.jobs import doorbell, states
 from post_server.records import JobRow
@@ -16,14 +15,6 @@ from tests.server.backstage import Backstage, job_processes, undisturbed, wait_f
 
 STEPS = 400
 ENDLESS = 10_000_000
-
-
-@pytest.fixture
-def ready(backstage: Backstage) -> Backstage:
-    backstage.add_target()
-    backstage.add_corpus()
-    backstage.start_redis()
-    return backstage
 
 
 def succeeded(backstage: Backstage, job_id: str) -> JobRow:
