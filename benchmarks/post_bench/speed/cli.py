@@ -40,17 +40,18 @@ def speed(
     for path in (json, table, plot):
         check_writable(path)
     before = results.read(compare) if compare else None
-    wanted = part or [*PARTS, "memory"]
-    unknown = sorted(set(wanted) - {*PARTS, "memory"})
+    every = [*PARTS, "memory"]
+    wanted = part or every
+    unknown = sorted(set(wanted) - set(every))
     if unknown:
-        usage_error(f"there is no part {unknown[0]!r}; there are: {NAMES}")
+        usage_error(f"there is no part {unknown[0]!r}; there are: {', '.join(every)}")
     quiet_libraries()
     bench = _bench(target, student, keep_layers, device, length, batch_size)
     found, console = results.Speed(_about(bench, target, rounds)), Console(stderr=True)
     with console.status("") as status:
         for name in (name for name in PARTS if name in wanted):
             status.update(f"{name} …")
-            found.parts[name] = PARTS[name](bench).run(rounds, bench.device)
+            found.parts[name] = PARTS[name](bench).run(rounds, bench.device, bench.target.dtype)
             found.save(json)
         if "memory" in wanted:
             status.update("memory of a transfer …")
@@ -64,12 +65,15 @@ def speed(
             found.curves[name] = cost.measure(bench, name, rounds)
             found.save(json)
     found.save(json)
-    table.write_text(results.table(found), "utf-8")
     results.draw(found, plot)
-    out = Console()
-    out.print(results.table(found), markup=False, highlight=False, soft_wrap=True)
-    if before is not None:
-        out.print(results.compared(found.document(), before), markup=False, highlight=False, soft_wrap=True)
+    shown = results.table(found)
+    table.write_text(shown, "utf-8")
+    _print(shown, results.compared(found.document(), before) if before else None)
+
+
+def _print(*texts: str | None) -> None:
+    for text in filter(None, texts):
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _bench(

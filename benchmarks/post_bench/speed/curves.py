@@ -59,7 +59,7 @@ def measure(bench: Bench, name: str, rounds: int) -> list[dict[str, float]]:
     for value in curve.values:
         if name == "layers" and value > bench.target.layers:
             continue
-        part = curve.race(bench, value).alone().run(rounds, bench.device)
+        part = curve.race(bench, value).alone().run(rounds, bench.device, bench.target.dtype)
         ours = part.ways["post"]
         points.append({"value": value, "seconds": ours.seconds, "share": ours.share or 0.0})
     return points

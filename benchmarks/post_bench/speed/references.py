@@ -142,14 +142,14 @@ class PeftPrompts:
     def logits(self, prompt: int, token_ids: Sequence[int]) -> Tensor:
         """(V,) behind the last token, as a request for one text gives them."""
         self.peft.set_adapter(str(prompt))
-        ids = torch.tensor([list(token_ids)])
+        ids = torch.tensor([list(token_ids)], device=self.peft.device)
         return self.peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(self, prompt: int, token_ids: Sequence[int], new_tokens: int) -> list[int]:
         """Greedy continuation of one text."""
         self.peft.set_adapter(str(prompt))
-        ids = torch.tensor([list(token_ids)])
+        ids = torch.tensor([list(token_ids)], device=self.peft.device)
         made = self.peft.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
