@@ -48,8 +48,7 @@ class Batch:
     def split(self, size: int, *, tokens: int | None = None, room: int = 0) -> list[Batch]:
         """Micro-batches of at most ``size`` rows with the least padding; together the same rows.
 
-        ``tokens`` bounds what a micro-batch of more than one row holds, padding and ``room`` for each row included.
-        """
+        ``tokens`` bounds what a micro-batch of more than one row holds, padding and ``room`` for each row included."""
         return [self.part(places) for places in self.places(size, tokens=tokens, room=room)]
 
     def part(self, places: Sequence[int]) -> Batch:
@@ -61,43 +60,45 @@ class Batch:
         (:data:`PASS`) together cost least."""
         lengths = [self.encoded.length(row) for row in self.index]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        costs, cuts = [0], [0]  # of the first n rows: the least cost, and where the last part of it begins
+        best = [(0, 0)]  # of the first n rows: the least cost, and where the last part of it begins
         for end in range(1, len(order) + 1):
             longest = lengths[order[end - 1]]
             most = max(1, min(size, end, end if tokens is None else tokens // (longest + room)))
-            cost, begin = min((costs[end - n] + n * longest + PASS, end - n) for n in range(1, most + 1))
-            costs.append(cost)
-            cuts.append(begin)
+            best.append(min((best[end - n][0] + n * longest + PASS, end - n) for n in range(1, most + 1)))
         parts, end = [], len(order)
         while end:
-            parts.append(order[cuts[end] : end])
-            end = cuts[end]
+            parts.append(order[best[end][1] : end])
+            end = best[end][1]
         return parts[::-1]
 
     def answers_at(self, places: Sequence[int]) -> Tensor:
         """Which of the batch's answer positions are those of the rows at ``places``, in that order."""
-        counts = [len(row.positions) for row in self._rows]
-        first = [0, *accumulate(counts)]
-        return torch.tensor([first[at] + n for at in places for n in range(counts[at])])
+        return torch.tensor([n for at in places for n in range(self._answers[at], self._answers[at + 1])])
+
+    @cached_property
+    def _answers(self) -> list[int]:
+        """Where each row's answer positions begin, and where the last one's end."""
+        return [0, *accumulate(len(row.positions) for row in self._rows)]
 
     @cached_property
     def _rows(self) -> list[EncodedRow]:
         return [self.encoded.rows[at] for at in self.index]
 
     @cached_property
-    def _longest(self) -> int:
+    def longest(self) -> int:
+        """Tokens of the longest row."""
         return max(len(row.token_ids) for row in self._rows)
 
     @cached_property
     def token_ids(self) -> Tensor:
         """(B, T), padded on the right with 0."""
-        return torch.tensor([row.token_ids + [0] * (self._longest - len(row.token_ids)) for row in self._rows])
+        return torch.tensor([row.token_ids + [0] * (self.longest - len(row.token_ids)) for row in self._rows])
 
     @cached_property
     def attention_mask(self) -> Tensor:
         """(B, T): 1 where there is a token."""
         lengths = torch.tensor([len(row.token_ids) for row in self._rows])
-        return (torch.arange(self._longest)[None, :] < lengths[:, None]).long()
+        return (torch.arange(self.longest)[None, :] < lengths[:, None]).long()
 
     @cached_property
     def rows(self) -> Tensor:
@@ -133,17 +134,17 @@ class EncodedRows:
         """Tokens of a row."""
         return len(self.rows[row].token_ids)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(row.token_ids) for row in self.rows)
-
     def batch(self, index: Sequence[int]) -> Batch:
         return Batch(self, tuple(int(at) for at in index))
 
+    @property
+    def whole(self) -> Batch:
+        """All rows, in their order."""
+        return self.batch(range(len(self)))
+
     def in_order_of_length(self, size: int) -> Iterator[Batch]:
         """All rows once, similar lengths together: for work whose order doesn't matter."""
-        yield from self.batch(range(len(self))).split(size)
+        yield from self.whole.split(size)
 
 
 class ShuffledBatches:

@@ -134,6 +134,11 @@ class LanguageModel:
         return sum(p.numel() for p in self.model.parameters())
 
     @cached_property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return sum(p.nbytes for p in self.model.parameters())
+
+    @cached_property
     def max_length(self) -> int:
         """Positions that the model has, prompt included. A very large number when nothing limits them."""
         limit = getattr(self.config, "max_position_embeddings", None)

@@ -6,6 +6,7 @@ at a time. What one position takes is measured on the model itself, so a plan ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from post_shared.batches import Batch
 from post_shared.errors import OutOfMemory
 from post_shared.language_model import LanguageModel
 
@@ -35,6 +37,12 @@ class MemoryPlan:
     @property
     def bytes(self) -> int:
         return self.positions * self.per_position
+
+    def cut(self, length: int, *, prompt_once: bool = False) -> Callable[[Batch], list[Batch]]:
+        """How to cut a batch so that each part fits, behind a prompt of ``length`` vectors that runs for each row or,
+        with ``prompt_once``, once for all rows of a part."""
+        tokens, room = (self.positions - length, 0) if prompt_once else (self.positions, length)
+        return lambda batch: batch.split(len(batch), tokens=tokens, room=room)
 
 
 def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) -> MemoryPlan:

@@ -53,8 +53,7 @@ def measure(folder: Path, device: str) -> dict[str, float]:
         target = LanguageModel.load(folder / "target", device=device)
         student = partial(LanguageModel.load, folder / "student", device=device)
         transfer(target, student, task, SoftPrompt(prompt), given["texts"], TransferConfig(steps=STEPS))
-    size = sum(weight.nbytes for weight in target.model.parameters())
-    return {"peak_bytes": peak.bytes, "target_bytes": size, "ratio": peak.bytes / size}
+    return {"peak_bytes": peak.bytes, "target_bytes": target.nbytes, "ratio": peak.bytes / target.nbytes}
 
 
 if __name__ == "__main__":

@@ -210,11 +210,9 @@ def generate(bench: Bench, *, count: int = 8, length: int = 100, tokens: int = 3
 
 def _adam(start: Tensor, model: LanguageModel, *, shared: bool = False) -> PromptAdam:
     """As the loops make it, in micro-batches; ``shared`` where one pass runs the prompt once."""
-    most = int(STEP_SHARE * sum(weight.nbytes for weight in model.model.parameters())) if shared else None
-    positions, length = plan_step(model, longest=1, most=most).positions, len(start)
-    tokens, room = (positions - length, 0) if shared else (positions, length)
+    plan = plan_step(model, longest=1, most=int(STEP_SHARE * model.nbytes) if shared else None)
     prompt = nn.Parameter(start.clone().to(model.device))
-    return PromptAdam(prompt, 0.01, lambda batch: batch.split(len(batch), tokens=tokens, room=room))
+    return PromptAdam(prompt, 0.01, plan.cut(len(start), prompt_once=shared))
 
 
 def _update(optimizer: PromptOptimizer, loss: Loss, batch: Batch) -> None:

@@ -24,12 +24,12 @@ class Constants:
     """Φs(x); left empty with class scores"""
     target_plain: Tensor
     """Φt(x)"""
-    first: Tensor
-    """(rows,): where each text's answer positions begin."""
+    texts: Batch
+    """All of them, in their order."""
 
     def of(self, batch: Batch) -> Tensor:
         """The positions of a batch's rows in the tensors above: (P,)."""
-        return answers_of(batch, self.first)
+        return self.texts.answers_at(batch.index)
 
 
 def constants(
@@ -41,7 +41,7 @@ def constants(
 ) -> Constants:
     """Run each of the three constant forward passes once over all rows; with ``words``, keep class scores only."""
     said = student_answers(student, prompt, encoded, words)
-    return Constants(*said, answers(target, encoded, words), first_answers(encoded))
+    return Constants(*said, answers(target, encoded, words), encoded.whole)
 
 
 def student_answers(
@@ -68,14 +68,12 @@ def answers(
     report: Reporter = ignore,
 ) -> Tensor:
     """What the model says at every answer position: logits (N, V) or, with ``words``, class scores (N, C)."""
-    first = first_answers(encoded)
-    found = torch.empty(
-        sum(len(row.positions) for row in encoded.rows), len(words.weights) if words else model.vocabulary
-    )
+    texts = encoded.whole
+    found = torch.empty(len(texts.rows), len(words.weights) if words else model.vocabulary)
     tokens = words.token_ids if words else None
     batches = list(encoded.in_order_of_length(batch_size))
     for step, batch in enumerate(batches, 1):
-        at = answers_of(batch, first)
+        at = texts.answers_at(batch.index)
         if prompt:
             logits = model.answer_logits_shared(batch, prompt.embeddings, tokens=tokens)
         else:
@@ -83,14 +81,3 @@ def answers(
         found[at] = (words.scores(logits) if words else logits).cpu()
         report(Progress(step, len(batches), "constants"))
     return found
-
-
-def first_answers(encoded: EncodedRows) -> Tensor:
-    """(rows,): where each text's answer positions begin among all of them."""
-    counts = torch.tensor([len(row.positions) for row in encoded.rows])
-    return torch.cumsum(counts, 0) - counts
-
-
-def answers_of(batch: Batch, first: Tensor) -> Tensor:
-    """The answer positions of a batch's rows among all of them: (P,)."""
-    return torch.cat([torch.arange(len(batch.encoded.rows[at].positions)) + first[at] for at in batch.index])

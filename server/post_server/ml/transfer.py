@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from post_server.ml.constants import Constants, answers, first_answers, student_answers
+from post_server.ml.constants import Constants, answers, student_answers
 from post_server.ml.ensemble import ensemble
 from post_server.ml.held_out import BestStep, hold_out
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
@@ -160,7 +160,7 @@ def transfer(
     said = student_answers(small, prompt, encoded, words, report=report)
     del small
     gc.collect()
-    known = Constants(*said, answers(target, encoded, words, report=report), first_answers(encoded))
+    known = Constants(*said, answers(target, encoded, words, report=report), encoded.whole)
     objective = _objective(target, known, words, config)
     losses: list[float] = []
 
@@ -195,12 +195,9 @@ def _objective(target: LanguageModel, known: Constants, words: LabelWords | None
 
 def _adam(target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig) -> PromptAdam:
     """On p_t = p_s, in micro-batches that the memory plan allows."""
-    size = sum(weight.nbytes for weight in target.model.parameters())
-    plan = plan_step(target, longest=prompt.length + encoded.longest, most=int(STEP_SHARE * size))
-    shared = target.keeps_prefix  # then the prompt runs once for all rows of a pass
-    tokens, room = (plan.positions - prompt.length, 0) if shared else (plan.positions, prompt.length)
+    plan = plan_step(target, longest=prompt.length + encoded.whole.longest, most=int(STEP_SHARE * target.nbytes))
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
-    return PromptAdam(start, config.learning_rate, lambda batch: batch.split(len(batch), tokens=tokens, room=room))
+    return PromptAdam(start, config.learning_rate, plan.cut(prompt.length, prompt_once=target.keeps_prefix))
 
 
 def choose_alpha(
