@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from post_shared.schemas import JobKind
 
+_ROOM = r"(\d+|cpu)=\d+(\.\d+)?([KMGT]i?B)?"
 _KINDS = f"({'|'.join(JobKind)})"
 
 
@@ -29,7 +30,16 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8321, ge=0, le=65535, description="0 takes a free port.")
 
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        default="auto",
+        description="auto, cpu, cuda, cuda:N, or spread: a model's weights over all GPUs, then memory, then the disk.",
+    )
+    device_memory: str = Field(
+        default="",
+        pattern=rf"^({_ROOM}(,{_ROOM})*)?$",
+        description="With `spread`, what weights may take, such as `0=20GiB,1=20GiB,cpu=60GiB`; default: 70 % of what "
+        "is free.",
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads of a job; 0: the cores there are.")
 
     lease_seconds: float = Field(

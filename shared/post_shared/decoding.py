@@ -169,6 +169,23 @@ class Decoder:
                 row.finish = "length"
 
 
+def continuations(
+    model: LanguageModel, rows: Sequence[Sequence[int]], prefix: Prefix | None, max_tokens: int
+) -> list[str]:
+    """Greedy continuations of token id rows behind one prompt, each cut at its first line break.
+
+    Raises:
+        InvalidInput: as :class:`Decoder`.
+    """
+    decoder, lines = Decoder(model), [Row(ids, prefix, max_tokens) for ids in rows]
+    decoder.add(lines)
+    while decoder.rows:
+        decoder.step()
+    made = [[token.id for token in line.made] for line in lines]
+    texts = model.tokenizer.batch_decode(made, skip_special_tokens=True)
+    return [text.strip().split("\n")[0].strip() for text in texts]
+
+
 def sample(logits: Tensor, sampling: Sequence[Sampling], draws: Tensor) -> Tensor:
     """Tokens by inverse transform: logits (B, V) and uniform draws (B,) -> (B,)."""
     heat = torch.tensor([each.temperature for each in sampling])[:, None]

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from post_shared.errors import InvalidInput
+
+SPREAD = "spread"
+"""The device of a model that is larger than any: see :mod:`post_shared.offload`."""
+_UNITS = {"": 1}
+for _at, _letter in enumerate("KMGT", 1):
+    _UNITS |= {f"{_letter}B": 1000**_at, f"{_letter}iB": 1024**_at}
+Memory = dict[int | str, int]
+"""Bytes that weights may take on each GPU, by number, and in memory (``"cpu"``); what is over goes to the disk."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -22,3 +32,19 @@ def choose_device(device: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInput(f"{device!r} was asked for, but torch sees no CUDA device; use cpu or auto")
     return place
+
+
+def parse_memory(text: str) -> Memory:
+    """``0=20GiB,1=20GiB,cpu=60GB`` in bytes; nothing for an empty text.
+
+    Raises:
+        InvalidInput: it has another form.
+    """
+    found: Memory = {}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        match = re.fullmatch(r"(\d+|cpu)=(\d+(?:\.\d+)?)([a-zA-Z]*)", part)
+        if not match or match[3] not in _UNITS:
+            raise InvalidInput(f"{part!r} is no device with its memory; write 0=20GiB,cpu=60GiB (GPU number or cpu)")
+        place: int | str = match[1] if match[1] == "cpu" else int(match[1])
+        found[place] = int(float(match[2]) * _UNITS[match[3]])
+    return found

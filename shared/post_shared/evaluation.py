@@ -10,10 +10,10 @@ from torch import Tensor
 
 from post_shared.batches import encode_rows
 from post_shared.data import Row
+from post_shared.decoding import continuations
 from post_shared.errors import DataInvalid, InvalidInput
-from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
-from post_shared.prefixes import Prefix
+from post_shared.serving import ServedPrompt, classify_mixed
 from post_shared.tasks import Task
 
 
@@ -26,38 +26,26 @@ class Evaluation:
     recall: dict[str, float] = field(default_factory=dict)
 
 
-@torch.no_grad()
 def classify(
     model: LanguageModel,
     task: Task,
     texts: Sequence[str],
-    prompt: Tensor | Prefix | None = None,
+    prompt: Tensor | ServedPrompt | None = None,
     *,
-    batch_size: int = 32,
     max_length: int = 128,
 ) -> Tensor:
-    """Class probabilities (N, C), in the order of ``texts`` and of ``task.labels``.
+    """Class probabilities (N, C), in the order of ``texts`` and of ``task.labels``, as they are served.
 
-    ``prompt`` is (l, d) or, cheaper for many texts on a causal model, its :class:`Prefix`.
+    ``prompt`` is (l, d) or, cheaper in several calls, what was made ready of it.
 
     Raises:
         InvalidInput: the model's answers to this prompt are no numbers.
     """
-    words = label_words(model, task)
-    if isinstance(prompt, Tensor) and model.keeps_prefix:
-        prompt = model.prefix(prompt)
-    room = prompt.length if isinstance(prompt, Prefix) else 0 if prompt is None else prompt.shape[-2]
-    encoded = encode_rows(model, task, texts, max_length, room=room)
-    scores = torch.zeros(len(texts), len(task.labels))
-    for batch in encoded.in_order_of_length(batch_size):
-        if isinstance(prompt, Prefix):
-            logits = model.answer_logits_after(batch, prompt, words.token_ids)
-        else:
-            logits = model.answer_logits(batch, prompt, words.token_ids)
-        scores[list(batch.index)] = words.scores(logits).softmax(-1).cpu()
-    if not torch.isfinite(scores).all():
+    ready = prompt if isinstance(prompt, ServedPrompt) else ServedPrompt.of(model, task, prompt)
+    scores = [each.scores for each in classify_mixed(model, texts, [ready] * len(texts), max_length=max_length)]
+    if None in scores:
         raise InvalidInput("the model's answers are no numbers; with a prompt of far too large ones, tune it again")
-    return scores
+    return torch.tensor(scores).reshape(len(texts), len(task.labels))
 
 
 def generate(
@@ -71,11 +59,12 @@ def generate(
     max_new_tokens: int = 16,
 ) -> list[str]:
     """Free answers of a generation task, greedy, in the order of ``texts``."""
-    room = max_new_tokens + (0 if prompt is None else prompt.shape[-2])
+    prefix = None if prompt is None else model.prefix(prompt)
+    room = max_new_tokens + (0 if prefix is None else prefix.length)
     encoded = encode_rows(model, task, texts, max_length, room=room)
     answers = [""] * len(texts)
     for batch in encoded.in_order_of_length(batch_size):
-        made = model.generate([encoded.rows[at].token_ids for at in batch.index], prompt, max_new_tokens)
+        made = continuations(model, [encoded.rows[at].token_ids for at in batch.index], prefix, max_new_tokens)
         for at, answer in zip(batch.index, made, strict=True):
             answers[at] = answer
     return answers
@@ -85,9 +74,8 @@ def evaluate(
     model: LanguageModel,
     task: Task,
     rows: Sequence[Row],
-    prompt: Tensor | Prefix | None = None,
+    prompt: Tensor | None = None,
     *,
-    batch_size: int = 32,
     max_length: int = 128,
 ) -> Evaluation:
     """Accuracy over labelled rows; exact match (case and outer space aside) for a generation task.
@@ -100,12 +88,10 @@ def evaluate(
     if not rows or None in labels:
         raise DataInvalid("an evaluation needs labelled rows, at least one")
     if task.is_generation:
-        if isinstance(prompt, Prefix):
-            raise TypeError("a generation task takes the prompt itself, not its prefix")
-        answers = generate(model, task, texts, prompt, batch_size=batch_size, max_length=max_length)
+        answers = generate(model, task, texts, prompt, max_length=max_length)
         return Evaluation(exact_match(answers, [str(label) for label in labels]), len(rows))
     check_labels(task, rows)
-    scores = classify(model, task, texts, prompt, batch_size=batch_size, max_length=max_length)
+    scores = classify(model, task, texts, prompt, max_length=max_length)
     return score(task, scores.argmax(-1).tolist(), [str(label) for label in labels])
 
 

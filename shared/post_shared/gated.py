@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from post_shared.offload import device_of
+
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """What a block that is built like that has, in whatever family."""
 
@@ -25,15 +27,16 @@ def keep_less(model: nn.Module) -> None:
             kind = type(module)
             plain[kind] = plain[kind] if kind in plain else _is_plain(module)
             if plain[kind]:
-                module.forward = MethodType(_forward, module)
+                own = "_old_forward" if "_old_forward" in vars(module) else "forward"  # accelerate's hooks call that
+                setattr(module, own, MethodType(_forward, module))
 
 
 def _is_plain(module: Any) -> bool:
     """Whether the block does what :func:`_forward` does: tried on a few numbers."""
     weight: Any = getattr(module.gate_proj, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta:
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         return False
-    taste = torch.linspace(-1.0, 1.0, weight.shape[1], device=weight.device).to(weight.dtype)[None, None]
+    taste = torch.linspace(-1.0, 1.0, weight.shape[1], device=device_of(module.gate_proj)).to(weight.dtype)[None, None]
     with torch.no_grad():
         try:
             return torch.equal(module(taste), _forward(module, taste))

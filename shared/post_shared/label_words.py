@@ -13,7 +13,7 @@ from post_shared.language_model import LanguageModel
 from post_shared.tasks import Task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelWords:
     """The label words of a task as tokens of one model: K distinct tokens, C labels."""
 

@@ -1,7 +1,7 @@
 """One wrapper around any Hugging Face causal or masked language model.
 
 Everything that POST does with a model goes through :class:`LanguageModel`: embeddings, hidden states,
-logits at the answer positions, a prompt's key/value prefix, generation. No architecture is named here:
+logits at the answer positions, a prompt's key/value prefix. No architecture is named here:
 what differs between families is asked of the configuration or of a signature.
 Shapes: B rows, T tokens, l prompt vectors, L = l + T positions, d hidden width, V vocabulary,
 P answer positions (P = B for classification)."""
@@ -26,11 +26,12 @@ from transformers import (
     GgufConfig,
 )
 
-from post_shared.devices import choose_device
+from post_shared.devices import SPREAD, Memory, choose_device
 from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.gated import keep_less
 from post_shared.head import Head
-from post_shared.prefixes import Prefix, after_padding, behind, behind_shared, can_keep_prefix
+from post_shared.offload import device_of, devices_of, free_memory, load_again
+from post_shared.prefixes import Prefix, behind, behind_shared, can_keep_prefix
 
 if TYPE_CHECKING:
     from post_shared.batches import Batch
@@ -47,6 +48,7 @@ class LanguageModel:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.kind: Kind = kind_of(self.model.config)
+        load_again(self.model)
         self._head = Head(self.model)
         keep_less(self.model)
 
@@ -60,10 +62,14 @@ class LanguageModel:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         gguf_file: str | None = None,
+        memory: Memory | None = None,
+        offload_folder: Path | None = None,
     ) -> LanguageModel:
         """Load from a folder, a ``.gguf`` file, or a hub id. Only safetensors or GGUF weights; never remote code.
 
-        ``dtype`` defaults to float32 on CPU and bfloat16 on CUDA.
+        ``dtype`` defaults to float32 on CPU and bfloat16 on CUDA. The device ``spread`` is all GPUs, then memory, then
+        the disk, each up to what ``memory`` allows (default: most of what is free). On the disk weights stay in the
+        model's own files; those that can't are written to ``offload_folder``.
 
         Raises:
             InvalidInput: there is no such folder or file, or it holds no language model.
@@ -72,7 +78,7 @@ class LanguageModel:
         if source.endswith(".gguf"):
             path = Path(source)
             source, gguf_file = str(path.parent), path.name
-        place = choose_device(device)
+        place = choose_device("auto" if device == SPREAD else device)
         dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
         options: dict[str, Any] = {"trust_remote_code": False}
         if gguf_file:
@@ -85,13 +91,16 @@ class LanguageModel:
                 options["quantization_config"] = GgufConfig(dequantize=True)
             else:
                 options["use_safetensors"] = True
+            if device == SPREAD:
+                options |= {"device_map": "auto", "max_memory": memory or free_memory()}
+                options |= {"offload_folder": offload_folder}
             model = auto.from_pretrained(source, dtype=dtype, **options)
         except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
             raise InvalidInput(
                 f"can't load a language model from {source!r}: {error}. Give a folder with config.json, tokenizer "
                 "and safetensors weights, a .gguf file, or a hub id of a causal or masked model."
             ) from error
-        return cls(model.to(place), tokenizer)
+        return cls(model if device == SPREAD else model.to(place), tokenizer)
 
     def save(self, folder: Path) -> None:
         """Write a folder that ``from_pretrained`` reads anywhere: safetensors, configuration, tokenizer."""
@@ -122,7 +131,13 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.model.device)
+        """Where its embeddings are: what goes in and what comes out is there, wherever the layers are."""
+        return device_of(self.model.get_input_embeddings())
+
+    @cached_property
+    def devices(self) -> set[torch.device]:
+        """Where its layers compute; more than one of a model that is spread over GPUs."""
+        return devices_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +189,7 @@ class LanguageModel:
             attention_mask = None
         else:
             attention_mask = attention_mask.to(self.device)
-        return self.run_body(inputs_embeds=inputs, attention_mask=attention_mask).last_hidden_state  # type: ignore[no-any-return]
+        return self._last(inputs_embeds=inputs, attention_mask=attention_mask)
 
     def head(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Hidden states (..., d) -> logits over the vocabulary (..., V), or at ``tokens`` (..., K), float32."""
@@ -232,30 +247,6 @@ class LanguageModel:
         order = torch.cat([batch.answers_at(some) for some in places])
         return torch.cat(logits)[order.argsort().to(self.device)]  # (P, V) or (P, K)
 
-    @torch.no_grad()
-    def generate(self, prefixes: Sequence[Sequence[int]], prompt: Tensor | None, max_new_tokens: int) -> list[str]:
-        """Greedy continuations of token id rows, padded on the left, each cut at its first line break."""
-        if self.kind != "causal":
-            raise InvalidInput("a masked model can't generate; use a causal one for a generation task")
-        longest = max(len(ids) for ids in prefixes)
-        lengths = torch.tensor([len(ids) for ids in prefixes])
-        padded = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prefixes])  # (B, T)
-        inputs = self.embed(padded)
-        steps = torch.arange(longest)
-        mask = (steps[None, :] >= longest - lengths[:, None]).long()
-        if prompt is not None:
-            inputs, mask = after_padding(self._prepend(prompt, inputs), prompt.shape[-2], lengths)
-        end = self.tokenizer.eos_token_id
-        made = self.model.generate(
-            inputs_embeds=inputs,
-            attention_mask=mask.to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=end if end is not None else 0,
-        )
-        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return [text.strip().split("\n")[0].strip() for text in texts]
-
     # --- helpers --------------------------------------------------------------------------------------
 
     def _cache_of(self, prompt: Tensor) -> DynamicCache:
@@ -268,9 +259,13 @@ class LanguageModel:
 
     def _at_answers(self, batch: Batch, tokens: Tensor | None, **inputs: Any) -> Tensor:
         """Logits (P, V) or (P, K) at the answer positions of ``batch``, the body's further inputs being ``inputs``."""
-        output = self.run_body(inputs_embeds=self.embed(batch.token_ids), **inputs)
+        hidden = self._last(inputs_embeds=self.embed(batch.token_ids), **inputs)
         rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
-        return self.head(output.last_hidden_state[rows, positions], tokens)  # (B, T, d) -> (P, d) -> (P, V)
+        return self.head(hidden[rows, positions], tokens)  # (B, T, d) -> (P, d) -> (P, V)
+
+    def _last(self, **inputs: Any) -> Tensor:
+        """The body's last hidden states, brought back to where its inputs are."""
+        return self.run_body(**inputs).last_hidden_state.to(self.device)  # type: ignore[no-any-return]
 
     def run_body(self, **inputs: Any) -> Any:
         """The body's forward, without those inputs that its family doesn't know."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from post_shared.batches import Batch
 from post_shared.errors import OutOfMemory
 from post_shared.language_model import LanguageModel
+from post_shared.offload import watched
 
 TASTE = 16
 """Positions of the pass that is measured."""
@@ -53,7 +54,7 @@ def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) ->
     Raises:
         OutOfMemory: not even one text fits.
     """
-    per_position, free = saved_per_position(model), free_bytes(model.device)
+    per_position, free = saved_per_position(model), min(map(free_bytes, model.devices))
     fits = int(free * SHARE) // per_position
     if fits < longest:
         raise OutOfMemory(
@@ -77,7 +78,8 @@ def saved_per_position(model: LanguageModel) -> int:
         return tensor
 
     prompt = torch.zeros(TASTE, model.hidden_size, device=model.device, requires_grad=True)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.enable_grad(), hooks, watched(keep):
         hidden = model.hidden(torch.zeros(1, 1, dtype=torch.long), prompt=prompt)
     del hidden  # until here no storage was freed, so none was counted twice
     return max(1, sum(kept.values()) // (TASTE + 1))

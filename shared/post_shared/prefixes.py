@@ -86,21 +86,6 @@ def behind_shared(cache: Cache, owner: Tensor | None) -> dict[str, Any]:
     return {"past_key_values": Cache(layers=layers), "use_cache": True}
 
 
-def after_padding(joined: Tensor, length: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [prompt, padding, text] (B, L, d) -> [padding, prompt, text] and their mask, by rolling each row.
-
-    The prompt has ``length`` vectors, the texts ``lengths`` (B,) tokens.
-    """
-    count, total = joined.shape[:2]
-    gap = (total - length) - lengths  # (B,) padding of each row
-    place = torch.arange(total)[None, :].expand(count, -1)
-    source = torch.where(place < gap[:, None], place + length, place - gap[:, None])
-    source = torch.where(place >= gap[:, None] + length, place, source)  # the text stays where it is
-    mask = (place >= gap[:, None]).long()
-    rows = torch.arange(count, device=joined.device)[:, None]
-    return joined[rows, source.to(joined.device)], mask
-
-
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Rows (l, h, e) of different l -> (B, h, L, e), padded on the left."""
     return pad_sequence(list(parts), batch_first=True, padding_side="left").transpose(1, 2)

@@ -144,7 +144,10 @@ def classify_mixed(
     for index in _alike(model, prompts):
         for batch in encoded.batch(index).split(BATCH_ROWS, tokens=batch_tokens):
             mine = [prompts[at] for at in batch.index]
-            for at, scores in zip(batch.index, _scores(_logits(model, batch, mine), mine), strict=True):
+            words = {_words(prompt) for prompt in mine}
+            tokens: Tensor = torch.cat([each.token_ids for each in words]).unique()  # type: ignore[no-untyped-call]
+            logits = _logits(model, batch, mine, tokens)
+            for at, scores in zip(batch.index, _scores(logits, tokens, mine), strict=True):
                 found[at] = Classified(scores, rows[at].cut)
     return found
 
@@ -173,26 +176,30 @@ def _alike(model: LanguageModel, prompts: Sequence[ServedPrompt]) -> Iterator[li
     yield from groups.values()
 
 
-def _logits(model: LanguageModel, batch: Batch, prompts: Sequence[ServedPrompt]) -> Tensor:
-    """(B, V), each row behind its own prompt."""
+def _words(prompt: ServedPrompt) -> LabelWords:
+    if prompt.words is None:
+        raise TypeError("a generation task has no classes to score")
+    return prompt.words
+
+
+def _logits(model: LanguageModel, batch: Batch, prompts: Sequence[ServedPrompt], tokens: Tensor) -> Tensor:
+    """(B, K) at the tokens (K,), each row behind its own prompt."""
     prefixes = [prompt.prefix for prompt in prompts if prompt.prefix is not None]
     if prefixes:
-        return model.answer_logits_after(batch, prefixes)
+        return model.answer_logits_after(batch, prefixes, tokens)
     embeddings = [prompt.embeddings for prompt in prompts if prompt.embeddings is not None]
-    return model.answer_logits(batch, torch.stack(embeddings) if embeddings else None)
+    return model.answer_logits(batch, torch.stack(embeddings) if embeddings else None, tokens)
 
 
-def _scores(logits: Tensor, prompts: Sequence[ServedPrompt]) -> list[tuple[float, ...] | None]:
-    """Each row's probabilities over the labels of its own task."""
-    rows_of: dict[int, list[int]] = {}
+def _scores(logits: Tensor, tokens: Tensor, prompts: Sequence[ServedPrompt]) -> list[tuple[float, ...] | None]:
+    """Each row's probabilities over the labels of its own task, from logits (B, K) at the rising ``tokens`` (K,)."""
+    rows_of: dict[LabelWords, list[int]] = {}
     for at, prompt in enumerate(prompts):
-        rows_of.setdefault(id(prompt.words), []).append(at)
+        rows_of.setdefault(_words(prompt), []).append(at)
     found: list[tuple[float, ...] | None] = [None] * len(prompts)
-    for rows in rows_of.values():
-        words = prompts[rows[0]].words
-        if words is None:
-            raise TypeError("a generation task has no classes to score")
-        chances = words.of(logits[rows]).softmax(-1).cpu()  # (B, V) -> (B', C)
+    for words, rows in rows_of.items():
+        own = torch.searchsorted(tokens, words.token_ids).to(logits.device)
+        chances = words.scores(logits[rows][:, own]).softmax(-1).cpu()  # (B, K) -> (B', C)
         good = torch.isfinite(chances).all(-1).tolist()
         for at, values, finite in zip(rows, chances.tolist(), good, strict=True):
             found[at] = tuple(values) if finite else None

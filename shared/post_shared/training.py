@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from post_shared.batches import Batch
 from post_shared.clock import Clock, warm_then_linear
 from post_shared.errors import Cancelled, InvalidInput
+from post_shared.offload import weights_of
 
 log = logging.getLogger("post.training")
 
@@ -140,7 +141,7 @@ def fingerprint(*parts: Any) -> str:
         if isinstance(part, Tensor):
             digest.update(part.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         elif isinstance(part, nn.Module):  # a taste of each weight tells models apart; all of them take minutes
-            digest.update(fingerprint(*(weight.flatten()[:256] for weight in part.parameters())).encode())
+            digest.update(fingerprint(*(weight.flatten()[:256] for weight in weights_of(part))).encode())
         else:
             plain = asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
             digest.update(json.dumps(plain, sort_keys=True, default=str).encode())

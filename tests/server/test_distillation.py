@@ -265,3 +265,13 @@ def test_masking_takes_15_percent_in_shares_of_80_10_10_and_prefers_rare_tokens(
 def test_a_config_that_cannot_work_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(InvalidInput):
         DistilConfig(**{"steps": 1, **change})  # type: ignore[arg-type]
+
+
+def test_a_target_that_lies_on_the_disk_gives_the_student_of_one_in_memory(tmp_path: Path) -> None:
+    tiny_model("qwen2", layers=6).save(tmp_path)
+    config = DistilConfig(keep_layers=3, steps=2, batch_tokens=128, sequence_length=32, alignment=0.5)
+    targets = [LanguageModel.load(tmp_path, device="cpu")]
+    targets.append(LanguageModel.load(tmp_path, device="spread", memory={"cpu": 0}))
+    plain, spread = (distil(target, PARAGRAPHS, config).model for target in targets)
+    for mine, expected in zip(spread.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)

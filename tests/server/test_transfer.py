@@ -307,3 +307,19 @@ def test_a_transfer_reports_the_held_out_loss_of_the_prompt_that_it_returns() ->
     assert seen[result.chosen_step] == result.held_out_loss
     fewer = transfer(target, student, TASK, prompt, many_texts(40), config)
     assert (fewer.chosen_step, fewer.held_out_loss) == (20, None)
+
+
+@pytest.mark.parametrize("method", ["ensemble", "paper"])
+def test_a_target_that_lies_on_the_disk_is_transferred_to_as_one_in_memory(method: str, tmp_path: Path) -> None:
+    tiny_model().save(tmp_path)
+    plain = LanguageModel.load(tmp_path, device="cpu")
+    spread = LanguageModel.load(tmp_path, device="spread", memory={"cpu": 0})
+    prompt, config = SoftPrompt.random(plain, 4), TransferConfig(steps=4, batch_size=4, method=method)
+    found = []
+    for target in (plain, spread):
+        student = copy_student(target, [0, 3])
+        assert not any(weight.is_meta for weight in student.model.parameters())
+        assert choose_alpha(target, student, TASK, prompt, ROWS) == choose_alpha(plain, student, TASK, prompt, ROWS)
+        found.append(transfer(target, student, TASK, prompt, TEXTS, config))
+    torch.testing.assert_close(found[1].prompt.embeddings, found[0].prompt.embeddings, rtol=1e-4, atol=1e-5)
+    assert found[1].last_loss == pytest.approx(found[0].last_loss, rel=1e-4)

@@ -101,6 +101,19 @@ def test_a_transfer_job_is_a_transfer(backstage: Backstage, tmp_path: Path, alph
     assert dataset.rows == len(ROWS)
 
 
+def test_jobs_run_on_a_target_that_is_larger_than_the_memory(backstage: Backstage) -> None:
+    target = backstage.add_target()
+    backstage.add_rows()
+    source = backstage.add_source_prompt(add_student(backstage, target))
+    _, plain = run(backstage, add_transfer(backstage, source))
+    backstage.settings = backstage.settings.model_copy(update={"device": "spread", "device_memory": "cpu=1KB"})
+    _, spread = run(backstage, add_transfer(backstage, source))
+    assert (plain.error, spread.error) == (None, None)
+    assert plain.result is not None
+    assert spread.result is not None
+    assert spread.result["last_loss"] == pytest.approx(plain.result["last_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("pattern", ["even", "search"])
 def test_a_distillation_says_which_layers_it_kept_and_what_it_tried(backstage: Backstage, pattern: str) -> None:
     backstage.add_target()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from post_shared.decoded_text import TextSoFar
-from post_shared.decoding import Decoder, Row, Sampling, sample
+from post_shared.decoding import Decoder, Row, Sampling, continuations, sample
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
@@ -56,6 +56,17 @@ def test_greedy_equals_transformers_whoever_comes_and_goes(family: str) -> None:
     expected = [plain(model, *each) for each in zip(TEXTS, lengths, tokens, strict=True)]
     assert run(Decoder(model), rows_of(model, lengths, tokens)) == expected
     assert run(Decoder(model), rows_of(model, lengths, tokens), in_turn=3) == expected
+
+
+@pytest.mark.parametrize("length", [0, 6])
+def test_texts_go_on_in_a_batch_as_alone_up_to_the_line_break(length: int) -> None:
+    model = tiny_model()
+    prefix = model.prefix(SoftPrompt.random(model, length, seed=length).embeddings) if length else None
+    rows = [model.tokenizer(text).input_ids for text in TEXTS]
+    together = continuations(model, rows, prefix, 9)
+    assert together == [continuations(model, [row], prefix, 9)[0] for row in rows]
+    whole = [model.tokenizer.decode(plain(model, text, length, 9), skip_special_tokens=True) for text in TEXTS]
+    assert together == [text.strip().split("\n")[0].strip() for text in whole]
 
 
 def test_longer_than_the_room_that_a_cache_begins_with() -> None:

@@ -87,16 +87,6 @@ def test_prompts_run_once_give_the_logits_and_gradients_of_one_run_per_row(
     torch.testing.assert_close(once.grad, each.grad, rtol=1e-3, atol=1e-4 * float(each.grad.abs().max()))
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("length", [0, 6])
-def test_generation_from_a_padded_batch_equals_single_rows(family: str, length: int) -> None:
-    model = tiny_model(family)
-    prompt = SoftPrompt.random(model, length, seed=3).embeddings if length else None
-    rows = [row.token_ids for row in encode_rows(model, TASK, TEXTS).rows]
-    together = model.generate(rows, prompt, max_new_tokens=6)
-    assert together == [model.generate([row], prompt, max_new_tokens=6)[0] for row in rows]
-
-
 def test_gradient_reaches_the_prompt_and_no_weight(model: LanguageModel) -> None:
     prompt = SoftPrompt.random(model, 4).embeddings.requires_grad_()
     model.answer_logits(encode_rows(model, TASK, TEXTS).batch(range(8)), prompt).logsumexp(-1).sum().backward()

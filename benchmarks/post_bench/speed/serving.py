@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from post_shared.decoding import Decoder, Row
 from post_shared.language_model import LanguageModel
 from post_shared.serving import ServedPrompt, classify_mixed
 from post_shared.tasks import Task
@@ -24,10 +25,13 @@ def mixed(model: LanguageModel, task: Task, prompts: Sequence[Tensor], texts: Se
 def mixed_generation(
     model: LanguageModel, prompts: Sequence[Tensor], token_ids: Sequence[list[int]], new_tokens: int
 ) -> Callable[[int], None]:
-    """Greedy continuations of each text behind its own prompt."""
+    """Greedy continuations of each text behind its own prompt, which was asked for before."""
+    prefixes = [model.prefix(prompt) for prompt in prompts]
 
     def way(_: int) -> None:
-        for prompt, ids in zip(prompts, token_ids, strict=True):
-            model.generate([ids], prompt, new_tokens)
+        decoder = Decoder(model)
+        decoder.add([Row(ids, prefix, new_tokens) for ids, prefix in zip(token_ids, prefixes, strict=True)])
+        while decoder.rows:
+            decoder.step()
 
     return way

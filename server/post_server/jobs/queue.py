@@ -61,7 +61,7 @@ def devices(settings: Settings) -> frozenset[str]:
     """The classes of devices that a worker with these settings has, without asking torch."""
     if settings.device.startswith(GPU):
         return frozenset({GPU})
-    if settings.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(_gpus()):
+    if settings.device in {"auto", "spread"} and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(_gpus()):
         return frozenset({GPU})
     return frozenset()
 

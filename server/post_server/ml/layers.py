@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
+from post_shared.offload import copy_whole
 
 FRONT_POWER = 1.95
 
@@ -85,7 +85,7 @@ def copy_student(target: LanguageModel, kept: Sequence[int]) -> LanguageModel:
     rest = nn.ModuleList([every[at] for at in kept])
     setattr(owner, name, rest)
     try:
-        model = copy.deepcopy(target.model)
+        model = copy_whole(target.model)
     finally:
         setattr(owner, name, every)
     model.config.num_hidden_layers = len(kept)
@@ -119,7 +119,7 @@ def layer_inputs(model: LanguageModel, layers: Iterable[int], *, stop: bool = Fa
 
     def catcher(layer: int) -> Callable[..., None]:
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught[layer] = args[0] if args else kwargs["hidden_states"]
+            caught[layer] = (args[0] if args else kwargs["hidden_states"]).to(model.device)
             if stop and layer == wanted[-1]:
                 raise Enough
 

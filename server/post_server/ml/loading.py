@@ -6,20 +6,23 @@ import logging
 from pathlib import Path
 
 from post_server.records import ModelRow
+from post_server.settings import Settings
+from post_shared.devices import parse_memory
 from post_shared.errors import IntegrityError, InvalidInput
 from post_shared.language_model import LanguageModel
 
 log = logging.getLogger("post.models")
 
 
-def load_stored(row: ModelRow, folder: Path, device: str) -> LanguageModel:
+def load_stored(row: ModelRow, folder: Path, settings: Settings) -> LanguageModel:
     """The model whose files were laid out in ``folder``.
 
     Raises:
         IntegrityError: it can't be loaded; owners read this, so neither the folder nor the cause is in it.
     """
     try:
-        return LanguageModel.load(folder, device=device)
+        memory = parse_memory(settings.device_memory)
+        return LanguageModel.load(folder, device=settings.device, memory=memory, offload_folder=folder / "offload")
     except InvalidInput as error:
         log.error("model can't be loaded: %s", error.detail, extra={"model": row.id})
         raise IntegrityError(f"The model {row.name} can't be loaded; the provider's log says why.") from error

@@ -12,6 +12,7 @@ from post_shared.data import Row
 from post_shared.errors import InvalidInput
 from post_shared.evaluation import classify, exact_match, generate, score
 from post_shared.language_model import LanguageModel
+from post_shared.serving import ServedPrompt
 from post_shared.tasks import Task
 from post_shared.training import Progress, Reporter
 
@@ -28,10 +29,10 @@ def guess_labels(
     max_length: int = 128,
 ) -> list[int]:
     """Which of the task's labels the model holds likeliest for each text."""
-    kept = model.prefix(prompt) if prompt is not None and model.keeps_prefix else prompt
+    ready = ServedPrompt.of(model, task, prompt)
     guesses: list[int] = []
     for at in range(0, len(texts), PIECE):
-        scores = classify(model, task, texts[at : at + PIECE], kept, max_length=max_length)
+        scores = classify(model, task, texts[at : at + PIECE], ready, max_length=max_length)
         guesses += scores.argmax(-1).tolist()
         report(Progress(len(guesses), len(texts), "evaluate"))
     return guesses

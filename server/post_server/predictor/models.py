@@ -87,7 +87,7 @@ class Shelf:
             materialise_model(self._store, row, aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-        return ReadyModel(row, load_stored(row, folder, self._settings.device))
+        return ReadyModel(row, load_stored(row, folder, self._settings))
 
     def _prepare(self, model: LanguageModel, row: PromptRow) -> ServedPrompt:
         file = read_prompt(self._store.read(row.sha256), max_bytes=self._settings.prompt_bytes)

@@ -71,7 +71,7 @@ class Work:
         folder = self.scratch / row.id
         if not folder.exists():
             materialise_model(self.store, row, folder)
-        return load_stored(row, folder, self.settings.device)
+        return load_stored(row, folder, self.settings)
 
     def texts(self, row: DatasetRow) -> list[str]:
         """The texts of a public dataset."""
