@@ -20,9 +20,22 @@ from post_shared.schemas import Role
 from tests.server.backstage import TASK, Backstage, wait_for
 
 CONFIGURATION = """
+hooks = "hooks.py"
+
 [checks.positive_data_acceptance]
 # Whether names fit together, a task can be used or an Idempotency-Key is fresh, no schema can say.
 expected-statuses = ["2xx", 304, 403, 404, 409, 413, 416, 422]
+"""
+
+HOOKS = """
+import schemathesis
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    # A replayed create names what an earlier one made, which may have been removed since. Its links would find nothing.
+    if case.meta is not None and case.meta.phase.name.value == "stateful":
+        case.headers.pop("Idempotency-Key", None)
 """
 
 
@@ -66,6 +79,7 @@ def check(live: tuple[str, str, Backstage], folder: Path, *options: str) -> None
     """Run it. Raises with its whole report when a check fails."""
     url, key, stage = live
     (folder / "schemathesis.toml").write_text(CONFIGURATION)
+    (folder / "hooks.py").write_text(HOOKS)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", "all"]
     headers = ["--header", f"Authorization: Bearer {key}"]
     quiet = ["--no-color", "--no-shrink", "--suppress-health-check", "all", "--warnings", "off"]
