@@ -6,7 +6,7 @@ at a time. What one position takes is measured on the model itself, so a plan ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,21 +68,28 @@ def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) ->
 
 def saved_per_position(model: LanguageModel) -> int:
     """Bytes that a pass keeps for the way back, for each position: measured on a few of them."""
-    weights = {weight.untyped_storage().data_ptr() for weight in model.model.parameters()}
+    prompt = torch.zeros(TASTE, model.hidden_size, device=model.device, requires_grad=True)
+    token = torch.zeros(1, 1, dtype=torch.long)
+    kept = kept_bytes(lambda: model.hidden(token, prompt=prompt), model.model.parameters())
+    return max(1, kept // (TASTE + 1))
+
+
+def kept_bytes(work: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes of the tensors that ``work`` keeps for the way back; ``weights``, which are there anyway, not counted."""
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    prompt = torch.zeros(TASTE, model.hidden_size, device=model.device, requires_grad=True)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.enable_grad(), hooks, watched(keep):
-        hidden = model.hidden(torch.zeros(1, 1, dtype=torch.long), prompt=prompt)
-    del hidden  # until here no storage was freed, so none was counted twice
-    return max(1, sum(kept.values()) // (TASTE + 1))
+        made = work()
+    del made  # until here nothing that was kept was freed, so nothing was counted twice
+    return sum(kept.values())
 
 
 def free_bytes(device: torch.device) -> int:

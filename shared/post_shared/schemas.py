@@ -220,7 +220,12 @@ class DistillationCreate(Document):
     learning_rate: float = Field(default=1e-3, gt=0, description="The paper: 2.5e-4, for 500,000 steps.")
     alignment: float = Field(default=0.0, ge=0, description="Weight of the hidden states inside; not in the paper.")
     batch_tokens: int = Field(default=512, ge=32, le=2**24)
-    accumulate: int = Field(default=1, ge=1, le=2**16, description="Parts in which a batch is taken; less memory.")
+    accumulate: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**16,
+        description="Parts in which a batch is taken; default: as few as fit the memory.",
+    )
     sequence_length: int = Field(default=64, ge=8, le=2**16)
     seed: Seed = 0
 

@@ -35,7 +35,9 @@ def distil(
     learning_rate: Annotated[float | None, typer.Option()] = None,
     alignment: Annotated[float | None, typer.Option(min=0, help="Weight of the hidden states inside.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=32)] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Take a batch in so many parts.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Take a batch in so many parts; default: as few as fit the memory.")
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(min=8)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is done.")] = True,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from post_server.ml.corpus import Corpus, Prediction, masked_tokens, next_token
-from post_server.ml.objective import Objective, parts_of
+from post_server.ml.objective import Objective, Part, parts_of
 from post_server.ml.processes import Group
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
@@ -100,25 +100,35 @@ class Descent:
     share: float = HEAD_SHARE
 
     def __post_init__(self) -> None:
-        rows = min(self.rows, len(self.corpus.blocks))
-        if rows < self.group.size * self.accumulate:
+        if self.most_parts < self.accumulate:
+            rows = min(self.rows, len(self.corpus.blocks))
             raise InvalidInput(
                 f"a batch of {rows} sequences can't be split over {self.group.size} processes and {self.accumulate} "
                 "micro-batches; use a larger batch (batch_tokens), more text or a smaller accumulate"
             )
 
+    @property
+    def most_parts(self) -> int:
+        """In how many parts each process can take its share of a batch."""
+        return min(self.rows, len(self.corpus.blocks)) // self.group.size
+
+    def losses(self, part: Part) -> dict[str, Tensor]:
+        """The part's share of the objective's losses and, as "loss", what is minimised."""
+        place = self.objective.target.device.type
+        with torch.autocast(place, torch.bfloat16, enabled=place == "cuda"):
+            losses = self.objective.losses(part)
+        return {**losses, "loss": self.objective.total(losses)}
+
     def gradients(self, step: int) -> dict[str, float]:
         """Leave the gradients of the step's whole batch in the leader's weights; returns its losses there."""
-        weights, group, place = list(self.student.weights.values()), self.group, self.objective.target.device.type
+        weights, group = list(self.student.weights.values()), self.group
         group.share(weights)
         self.student.optimizer.zero_grad()
         prediction = predictions(self.objective.target, self.corpus, step, self.rows, self.seed, self.share)
         blocks = self.corpus.numbers(step, self.rows, self.seed)
         sums: dict[str, Tensor] = {}
         for part in parts_of(prediction, blocks, group.size * self.accumulate)[group.rank :: group.size]:
-            with torch.autocast(place, torch.bfloat16, enabled=place == "cuda"):
-                losses = self.objective.losses(part)
-            losses["loss"] = self.objective.total(losses)
+            losses = self.losses(part)
             losses["loss"].backward()  # type: ignore[no-untyped-call]
             sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
         group.add([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from post_server.ml.corpus import Corpus, prepare_corpus
 from post_server.ml.descent import Descent, Plateau, Student, Training
+from post_server.ml.distil_memory import check_student, plan_parts
 from post_server.ml.layer_search import LayerChoice, LayerSearch, SearchNotes, search_layers
 from post_server.ml.layers import PATTERNS, chosen_layers, copy_student
 from post_server.ml.objective import Objective
@@ -44,7 +45,8 @@ class DistilConfig:
     learning_rate: float = 1e-3
     alignment: float = 0.0
     batch_tokens: int = 512
-    accumulate: int = 1
+    accumulate: int | None = None
+    """Parts in which each process takes its share of a batch; None: as few as the memory allows."""
     sequence_length: int = 64
     start_tokens: int = 15_000
     temperature: float = 2.0
@@ -57,7 +59,7 @@ class DistilConfig:
             raise InvalidInput("say how long to distil: steps, minutes or both")
         if self.sequence_length > self.batch_tokens:
             raise InvalidInput("batch_tokens holds at least one sequence")
-        if not 1 <= self.accumulate <= self.rows:
+        if self.accumulate is not None and not 1 <= self.accumulate <= self.rows:
             raise InvalidInput(f"accumulate is 1 to {self.rows}: a batch has {self.rows} sequences to take in turn")
         if self.alignment < 0:
             raise InvalidInput(f"alignment is a weight of 0 or more, not {self.alignment}")
@@ -144,6 +146,7 @@ def distil(
     Raises:
         InvalidInput: layers, start or length that don't fit the model.
         DataInvalid: too little text.
+        OutOfMemory: the student's weights, gradients and AdamW's state, with one sequence's pass, don't fit.
         Cancelled: raised by ``report``; the state is kept first.
     """
     report(Progress(0, 1, "corpus"))
@@ -154,11 +157,13 @@ def distil(
     chosen(choice)
     work = fingerprint(config, choice.kept, corpus.digest, target.model)
     kept = Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None
+    check_student(target, choice.kept)
     begun = kept is not None and kept.begun()  # its weights replace whatever the student would start from
     model = start_student(target, corpus, config, "copy" if begun else config.start, report, choice.kept)
     cache = _cache(target, corpus, config, checkpoint, room)
     descent, plateau = _descent(target, model, choice.kept, corpus, config, group, cache), Plateau()
-    group.begin(corpus, choice.kept)
+    descent = replace(descent, accumulate=plan_parts(descent, config.accumulate))
+    group.begin(corpus, choice.kept, descent.accumulate)
     run_steps(
         _update(descent, config, plateau),
         Training(descent.student, plateau),
@@ -185,9 +190,10 @@ def follow(
     room: CacheRoom | None = None,
 ) -> None:
     """Take part in the distillation that another process leads by :func:`distil`, until it is done."""
-    corpus, kept = group.begun(target, answers=bool(config.answer_forms))
+    corpus, kept, accumulate = group.begun(target, answers=bool(config.answer_forms))
     cache = _cache(target, corpus, config, checkpoint, room)
     descent = _descent(target, copy_student(target, kept), kept, corpus, config, group, cache)
+    descent = replace(descent, accumulate=accumulate)
     while (step := group.called()) is not None:
         descent.gradients(step)
 
@@ -208,7 +214,7 @@ def _descent(
         freeze_embeddings=config.freeze_embeddings,
     )
     objective = Objective(target, model, config.temperature, kept=kept, alignment=config.alignment, cache=cache)
-    return Descent(student, objective, corpus, group, config.rows, config.accumulate, config.seed)
+    return Descent(student, objective, corpus, group, config.rows, config.accumulate or 1, config.seed)
 
 
 def _cache(

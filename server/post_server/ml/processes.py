@@ -54,11 +54,11 @@ class Group:
 
     # --- the leader's side ------------------------------------------------------------------------------
 
-    def begin(self, corpus: Corpus, kept: Sequence[int]) -> None:
-        """Tell the followers what the work is about."""
+    def begin(self, corpus: Corpus, kept: Sequence[int], accumulate: int) -> None:
+        """Tell the followers what the work is about, and in how many parts each takes its share."""
         if self.size > 1:
             count, length = corpus.blocks.shape
-            self._tell([count, length, len(kept)])
+            self._tell([count, length, len(kept), accumulate])
             self._tell(kept)
             self.share([torch.from_numpy(corpus.blocks)])
 
@@ -73,13 +73,13 @@ class Group:
 
     # --- the followers' side ----------------------------------------------------------------------------
 
-    def begun(self, target: LanguageModel, *, answers: bool) -> tuple[Corpus, list[int]]:
-        """What :meth:`begin` told: the corpus and the kept layers."""
-        count, length, layers = self._told(3)
+    def begun(self, target: LanguageModel, *, answers: bool) -> tuple[Corpus, list[int], int]:
+        """What :meth:`begin` told: the corpus, the kept layers, and the parts."""
+        count, length, layers, accumulate = self._told(4)
         kept = self._told(layers)
         blocks = torch.empty(count, length, dtype=torch.int32)
         self.share([blocks])
-        return corpus_of(target, blocks.numpy().astype(np.int32), answers=answers), kept
+        return corpus_of(target, blocks.numpy().astype(np.int32), answers=answers), kept, accumulate
 
     def called(self) -> int | None:
         """The step to work on, or None at the end."""

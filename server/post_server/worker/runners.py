@@ -124,7 +124,7 @@ def run_distil(work: Work) -> Outcome:
 def _group(work: Work, target: ModelRow, config: DistilConfig) -> AbstractContextManager[Group]:
     """All GPUs that the job may use, each with a process of its own; else this process alone."""
     gpus = torch.cuda.device_count() if work.settings.device in {"auto", "cuda"} else 0
-    size = min(gpus, config.rows // config.accumulate)
+    size = min(gpus, config.rows // (config.accumulate or 1))
     if size < 2:
         return nullcontext(ALONE)
     order = work.scratch / "order.json"
