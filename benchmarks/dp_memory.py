@@ -6,59 +6,21 @@ import argparse
 import json
 import platform
 import resource
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.dp_cost import LABEL_WORDS, reviews, student_shaped_model
 from post_client.privacy import PrivacyConfig
 from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
 from post_shared.data import Row
 from post_shared.language_model import LanguageModel
+from post_shared.live_memory import peak_bytes
 from post_shared.tasks import Task
 
 MICRO = 16
-
-
-class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make, while they live: exact, and the same on every run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, torch.Tensor):
-                self._count(each.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        name, size = storage._cdata, storage.nbytes()
-        if name in self._seen:
-            return
-        self._seen.add(name)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, name, size)
-
-    def _forget(self, name: int, size: int) -> None:
-        self._seen.discard(name)
-        self.now -= size
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes of tensors that ``work`` makes and that live at a time."""
-    with TensorMemory() as memory:
-        work()
-    return memory.peak
 
 
 def private_step(model: LanguageModel, rows: Sequence[Row], *, micro: int, length: int = 20) -> Callable[[], object]:

@@ -11,10 +11,11 @@ import pytest
 from benchmarks import audit_runs, shadow_prompts
 from benchmarks.distil_speed import CLOCKS, RECIPES, draw, first_reach, result, run, table
 from benchmarks.dp_cost import LABEL_WORDS, measure, measure_runs, reviews
-from benchmarks.dp_memory import peak_bytes, private_step
+from benchmarks.dp_memory import private_step
 
 from post_client.tuning import TuneConfig, encode_private, starting_prompt
 from post_shared.data import Row
+from post_shared.live_memory import peak_bytes
 from post_shared.tasks import Task
 from tests.models import TEXTS, tiny_model
 

@@ -13,6 +13,7 @@ from post_shared.data import Row
 from post_shared.decoding import continuations
 from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.language_model import LanguageModel
+from post_shared.memory import plan_pass
 from post_shared.serving import ServedPrompt, classify_mixed
 from post_shared.tasks import Task
 
@@ -58,12 +59,22 @@ def generate(
     max_length: int = 128,
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """Free answers of a generation task, greedy, in the order of ``texts``."""
+    """Free answers of a generation task, greedy, in the order of ``texts``.
+
+    Raises:
+        InvalidInput: the model can't generate.
+        OutOfMemory: not even one text at a time fits the free memory.
+    """
     prefix = None if prompt is None else model.prefix(prompt)
     room = max_new_tokens + (0 if prefix is None else prefix.length)
     encoded = encode_rows(model, task, texts, max_length, room=room)
     answers = [""] * len(texts)
-    for batch in encoded.in_order_of_length(batch_size):
+    each = max_length + room
+    cached = (
+        2 * model.prefix(torch.zeros(1, model.hidden_size)).nbytes
+    )  # a position's keys and values, and as they grow
+    fits = plan_pass(model, longest=each, kept=cached).positions // each
+    for batch in encoded.in_order_of_length(min(batch_size, fits)):
         made = continuations(model, [encoded.rows[at].token_ids for at in batch.index], prefix, max_new_tokens)
         for at, answer in zip(batch.index, made, strict=True):
             answers[at] = answer

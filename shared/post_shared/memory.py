@@ -1,7 +1,8 @@
-"""A memory plan: what a step that trains a prompt will take, said before it is made.
+"""A memory plan: what a step that trains a prompt will take, or a pass that answers, said before it is made.
 
-Nearly all of a step's memory are activations that the pass backward needs, and they grow with the positions that run
-at a time. What one position takes is measured on the model itself, so a plan holds for any architecture.
+Nearly all of a step's memory are activations that the pass backward needs, those of a pass that answers one layer's.
+Both grow with the positions that run at a time. What one position takes is measured on the model itself, so a plan
+holds for any architecture.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from post_shared.batches import Batch
 from post_shared.errors import OutOfMemory
 from post_shared.language_model import LanguageModel
+from post_shared.live_memory import peak_bytes
 from post_shared.offload import watched
 
 TASTE = 16
@@ -64,6 +67,39 @@ def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) ->
         )
     wanted = fits if most is None else max(longest, most // per_position)
     return MemoryPlan(min(fits, wanted), per_position, free)
+
+
+def plan_pass(model: LanguageModel, *, longest: int, kept: int = 0) -> MemoryPlan:
+    """The most positions that a pass without gradients can run at a time in the free memory.
+
+    ``longest`` is what a single text takes with its prompt; ``kept`` what is kept of each position, in bytes.
+
+    Raises:
+        OutOfMemory: not even one text fits.
+    """
+    if model not in _held:
+        _held[model] = held_per_position(model)
+    per_position, free = _held[model] + kept, min(map(free_bytes, model.devices))
+    fits = int(free * SHARE) // per_position
+    if fits < longest:
+        raise OutOfMemory(
+            f"answering a text with its prompt ({longest} positions) takes {longest * per_position / 1e6:.0f} MB, "
+            f"and {free / 1e6:.0f} MB are free on {model.device}; use a shorter text or a machine with more memory"
+        )
+    return MemoryPlan(fits, per_position, free)
+
+
+_held: WeakKeyDictionary[LanguageModel, int] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def held_per_position(model: LanguageModel) -> int:
+    """Bytes that a pass without gradients has in use at its peak, for each position: measured on a few of them."""
+
+    def peak(positions: int) -> int:
+        return peak_bytes(lambda: model.hidden(torch.zeros(1, positions, dtype=torch.long)))
+
+    return max(1, (peak(2 * TASTE) - peak(TASTE)) // TASTE)  # without what is there however many run
 
 
 def saved_per_position(model: LanguageModel) -> int:

@@ -19,6 +19,7 @@ from post_shared.batches import Batch, EncodedRow, EncodedRows, encode_rows
 from post_shared.errors import InvalidInput
 from post_shared.label_words import LabelWords, label_words
 from post_shared.language_model import LanguageModel
+from post_shared.memory import plan_pass
 from post_shared.prefixes import Prefix
 from post_shared.tasks import Task
 
@@ -137,12 +138,13 @@ def classify_mixed(
 
     Raises:
         TaskInvalid: a template alone is too long.
+        OutOfMemory: not even one text at a time fits the free memory.
     """
     rows = _encode(model, texts, prompts, max_length)
     encoded = EncodedRows(tuple(rows))
     found: list[Classified] = [Classified(None, row.cut) for row in rows]
     for index in _alike(model, prompts):
-        for batch in encoded.batch(index).split(BATCH_ROWS, tokens=batch_tokens):
+        for batch in _batches(model, encoded.batch(index), max(prompts[at].length for at in index), batch_tokens):
             mine = [prompts[at] for at in batch.index]
             words = {_words(prompt) for prompt in mine}
             tokens: Tensor = torch.cat([each.token_ids for each in words]).unique()  # type: ignore[no-untyped-call]
@@ -174,6 +176,14 @@ def _alike(model: LanguageModel, prompts: Sequence[ServedPrompt]) -> Iterator[li
         kept = prompt.prefix is not None
         groups.setdefault((kept, 0 if kept else prompt.length), []).append(at)
     yield from groups.values()
+
+
+def _batches(model: LanguageModel, rows: Batch, length: int, tokens: int) -> list[Batch]:
+    """The rows in batches of so many tokens or, with their prompts of ``length``, of as many as fit the free memory."""
+    fits = plan_pass(model, longest=rows.longest + length).positions
+    if fits >= tokens + BATCH_ROWS * length:
+        return rows.split(BATCH_ROWS, tokens=tokens)
+    return rows.split(BATCH_ROWS, tokens=min(fits, tokens), room=length)
 
 
 def _words(prompt: ServedPrompt) -> LabelWords:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from benchmarks.dp_memory import peak_bytes
 
 from post_server.ml import distil_memory
 from post_server.ml.corpus import prepare_corpus
@@ -16,6 +15,7 @@ from post_server.ml.layers import copy_student
 from post_server.ml.objective import Objective
 from post_server.ml.processes import ALONE
 from post_shared.errors import OutOfMemory
+from post_shared.live_memory import peak_bytes
 from post_shared.training import Progress
 from tests.models import TEXTS, tiny_model
 

@@ -10,15 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from post_shared import memory
+from post_shared import evaluation, memory
 from post_shared.batches import PASS, EncodedRow, EncodedRows, encode_rows
+from post_shared.decoding import continuations as continued
 from post_shared.errors import OutOfMemory
+from post_shared.evaluation import generate
 from post_shared.language_model import LanguageModel
-from post_shared.memory import free_bytes, plan_step, saved_per_position
+from post_shared.live_memory import peak_bytes
+from post_shared.memory import free_bytes, held_per_position, plan_pass, plan_step, saved_per_position
 from post_shared.prompt_tuning import tuning_objective
+from post_shared.serving import ServedPrompt, classify_mixed
 from post_shared.tasks import Task
 from post_shared.training import PromptAdam
-from tests.models import LABELS, TEXTS, tiny_model
+from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
 
 TASK = Task("{text}, it was", {"negative": ("terrible",), "positive": ("great",)})
 CPU = torch.device("cpu")
@@ -115,3 +119,49 @@ def test_texts_of_all_lengths_behind_one_prompt_are_in_their_order() -> None:
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("family", CAUSAL + MASKED)
+def test_what_a_position_holds_is_near_what_a_batch_takes(family: str) -> None:
+    model = tiny_model(family)
+
+    @torch.no_grad()
+    def peak(rows: int, tokens: int) -> int:
+        return peak_bytes(lambda: model.hidden(torch.full((rows, tokens), 7)))
+
+    measured = (peak(6, 40) - peak(1, 16)) / (6 * 40 - 16)
+    assert 0.6 * measured < held_per_position(model) < 1.6 * measured
+    assert held_per_position(tiny_model(family, layers=8)) < 1.2 * held_per_position(model), "one layer's at a time"
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_answers_in_little_memory_are_the_same_in_smaller_batches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    task = TASK if model.kind == "causal" else Task("{text}, it was {mask}", TASK.label_words)
+    served = [ServedPrompt.of(model, task, torch.randn(7, model.hidden_size))] * len(TEXTS)
+    ample = classify_mixed(model, TEXTS, served)
+    sizes: list[int] = []
+    run = model.run_body
+    monkeypatch.setattr(model, "run_body", lambda **inputs: sizes.append(len(inputs["inputs_embeds"])) or run(**inputs))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(100 * held_per_position(model)))
+    sizes.clear()
+    small = classify_mixed(model, TEXTS, served)
+    assert max(sizes) < len(TEXTS)
+    for mine, expected in zip(small, ample, strict=True):
+        assert mine.scores == pytest.approx(expected.scores, abs=1e-5)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 10 * held_per_position(model))
+    with pytest.raises(OutOfMemory, match=r"positions\) takes .* MB are free on cpu"):
+        classify_mixed(model, TEXTS, served)
+
+
+def test_free_answers_in_little_memory_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task = tiny_model(), Task("{text} is")
+    prompt = torch.randn(5, model.hidden_size)
+    ample = generate(model, task, TEXTS, prompt, max_new_tokens=4, max_length=32)
+    plan = plan_pass(model, longest=41, kept=2 * model.prefix(torch.zeros(1, model.hidden_size)).nbytes)
+    sizes: list[int] = []
+    noted = lambda model, rows, *more: sizes.append(len(rows)) or continued(model, rows, *more)  # noqa: E731
+    monkeypatch.setattr(evaluation, "continuations", noted)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(3.5 * 41 * plan.per_position / memory.SHARE))
+    assert generate(model, task, TEXTS, prompt, max_new_tokens=4, max_length=32) == ample
+    assert max(sizes) == 3
