@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,23 @@ from tests.models import LABELS, TEXTS, WORDS, tiny_model
 
 TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
 WORD = WORDS.split()
-ROWS = [Row(f"{text} {WORD[at % len(WORD)]} {WORD[at // 12]}", label)
-        for at, (text, label) in enumerate(zip(TEXTS * 16, LABELS * 16, strict=True))]  # fmt: skip
+MORE_ROWS = [Row(f"{text} {WORD[at % len(WORD)]} {WORD[at // 12 % len(WORD)]}", label)
+             for at, (text, label) in enumerate(zip(TEXTS * 32, LABELS * 32, strict=True))]  # fmt: skip
+ROWS = MORE_ROWS[:128]
 CONFIG = TuneConfig(length=4, steps=30, batch_size=12)
 CLAIM = PrivacyConfig(epsilon=1.0, delta=1e-5)
 
 
 def findings(privacy: PrivacyConfig = CLAIM, **options: object) -> list[Finding]:
     return audit_in_one_run(tiny_model(layers=2), TASK, ROWS, CONFIG, privacy, **options)  # type: ignore[arg-type]
+
+
+def finding_of_128_canaries() -> Finding:
+    """Of gradient canaries in a run drawn anew. Of 64, some batches see too few for a bound above 1."""
+    config = TuneConfig(length=8, steps=30, batch_size=24)
+    _, gradient = audit_in_one_run(tiny_model(layers=2), TASK, MORE_ROWS, config, CLAIM)
+    assert gradient.evidence.canaries == 128
+    return gradient
 
 
 def test_a_sound_run_is_not_refuted() -> None:
@@ -47,7 +55,7 @@ def test_a_sound_run_is_not_refuted() -> None:
 
 def test_a_run_without_noise_that_claims_epsilon_1_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("post_client.privacy.optimizer.gaussian", lambda randomness, shape, *_: np.zeros(shape))
-    _, gradient = findings(replace(CLAIM, seed=0))  # drawn anew, some runs end just below 1
+    gradient = finding_of_128_canaries()
     assert gradient.evidence.epsilon > 1.0
     assert gradient.refuted
 
@@ -57,7 +65,7 @@ def test_a_run_that_does_not_clip_is_refuted(monkeypatch: pytest.MonkeyPatch) ->
         self.master.summed_grad += 200 * gradients.double().sum(0)
 
     monkeypatch.setattr(PromptDPSGD, "clip_and_accumulate", keep)
-    assert findings(replace(CLAIM, seed=0))[1].refuted
+    assert finding_of_128_canaries().refuted
 
 
 def test_several_runs_at_once_have_coins_of_their_own() -> None:
