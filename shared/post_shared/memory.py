@@ -102,12 +102,18 @@ def held_per_position(model: LanguageModel) -> int:
     return max(1, (peak(2 * TASTE) - peak(TASTE)) // TASTE)  # without what is there however many run
 
 
+_saved: WeakKeyDictionary[LanguageModel, int] = WeakKeyDictionary()
+
+
 def saved_per_position(model: LanguageModel) -> int:
-    """Bytes that a pass keeps for the way back, for each position: measured on a few of them."""
+    """Bytes that a pass keeps for the way back, for each position: measured on a few of them, once for a model."""
+    if model in _saved:
+        return _saved[model]
     prompt = torch.zeros(TASTE, model.hidden_size, device=model.device, requires_grad=True)
     token = torch.zeros(1, 1, dtype=torch.long)
     kept = kept_bytes(lambda: model.hidden(token, prompt=prompt), model.model.parameters())
-    return max(1, kept // (TASTE + 1))
+    _saved[model] = max(1, kept // (TASTE + 1))
+    return _saved[model]
 
 
 def kept_bytes(work: Callable[[], object], weights: Iterable[Tensor]) -> int:

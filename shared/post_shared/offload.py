@@ -50,7 +50,10 @@ def weight_of(module: nn.Module, name: str) -> Tensor:
     """The module's own weight of that name, from wherever it is; from memory or disk on no particular device."""
     weight: Tensor = module._parameters[name]  # type: ignore[assignment]
     loader = _loader(module)
-    return loader.weights_map[name] if loader is not None and weight.is_meta else weight
+    if loader is not None and weight.is_meta:
+        return loader.weights_map[name]  # type: ignore[no-any-return]
+    gather = getattr(weight, "full_tensor", None)  # of a weight that several processes share
+    return weight if gather is None else gather()
 
 
 def weights_of(model: nn.Module) -> Iterator[Tensor]:

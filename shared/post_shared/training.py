@@ -155,6 +155,8 @@ class Checkpoint:
     folder: Path
     work: str
     every_seconds: float = 60.0
+    writes: bool = True
+    """False for those that only read what another process keeps."""
 
     @property
     def path(self) -> Path:
@@ -162,6 +164,8 @@ class Checkpoint:
 
     def save(self, step: int, seconds: float, tensors: Mapping[str, Tensor]) -> None:
         """Written aside, flushed, then renamed: a kill at any moment leaves the old state or the new one."""
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f"checkpoint.{os.getpid()}.part"
         header = {"work": self.work, "step": str(step), "seconds": repr(seconds)}

@@ -104,6 +104,18 @@ class Group:
             if self.leads and held.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(held)
 
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """The sum over all processes comes to be everyone's, in place; the tensors are on the group's device."""
+        for tensor in tensors if self.size > 1 else ():
+            distributed.all_reduce(tensor.detach())
+
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
+        held = torch.tensor(number, device=self.device)
+        if self.size > 1:
+            distributed.all_reduce(held, distributed.ReduceOp.MIN)
+        return int(held)
+
     def _tell(self, numbers: Sequence[int]) -> None:
         distributed.broadcast(torch.tensor(list(numbers), device=self.device), src=0)
 

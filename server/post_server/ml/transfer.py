@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from post_server.ml.constants import Constants, answers, student_answers
 from post_server.ml.ensemble import ensemble
 from post_server.ml.held_out import BestStep, hold_out
+from post_server.ml.processes import ALONE, Group
+from post_server.ml.sharded import SharedAdam
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, PromptMismatch
@@ -134,11 +136,15 @@ def transfer(
     report: Reporter = ignore,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
+    group: Group = ALONE,
 ) -> TransferResult:
     """p_s -> p_t: start where p_s is, and follow the method's loss on public texts. Labels are never looked at.
 
     Of enough public texts some are left out of training, and the step at which these are imitated best is chosen.
     A ``student`` that is loaded by calling it is in memory only until it has answered.
+
+    With a ``group``, all its processes call this alike, with a target that :func:`post_server.ml.sharded.shard` shared
+    out to them; each gets the result, and the one that leads keeps the checkpoint.
 
     A generation task has no classes: it is transferred by the paper's loss, where the answer begins.
 
@@ -168,7 +174,7 @@ def transfer(
         losses.append(progress.metrics["loss"])
         report(progress)
 
-    adam = _adam(target, prompt, encoded, config)
+    adam = _adam(target, prompt, encoded, config, group)
     trained, left_out = hold_out(len(encoded), config.seed)
     best = BestStep(adam, objective, encoded.batch(left_out), batch_size=config.batch_size, steps=config.steps)
     train_prompt(
@@ -179,7 +185,7 @@ def transfer(
         learning_rate=config.learning_rate,
         stage="transfer",
         report=watch,
-        checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None,
+        checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds, writes=group.leads) if checkpoint else None,
         also=lambda step: best.latest,
     )
     moved, step, held_out_loss = best.chosen
@@ -193,11 +199,16 @@ def _objective(target: LanguageModel, known: Constants, words: LabelWords | None
     return paper_objective(target, known, config.alpha, config.temperature)
 
 
-def _adam(target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig) -> PromptAdam:
+def _adam(
+    target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig, group: Group
+) -> PromptAdam:
     """On p_t = p_s, in micro-batches that the memory plan allows."""
     plan = plan_step(target, longest=prompt.length + encoded.whole.longest, most=int(STEP_SHARE * target.nbytes))
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
-    return PromptAdam(start, config.learning_rate, plan.cut(prompt.length, prompt_once=target.keeps_prefix))
+    cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, prompt_once=target.keeps_prefix)
+    if group.size > 1:
+        return SharedAdam(start, config.learning_rate, cut, group)
+    return PromptAdam(start, config.learning_rate, cut)
 
 
 def choose_alpha(
