@@ -70,9 +70,7 @@ def generate(
     encoded = encode_rows(model, task, texts, max_length, room=room)
     answers = [""] * len(texts)
     each = max_length + room
-    cached = (
-        2 * model.prefix(torch.zeros(1, model.hidden_size)).nbytes
-    )  # a position's keys and values, and as they grow
+    cached = 2 * model.prefix(torch.zeros(1, model.hidden_size)).nbytes  # a position's keys and values, as they grow
     fits = plan_pass(model, longest=each, kept=cached).positions // each
     for batch in encoded.in_order_of_length(min(batch_size, fits)):
         made = continuations(model, [encoded.rows[at].token_ids for at in batch.index], prefix, max_new_tokens)
