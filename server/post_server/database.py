@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make_url, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from post_server.settings import Settings
 
 _BUSY_MILLISECONDS = 30_000
+_CONNECTIONS = 15
+"""Of one process, at most. Each stays open: to open one takes longer than most requests."""
 _GUARD_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock behind :func:`guard`
 _MIGRATION_LOCK, _CLAIM_LOCK = _GUARD_LOCK + 1, _GUARD_LOCK + 2
 _POSTGRES_OPTIONS: dict[str, str | int] = {
@@ -122,16 +124,14 @@ def _finite(value: Any) -> Any:
 
 def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
+    common: dict[str, Any] = {"json_serializer": to_json, "hide_parameters": True}
+    common |= {"poolclass": QueuePool, "pool_size": _CONNECTIONS, "max_overflow": 0}
     if parsed.get_backend_name() != "sqlite":
         options = {name: value for name, value in _POSTGRES_OPTIONS.items() if name not in parsed.query}
-        return create_engine(
-            parsed, pool_pre_ping=True, connect_args=options, json_serializer=to_json, hide_parameters=True
-        )
+        return create_engine(parsed, pool_pre_ping=True, connect_args=options, **common)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(
-        parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000}, json_serializer=to_json, hide_parameters=True
-    )
+    engine = create_engine(parsed, connect_args={"timeout": _BUSY_MILLISECONDS / 1000}, **common)
     event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", _begin)
     return engine

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import inspect, text
+from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import IntegrityError, StatementError
 
 from post_server.database import Database, alembic_config, guard
@@ -71,6 +72,17 @@ def test_sqlite_is_made_durable(tmp_path: Path) -> None:
     with Database(f"sqlite:///{tmp_path}/post.db").read() as session:
         assert session.scalar(text("PRAGMA journal_mode")) == "wal"
         assert session.scalar(text("PRAGMA foreign_keys")) == 1
+
+
+def test_connections_are_opened_once(database: Database) -> None:
+    opened: list[object] = []
+    event.listen(database.engine, "connect", lambda connection, _: opened.append(connection))
+    database.dispose()
+    for _ in range(2):
+        with ExitStack() as stack:
+            for _ in range(8):
+                stack.enter_context(database.read()).execute(text("SELECT 1"))
+    assert len(opened) == 8
 
 
 def test_references_are_checked(database: Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -36,14 +37,14 @@ from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
 from post_shared.errors import PROBLEM_MEDIA_TYPE
 
-_PARTS = (
+_PARTS = (  # the paths of a part are tried before those of the next: first what is asked most
+    jobs,
     models,
     datasets,
     dataset_uploads,
     prompts,
     orders,
     reports,
-    jobs,
     predictions,
     completions,
     health,
@@ -90,6 +91,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    gc.collect()
+    gc.freeze()  # what is there now stays: to look through all of it again would hold up requests
     yield
     await transport.close()
     app.state.context.database.dispose()

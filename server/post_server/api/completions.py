@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import App, Asker, Context
 from post_server.api.problems import OPENAI_PATH, problems
+from post_server.api.routes import Route
 from post_server.job_orders import check_prompt_fits
 from post_server.keys import check_scope
 from post_server.model_store import find_model
@@ -25,7 +26,7 @@ from post_shared.errors import PostError
 from post_shared.key_schemas import Scope
 from post_shared.schemas import ModelRole
 
-router = APIRouter(prefix=OPENAI_PATH, tags=["predictions"])
+router = APIRouter(route_class=Route, prefix=OPENAI_PATH, tags=["predictions"])
 
 _PING_SECONDS = 15
 _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}

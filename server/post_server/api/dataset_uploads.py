@@ -14,6 +14,7 @@ from post_server.api.context import App, Context, Provider, ProviderReader
 from post_server.api.idempotency import IdempotencyKey, Once, document_hash
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.api.uploads import raw_body, received_file
 from post_server.audit_log import record
 from post_server.database import guard
@@ -32,7 +33,7 @@ from post_server.upload_store import (
 from post_shared.dataset_schemas import MAX_PARTS, Upload, UploadCreate, UploadFinish
 from post_shared.schemas import Dataset, Page
 
-router = APIRouter(prefix="/v1/uploads", tags=["datasets"])
+router = APIRouter(route_class=Route, prefix="/v1/uploads", tags=["datasets"])
 
 UploadId = Annotated[str, Path(min_length=1, max_length=64)]
 PartNumber = Annotated[int, Path(ge=1, le=MAX_PARTS)]

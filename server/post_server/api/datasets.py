@@ -14,6 +14,7 @@ from post_server.api.context import App, Caller, Provider
 from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.api.uploads import raw_body, received_file
 from post_server.audit_log import record
 from post_server.dataset_store import add_dataset, dataset_document, find_dataset, first_rows, summarise
@@ -21,7 +22,7 @@ from post_server.records import DatasetRow
 from post_shared.dataset_schemas import DatasetPreview, LicenceName
 from post_shared.schemas import Dataset, DatasetKind, Name, Page
 
-router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+router = APIRouter(route_class=Route, prefix="/v1/datasets", tags=["datasets"])
 
 DatasetReference = Annotated[str, Path(min_length=1, max_length=64, description="Id or name.")]
 

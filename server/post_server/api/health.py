@@ -9,9 +9,10 @@ from redis import Redis
 from sqlalchemy import text
 
 from post_server.api.context import App, Context
+from post_server.api.routes import Route
 from post_shared.schemas import Health
 
-router = APIRouter(tags=["health"])
+router = APIRouter(route_class=Route, tags=["health"])
 
 _SECONDS = 1.0
 

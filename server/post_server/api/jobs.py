@@ -15,6 +15,7 @@ from post_server.api.context import AnyCaller, App, Caller, Context
 from post_server.api.following import News
 from post_server.api.pagination import MAX_LIMIT, Paging, paginate
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.audit_log import record
 from post_server.job_orders import check_may_order, job_document, metric_series, visible_job
 from post_server.jobs.states import events_behind, request_cancel
@@ -24,7 +25,7 @@ from post_shared.errors import InvalidInput, Unauthenticated
 from post_shared.job_schemas import JobMetrics
 from post_shared.schemas import Job, JobEvent, JobKind, JobState, Page, Role
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(route_class=Route, prefix="/v1/jobs", tags=["jobs"])
 
 
 def _in_words(value: object) -> object:
@@ -170,7 +171,9 @@ def _snapshot(app: Context, caller: ApiKeyRow, job_id: str) -> tuple[int, Job]:
 
 
 def _page(app: Context, caller: ApiKeyRow, job_id: str, after: int, limit: int) -> Page[JobEvent]:
-    _, events = _look(app, caller, job_id, after, limit + 1)
+    with app.database.read() as session:
+        visible_job(session, caller, job_id)
+        events = events_behind(session, job_id, after, limit + 1)
     more = len(events) > limit
     return Page(items=events[:limit], next_cursor=str(events[limit - 1].sequence) if more else None)
 

@@ -13,12 +13,13 @@ from post_server.api.context import App, Caller, Context
 from post_server.api.downloads import Part, Wanted, downloads, note_download, serve
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.model_store import find_model, manifest_document, model_document, model_files
 from post_server.records import ApiKeyRow, ModelRow
 from post_shared.errors import Forbidden, NotFound
 from post_shared.schemas import Model, ModelFile, ModelManifest, ModelRole, Page
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(route_class=Route, prefix="/v1/models", tags=["models"])
 
 Reference = Annotated[str, Path(min_length=1, max_length=64, description="Id or name.")]
 

@@ -9,13 +9,14 @@ from sqlalchemy.orm import Session
 from post_server.api.context import App, Context, Mover, Provider
 from post_server.api.idempotency import IdempotencyKey, Once, document_hash
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.job_orders import Order, job_document, place_order
 from post_server.jobs.doorbell import ring
 from post_server.records import ApiKeyRow
 from post_shared.schemas import DistillationCreate, EvaluationCreate, Job, TransferCreate
 
 log = structlog.get_logger("post.api")
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(route_class=Route, prefix="/v1", tags=["jobs"])
 
 ORDER_PROBLEMS = problems(403, 404, 409, 413, 429)
 

@@ -7,6 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import App, Asker, Context
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.job_orders import check_prompt_fits, check_task
 from post_server.keys import scopes_of
 from post_server.model_store import find_model
@@ -16,7 +17,7 @@ from post_server.records import ApiKeyRow
 from post_shared.key_schemas import Scope
 from post_shared.schemas import ModelRole, PredictionCreate, Predictions
 
-router = APIRouter(prefix="/v1/predictions", tags=["predictions"])
+router = APIRouter(route_class=Route, prefix="/v1/predictions", tags=["predictions"])
 
 
 @router.post("", responses=problems(404, 413, 503, 504))

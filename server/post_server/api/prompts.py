@@ -16,6 +16,7 @@ from post_server.api.downloads import Part, Wanted, downloads, note_download, se
 from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.api.uploads import raw_body
 from post_server.audit_log import record
 from post_server.prompt_store import add_prompt, delete_prompt, prompt_document, visible_prompt
@@ -23,7 +24,7 @@ from post_server.records import ApiKeyRow, PromptRow
 from post_shared.errors import Forbidden
 from post_shared.schemas import Page, Prompt, PromptRole, Role
 
-router = APIRouter(prefix="/v1/prompts", tags=["prompts"])
+router = APIRouter(route_class=Route, prefix="/v1/prompts", tags=["prompts"])
 
 PromptId = Annotated[str, Path(min_length=1, max_length=64)]
 

@@ -10,11 +10,12 @@ from post_server.api.context import App, Provider, ProviderReader
 from post_server.api.idempotency import IdempotencyKey
 from post_server.api.orders import ORDER_PROBLEMS, place
 from post_server.api.problems import problems
+from post_server.api.routes import Route
 from post_server.reports import finished_report
 from post_shared.report_schemas import ReportCreate, TradeOffReport
 from post_shared.schemas import Job
 
-router = APIRouter(prefix="/v1/reports", tags=["reports"])
+router = APIRouter(route_class=Route, prefix="/v1/reports", tags=["reports"])
 
 
 @router.post("", status_code=202, response_model=Job, responses=ORDER_PROBLEMS)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, null, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, case, func, null, or_, select, update
 from sqlalchemy.orm import Session
 
 from post_server.records import JobEventRow, JobRow, now
@@ -27,6 +27,13 @@ from post_shared.schemas import JobEvent, JobState
 
 HELD = (JobState.RUNNING, JobState.CANCELLING)
 _CANCEL_TRIES = 5
+_EVENTS = (  # made once, and of plain values: no row objects to track
+    select(*(getattr(JobEventRow, name) for name in JobEvent.model_fields))
+    .where(JobEventRow.job_id == bindparam("job"), JobEventRow.sequence > bindparam("after"))
+    .order_by(JobEventRow.sequence)
+    .limit(bindparam("most"))
+)
+_EVENTS_OF_KIND = _EVENTS.where(JobEventRow.kind == bindparam("kind"))
 
 
 class LeaseLost(Exception):
@@ -208,12 +215,9 @@ def requeue(session: Session, job_id: str) -> JobRow:
 
 def events_behind(session: Session, job_id: str, after: int, limit: int, kind: str | None = None) -> list[JobEvent]:
     """A job's history behind an event, oldest first: all of it, or one kind of events."""
-    columns = [getattr(JobEventRow, name) for name in JobEvent.model_fields]  # plain values: no row objects to track
-    statement = select(*columns).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
-    if kind is not None:
-        statement = statement.where(JobEventRow.kind == kind)
-    rows = session.execute(statement.order_by(JobEventRow.sequence).limit(limit)).mappings()
-    return [JobEvent.model_validate(dict(row)) for row in rows]
+    which = {"job": job_id, "after": after, "most": limit}
+    rows = session.execute(_EVENTS, which) if kind is None else session.execute(_EVENTS_OF_KIND, which | {"kind": kind})
+    return [JobEvent(**row) for row in rows.mappings()]
 
 
 # --- by the reconciler --------------------------------------------------------------------------------
