@@ -159,7 +159,7 @@ def start_up() -> dict[str, Any]:
                 time.sleep(0.02)
             seconds = time.perf_counter() - begin
             parts = psutil.Process(process.pid).children(recursive=True)
-            (api,) = [each for each in parts if each.cmdline()[-3:-1] == ["post_server.serve.child", "api"]]
+            (api,) = [each for each in parts if each.cmdline()[2:4] == ["post_server.serve.child", "api"]]
             memory = api.memory_info().rss / 2**20
             return {"seconds_to_ready": round(seconds, 2), "api_megabytes": round(memory, 1)}
         finally:

@@ -41,6 +41,12 @@ class Settings(BaseSettings):
         "is free.",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of a job; 0: the cores there are.")
+    job_nice: int = Field(
+        default=10,
+        ge=0,
+        le=19,
+        description="How far a job's processes stand back (`nice`), so that the API beside them stays fast.",
+    )
 
     lease_seconds: float = Field(
         default=30.0, gt=0, description="A worker that is silent for so long has lost its job."
@@ -70,7 +76,11 @@ class Settings(BaseSettings):
     reconcile_seconds: float = Field(
         default=5.0, gt=0, description="How often a worker looks for lost and undelivered jobs."
     )
-    ring_seconds: float = Field(default=10.0, ge=0, description="A job that is queued for longer is announced again.")
+    ring_seconds: float = Field(
+        default=10.0,
+        ge=0.1,
+        description="A job that is queued for longer is announced again; it rests as long while the store is away.",
+    )
     visibility_seconds: float = Field(
         default=3600.0, gt=0, description="Redis gives a ring that a worker kept for so long to another one."
     )

@@ -154,6 +154,11 @@ def test_only_kinds_of_jobs_can_be_kept_for_gpus(tmp_path: Path, words: str) -> 
     assert Settings(home=tmp_path, gpu_jobs="distil,transfer").gpu_jobs
 
 
+def test_a_job_always_rests_a_moment_while_its_store_is_away(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        Settings(home=tmp_path, ring_seconds=0)
+
+
 def test_rings_reach_those_that_can_do_the_job(backstage: Backstage, others: list[ApiKeyRow]) -> None:
     """By device class; and what a key's limit holds back is not announced."""
     backstage.start_redis()

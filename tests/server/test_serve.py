@@ -115,6 +115,32 @@ def _pings(client: redis.Redis) -> bool:
         return False
 
 
+def test_the_api_answers_once_the_records_are_ready(home: Path) -> None:
+    settings = settings_for(home)
+    (gate, opener), listening = os.pipe(), socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/livez"
+    command = [sys.executable, "-m", "post_server.serve.child", "api", str(listening.fileno()), str(gate)]
+    with (
+        listening,
+        subprocess.Popen(command, pass_fds=[listening.fileno(), gate], env=environment(settings)) as process,
+    ):
+        try:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.get(url, timeout=10.0, trust_env=False)
+            os.close(opener)
+            assert httpx.get(url, timeout=30.0, trust_env=False).status_code == 200
+        finally:
+            process.kill()
+            os.close(gate)
+
+
+def test_a_child_imports_nothing_before_it_knows_what_it_is() -> None:
+    code = (
+        "import sys, post_server.serve.child; print(*{'pydantic', 'redis', 'sqlalchemy', 'httpx'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
+
+
 def test_nothing_outlives_a_killed_server(home: Path) -> None:
     """In a home folder whose path is too long for a socket, too."""
     settings = settings_for(home / ("long" * 25))

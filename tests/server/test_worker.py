@@ -64,6 +64,7 @@ def test_a_killed_job_process_and_a_stopped_worker(ready: Backstage, tmp_path: P
     worker = ready.start_worker()
     ready.reaches(job_id, stage="distil", progress=0.1)
     (process,) = job_processes(worker)
+    assert process.nice() == min(19, psutil.Process(worker.pid).nice() + ready.settings.job_nice)
     process.kill()
     wait_for(lambda: len(first_steps(ready, job_id)) == 2)  # the row alone still shows what the first attempt reported
     worker.terminate()

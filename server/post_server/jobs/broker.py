@@ -27,7 +27,7 @@ def queue_of(device: str | None) -> str:
 
 @lru_cache(maxsize=8)
 def celery_for(settings: Settings) -> Any:
-    """The Celery application of the settings' Redis (``redis://…``, ``rediss://…``, ``sentinel://…``, ``unix://path``).
+    """The Celery application of the settings' Redis (``redis://…``, ``rediss://…``, ``unix://path``).
 
     Messages are acknowledged when they arrive and no result is kept: the job row knows everything.
     """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from post_server.settings import Settings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # so that what needs one small part of this package gets no more
+    from post_server.settings import Settings
 
 
 def main(settings: Settings) -> int:

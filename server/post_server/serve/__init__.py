@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from post_server.serve.supervisor import main
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-__all__ = ["main"]
+if TYPE_CHECKING:  # so that the processes that it starts don't import what only it needs
+    from post_server.settings import Settings
+
+
+def main(settings: Settings, say: Callable[[str], None] | None = None) -> int:
+    """Serve until a signal comes; the exit status. See :func:`post_server.serve.supervisor.main`."""
+    from post_server.serve.supervisor import main as serve
+
+    return serve(settings, say)

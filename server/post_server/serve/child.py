@@ -1,6 +1,7 @@
 """What ``post serve`` starts: ``python -m post_server.serve.child api|worker|predictor|run``.
 
-Each ends with the supervisor, even when that is killed.
+Each ends with the supervisor, even when that is killed. Each imports only what it needs, when it needs it: that is
+most of the time that a start takes.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ import os
 import socket
 import sys
 
-from post_server.settings import get_settings
 from post_server.worker import lifeline
 
 
-def api(listening: int) -> None:
-    """Answer HTTP on a socket that is already bound."""
+def api(listening: int, gate: int) -> None:
+    """Answer HTTP on a socket that is already bound, once the gate's other end is closed: the records are ready."""
     import uvicorn
 
+    from post_server.api import app  # noqa: F401  slow, so before the gate
+    from post_server.settings import get_settings
+
     settings = get_settings()
+    with open(gate, "rb") as records:
+        records.read()
     config = uvicorn.Config(
         "post_server.api.app:create_app",
         factory=True,
@@ -34,9 +39,11 @@ def main(arguments: list[str]) -> None:
     if part == "run":  # another program: it keeps the tie, but not our watching thread
         lifeline.die_with_parent(None)
         os.execv(rest[0], rest)  # noqa: S606  the program that embedded_redis found
+    from post_server.settings import get_settings
+
     lifeline.die_with_parent(get_settings().stop_seconds)
     if part == "api":
-        api(int(rest[0]))
+        api(*map(int, rest))
     elif part == "worker":
         from post_server.worker import main as worker
 

@@ -9,14 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-import httpx
-import redis
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
-
-from post_server.database import Database
 from post_server.serve import embedded_redis
 from post_server.serve.children import Child, stop
 from post_server.serve.home import announce, locked_home
@@ -74,7 +69,6 @@ class Supervisor:
             home = stack.enter_context(locked_home(self.settings.home))
             listening = stack.enter_context(_listen(self.settings.host, self.settings.port))
             url = _url(self.settings.host, listening)
-            _migrate(self.settings)
             environment = _environment(self.settings)
             stack.callback(self._stop)
             if embedded_redis.is_embedded(self.settings):
@@ -82,8 +76,12 @@ class Supervisor:
                 stack.callback(self._stop)  # before a temporary folder goes
                 environment["POST_REDIS_URL"] = f"unix://{path}"
                 self._start_redis(path)
-            _check_redis(environment.get("POST_REDIS_URL", self.settings.redis_url), self.redis, self.stopping)
-            self._start_parts(environment, listening.fileno())
+            gate, opener = (stack.enter_context(open(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True))
+            self._start("api", environment, listening.fileno(), gate.fileno())
+            self._prepare(environment.get("POST_REDIS_URL", self.settings.redis_url))
+            opener.close()
+            self._start("worker", environment)
+            self._start("predictor", environment)
             if self._until_ready(url):
                 announce(home, url)
                 print(url, flush=True)
@@ -100,14 +98,17 @@ class Supervisor:
         self.redis = self._child("redis", "run", *command)
         self.redis.start()
 
-    def _start_parts(self, environment: dict[str, str], listening: int) -> None:
-        self.parts = [
-            self._child("api", "api", str(listening), environment=environment, inherited=(listening,)),
-            self._child("worker", "worker", environment=environment),
-            self._child("predictor", "predictor", environment=environment),
-        ]
-        for child in self.parts:
-            child.start()
+    def _start(self, name: str, environment: dict[str, str], *inherited: int) -> None:
+        child = self._child(name, name, *map(str, inherited), environment=environment, inherited=inherited)
+        self.parts.append(child)
+        child.start()
+
+    def _prepare(self, redis_url: str) -> None:
+        """Bring the records up to date and wait for the broker, while Redis and the API start."""
+        from post_server.serve.checks import await_redis, migrate
+
+        migrate(self.settings)
+        await_redis(redis_url, self.redis, self.stopping)
 
     def _tend(self) -> None:
         for child in [self.redis, *self.parts]:
@@ -124,11 +125,8 @@ class Supervisor:
         deadline = time.monotonic() + _START_SECONDS
         while not self.stopping:
             self._tend()
-            try:
-                if httpx.get(f"{url}/readyz", timeout=2.0, trust_env=False).status_code == 200:
-                    return True
-            except httpx.HTTPError:
-                pass
+            if _is_ready(url):
+                return True
             if time.monotonic() > deadline:
                 logs = self.settings.home / "logs"
                 raise Unavailable(f"the server isn't ready after {_START_SECONDS:.0f} s; see {logs}")
@@ -145,7 +143,7 @@ class Supervisor:
             self.say(f"had to kill: {', '.join(killed)}")
 
 
-# --- what can go wrong before anything runs -----------------------------------------------------------
+# --- around all of it -----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -174,40 +172,15 @@ def _url(host: str, listening: socket.socket) -> str:
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
-def _migrate(settings: Settings) -> None:
+def _is_ready(url: str) -> bool:
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=2.0)
     try:
-        shown = make_url(settings.database_url).render_as_string(hide_password=True)
-    except ArgumentError as error:
-        raise Unavailable(
-            "POST_DATABASE_URL can't be read; it looks like postgresql+psycopg://user@host/name"
-        ) from error
-    try:
-        database = Database.from_settings(settings)
-        try:
-            database.migrate()
-        finally:
-            database.dispose()
-    except (NoSuchModuleError, ImportError) as error:
-        raise Unavailable(f"no driver for the database {shown}: {error}") from error
-    except (SQLAlchemyError, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise Unavailable(f"the database {shown} can't be used: {reason}") from error
-
-
-def _check_redis(url: str, child: Child | None, stopping: Stopping) -> None:
-    """Wait for our own server's first answer; another one has to answer within a few seconds."""
-    deadline = time.monotonic() + (10.0 if child else 3.0)
-    while not stopping:
-        try:
-            with redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=2.0) as client:
-                client.ping()
-            return
-        except (redis.RedisError, ValueError, OSError) as error:
-            ended = child is not None and not child.alive
-            if ended or time.monotonic() > deadline or isinstance(error, ValueError):
-                where = f"see {child.log}" if child else "check POST_REDIS_URL"
-                raise Unavailable(f"the Redis server doesn't answer: {error}; {where}") from error
-        time.sleep(0.05)
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _environment(settings: Settings) -> dict[str, str]:

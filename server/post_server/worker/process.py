@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -135,9 +136,17 @@ def main(job_id: str, token: str) -> int:
     # Shorter than what is left of the lease when the worker has just died.
     left = settings.lease_seconds - settings.heartbeat_seconds
     lifeline.die_with_parent(max(0.2, min(settings.stop_seconds, left / 2)))
+    _stand_back(settings.job_nice)
     configure_logs(settings)
     structlog.contextvars.bind_contextvars(job=job_id)  # for the lines of libraries, too
     return JobProcess(settings, Lease(job_id, token), interrupted).run()
+
+
+def _stand_back(nice: int) -> None:
+    """Leave the processor to whoever answers people. Linux may weigh whole sessions; this process has its own."""
+    os.nice(nice)
+    with contextlib.suppress(OSError):  # not every system has it
+        Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
 
 
 if __name__ == "__main__":
