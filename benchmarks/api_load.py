@@ -1,8 +1,9 @@
 """The API under load: job endpoints, event streams, and how fast and how large it starts.
 
 ``python -m benchmarks.api_load`` starts servers of its own and prints, as JSON: latency of job endpoints under 50
-clients at 200 requests a second (p50, p99), the same with 1,000 event streams open, how late events reach them, seconds
-from ``post serve`` to ready and the memory of the API process.
+clients at 200 requests a second (p50, p99), the same beside a process that takes every core as a job does, the same
+with 1,000 event streams open, how late events reach them, seconds from ``post serve`` to ready and the API process's
+memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,19 @@ async def load(api: LiveApi, jobs: list[str], *, clients: int, rate: float, seco
     }
 
 
+@contextmanager
+def heavy_job(nice: int) -> Iterator[None]:
+    """Matrix products on every core, with the priority of a job: what a distillation is to the API."""
+    work = f"import os, torch; os.nice({nice}); a = torch.randn(512, 512)\nwhile True: a @ a"
+    process = subprocess.Popen([sys.executable, "-c", work], env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())})
+    try:
+        time.sleep(10)  # torch is slow to import
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 async def open_streams(api: LiveApi, jobs: list[str], count: int, arrived: list[float]) -> list[asyncio.Task[None]]:
     """Streams over the jobs; each notes when the event after its snapshot came."""
     opened = asyncio.Semaphore(0)
@@ -122,6 +137,8 @@ async def measure(api: LiveApi, given: argparse.Namespace) -> dict[str, Any]:
     options = {"clients": given.clients, "rate": given.rate, "seconds": given.seconds}
     await load(api, jobs, **options | {"seconds": 2.0})  # warm
     found["jobs"] = await load(api, jobs, **options)
+    with heavy_job(api.settings.job_nice):
+        found["jobs_beside_a_heavy_job"] = await load(api, jobs, **options)
     arrived: list[float] = []
     before = time.perf_counter()
     streams = await open_streams(api, jobs, given.streams, arrived)
