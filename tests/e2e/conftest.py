@@ -25,7 +25,7 @@ class Machine:
         self.folder = folder
         clean = {name: value for name, value in os.environ.items() if not name.startswith("POST_")}
         self.environment = clean | {"POST_HOME": str(folder / "home"), "POST_PORT": "0", "POST_DEVICE": "cpu"}
-        self.environment["POST_LEDGER"] = str(folder / "ledger.db")
+        self.environment |= {"POST_LEDGER": str(folder / "ledger.db"), "POST_JOB_NICE": "0"}  # other tests run too
 
     def command(self, *arguments: object) -> list[str]:
         return [sys.executable, "-m", "post_shared.cli", *map(str, arguments)]

@@ -65,6 +65,7 @@ def backstage(home: Path, backing: Backing) -> Iterator[Backstage]:
         stop_seconds=10.0,
         device="cpu",
         threads=1,
+        job_nice=0,  # other tests run beside it
     )
     stage = Backstage(settings)
     yield stage

@@ -59,6 +59,7 @@ def test_a_killed_worker_takes_its_job_along_and_another_goes_on(ready: Backstag
 
 def test_a_killed_job_process_and_a_stopped_worker(ready: Backstage, tmp_path: Path) -> None:
     """Out of memory looks like this; the worker lives on. A stop then uses up no attempt."""
+    ready.settings = ready.settings.model_copy(update={"job_nice": 1})
     job_id = ready.add_distil(steps=STEPS)
     doorbell.ring(job_id, ready.settings)
     worker = ready.start_worker()
