@@ -77,9 +77,7 @@ def plan_pass(model: LanguageModel, *, longest: int, kept: int = 0) -> MemoryPla
     Raises:
         OutOfMemory: not even one text fits.
     """
-    if model not in _held:
-        _held[model] = held_per_position(model)
-    per_position, free = _held[model] + kept, min(map(free_bytes, model.devices))
+    per_position, free = held_per_position(model) + kept, min(map(free_bytes, model.devices))
     fits = int(free * SHARE) // per_position
     if fits < longest:
         raise OutOfMemory(
@@ -94,12 +92,15 @@ _held: WeakKeyDictionary[LanguageModel, int] = WeakKeyDictionary()
 
 @torch.no_grad()
 def held_per_position(model: LanguageModel) -> int:
-    """Bytes that a pass without gradients has in use at its peak, for each position: measured on a few of them."""
+    """Bytes that a pass without gradients holds at its peak, for each position: measured on a few, once for a model."""
+    if model in _held:
+        return _held[model]
 
     def peak(positions: int) -> int:
         return peak_bytes(lambda: model.hidden(torch.zeros(1, positions, dtype=torch.long)))
 
-    return max(1, (peak(2 * TASTE) - peak(TASTE)) // TASTE)  # without what is there however many run
+    _held[model] = max(1, (peak(2 * TASTE) - peak(TASTE)) // TASTE)  # without what is there however many run
+    return _held[model]
 
 
 _saved: WeakKeyDictionary[LanguageModel, int] = WeakKeyDictionary()
