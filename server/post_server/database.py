@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make_url, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from post_server.settings import Settings
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _BUSY_MILLISECONDS = 30_000
 _CONNECTIONS = 15
 """Of one process, at most. Each stays open: to open one takes longer than most requests."""
+_READERS = {"sqlite": 2}
+_READERS_FAR = 8
+"""Threads of :meth:`Database.look`. SQLite answers at once: more threads would only wait for the interpreter, and take
+twice the processor time for it. Of a database that is elsewhere some answers are under way at the same time."""
 _GUARD_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock behind :func:`guard`
 _MIGRATION_LOCK, _CLAIM_LOCK = _GUARD_LOCK + 1, _GUARD_LOCK + 2
 _POSTGRES_OPTIONS: dict[str, str | int] = {
@@ -43,6 +53,8 @@ class Database:
         snapshot = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
         self._read = sessionmaker(self.engine.execution_options(**snapshot), expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
+        readers = _READERS.get(self.engine.dialect.name, _READERS_FAR)
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="records")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Database:
@@ -61,6 +73,16 @@ class Database:
         with self._write.begin() as session:
             yield session
 
+    async def look(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that reads records in one of few threads, so that the event loop goes on meanwhile.
+
+        Not for what waits for anything but records: it would keep all other readers waiting.
+        """
+        context = copy_context()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._readers, lambda: context.run(read, *args, **kwargs)
+        )
+
     def migrate(self) -> None:
         """Bring the schema up to date; safe to call from several processes at once."""
         from alembic import command
@@ -72,6 +94,7 @@ class Database:
 
     def dispose(self) -> None:
         """Close all connections."""
+        self._readers.shutdown()
         self.engine.dispose()
 
 

@@ -11,6 +11,7 @@ import structlog
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from sqlalchemy.exc import OperationalError
+from starlette.concurrency import run_in_threadpool
 
 from post_server.api.following import Following
 from post_server.database import Database
@@ -62,7 +63,7 @@ App = Annotated[Context, Depends(get_context)]
 _bearer = HTTPBearer(auto_error=False, bearerFormat="post_…", description="An API key: `post key create` makes one.")
 
 
-def get_caller(
+async def get_caller(
     request: Request,
     app: App,
     scopes: SecurityScopes,
@@ -78,14 +79,19 @@ def get_caller(
     """
     if credentials is None:
         raise Unauthenticated("Pass an API key as 'Authorization: Bearer post_…'.")
-    with app.database.read() as session:
-        caller = authenticate(session, credentials.credentials)
-    request.state.caller = caller.id
-    app.limits.check(caller.id, caller.requests_per_minute)
+    caller = await app.database.look(_admit, request, app, credentials.credentials)
     if use_is_due(caller) and app.writes_use(caller.id):
-        _note_use(app, caller)
+        await run_in_threadpool(_note_use, app, caller)
     for scope in scopes.scopes:
         check_scope(caller, Scope(scope))
+    return caller
+
+
+def _admit(request: Request, app: Context, key: str) -> ApiKeyRow:
+    with app.database.read() as session:
+        caller = authenticate(session, key)
+    request.state.caller = caller.id
+    app.limits.check(caller.id, caller.requests_per_minute)
     return caller
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from post_server.api.context import App, Caller, Provider
+from post_server.api.context import App, Caller, Context, Provider
 from post_server.api.idempotency import IdempotencyKey, Once
 from post_server.api.pagination import Paging, paginate
 from post_server.api.problems import problems
@@ -42,13 +42,17 @@ def get_dataset(app: App, caller: Caller, dataset: DatasetReference) -> Dataset:
 
 
 @router.get("/{dataset}/preview", responses=problems(404))
-def get_dataset_preview(
+async def get_dataset_preview(
     app: App,
     caller: Caller,
     dataset: DatasetReference,
     rows: Annotated[int, Query(ge=1, le=100, description="How many, at most.")] = 10,
 ) -> DatasetPreview:
     """The first rows of a dataset, long texts cut."""
+    return await run_in_threadpool(_preview, app, dataset, rows)
+
+
+def _preview(app: Context, dataset: str, rows: int) -> DatasetPreview:
     with app.database.read() as session:
         row = find_dataset(session, dataset)
     return DatasetPreview(dataset_id=row.id, items=first_rows(app.store, row, rows))

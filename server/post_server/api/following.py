@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 
 from post_server.api.pagination import MAX_LIMIT
 from post_server.database import Database
@@ -68,7 +67,7 @@ class Following:
             await asyncio.sleep(LOOK_SECONDS)
             waits = list(self._waits)
             try:
-                found = await run_in_threadpool(self._look, waits)
+                found = await self._database.look(self._look, waits)
             except Exception as error:  # whatever it is, everyone who waits hears of it and may begin again
                 found = [(wait, error) for wait in waits]
             for wait, news in found:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fastapi import APIRouter, Request, Response
 from redis import Redis
 from sqlalchemy import text
+from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import App, Context
 from post_server.api.routes import Route
@@ -24,9 +25,10 @@ async def get_liveness() -> Health:
 
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "A part can't be reached"}})
-def get_readiness(app: App, response: Response) -> Health:
+async def get_readiness(app: App, response: Response) -> Health:
     """The records, the blobs and the broker can be reached."""
-    checks = {"records": _check(_records, app), "blobs": _check(_blobs, app), "broker": _check(_broker, app)}
+    looks = {"records": _records, "blobs": _blobs, "broker": _broker}
+    checks = {name: await run_in_threadpool(_check, look, app) for name, look in looks.items()}
     ready = all(each == "ok" for each in checks.values())
     response.status_code = 200 if ready else 503
     return Health(status="ok" if ready else "unavailable", checks=checks)

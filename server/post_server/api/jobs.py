@@ -9,7 +9,6 @@ from fastapi import APIRouter, Header, Path, Query
 from pydantic import AwareDatetime, BeforeValidator
 from sqlalchemy import func, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.concurrency import run_in_threadpool
 
 from post_server.api.context import AnyCaller, App, Caller, Context
 from post_server.api.following import News
@@ -122,8 +121,8 @@ async def get_job_events(
 ) -> Any:
     """A job's history, oldest first. As a stream it goes on until the job ends; each event's id is its sequence."""
     if "text/event-stream" not in accept:
-        return await run_in_threadpool(_page, app, caller, job, _number(cursor, after), limit)
-    await run_in_threadpool(_look, app, caller, job, 0, 1)  # a refusal is a problem, not a stream
+        return await app.database.look(_page, app, caller, job, _number(cursor, after), limit)
+    await app.database.look(_look, app, caller, job, 0, 1)  # a refusal is a problem, not a stream
     events = _follow(app, caller, job, None if snapshot and not last_event_id else _number(last_event_id, after))
     return EventSourceResponse(events, ping=_PING_SECONDS, headers={"Cache-Control": "no-store"})
 
@@ -137,12 +136,12 @@ async def _follow(app: Context, caller: ApiKeyRow, job_id: str, after: int | Non
     place = after or 0
     news: News = None
     if after is None:
-        place, document = await run_in_threadpool(_snapshot, app, caller, job_id)
+        place, document = await app.database.look(_snapshot, app, caller, job_id)
         yield ServerSentEvent(data=document.model_dump_json(), event="job", sep="\n")
     while True:
         try:
             if news is None:
-                news = await run_in_threadpool(_look, app, caller, job_id, place, MAX_LIMIT)
+                news = await app.database.look(_look, app, caller, job_id, place, MAX_LIMIT)
             job, events = news
             for event in events:
                 place = event.sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import iscoroutinefunction
+from inspect import iscoroutinefunction, signature
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -16,10 +16,24 @@ class Route(APIRoute):
 
     FastAPI would send the answer of a plain function to a second thread to have it checked. Documents check themselves
     when they are made, so that takes less time than to change threads.
+
+    A plain function that gets something from the ``app`` reads records and nothing else, so it runs in the threads of
+    :meth:`post_server.database.Database.look`. What also waits for blobs or for Redis is asynchronous and says where.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, endpoint if iscoroutinefunction(endpoint) else _in_thread(endpoint), **options)
+        if not iscoroutinefunction(endpoint):
+            reads = options.get("methods") == ["GET"] and "app" in signature(endpoint).parameters
+            endpoint = _reading(endpoint) if reads else _in_thread(endpoint)
+        super().__init__(path, endpoint, **options)
+
+
+def _reading(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(endpoint)
+    async def run(**arguments: Any) -> Any:
+        return await arguments["app"].database.look(endpoint, **arguments)
+
+    return run
 
 
 def _in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:

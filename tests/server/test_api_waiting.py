@@ -1,0 +1,57 @@
+"""What waits for blobs or the broker holds up nobody who only reads records; few threads read those."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from post_server.storage import BlobStore
+from tests.server.front import ROWS, Front
+
+MORE_THAN_READ = 12  # whatever the database: more than it has threads of readers
+
+
+@pytest.mark.parametrize(("path", "waits"), [("/readyz", "exists"), ("/v1/datasets/rows/preview", "open")])
+def test_blobs_that_hang_hold_up_nobody_who_reads_records(
+    front: Front, monkeypatch: pytest.MonkeyPatch, path: str, waits: str
+) -> None:
+    front("provider", "POST", "/v1/datasets?name=rows&kind=rows", content=ROWS).raise_for_status()
+    hang = threading.Event()
+    hanging = threading.Semaphore(0)
+    answer = getattr(BlobStore, waits)
+
+    def wait(*arguments: object) -> object:
+        hanging.release()
+        hang.wait(60)
+        return answer(*arguments)
+
+    monkeypatch.setattr(BlobStore, waits, wait)
+    with ThreadPoolExecutor(MORE_THAN_READ) as many:
+        headers = {"Authorization": f"Bearer {front.keys['alice']}"}
+        asked = [
+            many.submit(httpx.get, front.url + path, headers=headers, timeout=90, trust_env=False)
+            for _ in range(MORE_THAN_READ)
+        ]
+        try:
+            for _ in asked:
+                assert hanging.acquire(timeout=30)
+            assert front("alice", "GET", "/v1/models").status_code == 200
+        finally:
+            hang.set()
+    assert all(each.result().status_code in (200, 503) for each in asked)
+
+
+def test_few_threads_read_records_however_many_ask(front: Front) -> None:
+    with ThreadPoolExecutor(20) as many:
+        answers = list(many.map(lambda _: _ask(front), range(60)))
+    assert {answer.status_code for answer in answers} == {200}
+    readers = [each.name for each in threading.enumerate() if each.name.startswith("records_")]
+    assert 1 <= len(set(readers)) <= 8
+
+
+def _ask(front: Front) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {front.keys['alice']}"}
+    return httpx.get(f"{front.url}/v1/jobs", headers=headers, timeout=30, trust_env=False)
