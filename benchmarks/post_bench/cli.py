@@ -60,10 +60,14 @@ def quality(
     ] = None,
     minutes: Annotated[float, typer.Option(help="Of distillation.", rich_help_panel=STUDENT)] = 20.0,
     keep_layers: Annotated[int, typer.Option(help="Layers of the student.", rich_help_panel=STUDENT)] = 8,
-    tune_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
-    dp_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
-    transfer_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
-    upper_steps: Annotated[int | None, typer.Option(rich_help_panel=TRAINING)] = None,
+    tune_steps: Annotated[
+        int | None, typer.Option(help="Of tuning on the student without DP.", rich_help_panel=TRAINING)
+    ] = None,
+    dp_steps: Annotated[int | None, typer.Option(help="Of tuning with DP.", rich_help_panel=TRAINING)] = None,
+    transfer_steps: Annotated[int | None, typer.Option(help="Of every transfer.", rich_help_panel=TRAINING)] = None,
+    upper_steps: Annotated[
+        int | None, typer.Option(help="Of tuning on the target itself.", rich_help_panel=TRAINING)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Accuracy of every method over private × public pairs and seeds: JSON, a Markdown table and a picture."""

@@ -7,11 +7,12 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -84,6 +85,35 @@ def test_every_verb_has_help(capsys: Captured) -> None:
     for verb in verbs:
         assert post(verb, "--help") == 0
     assert all(verb in capsys.readouterr().out or post("--help") == 0 for verb in verbs)
+
+
+def test_every_command_argument_and_option_has_help() -> None:
+    commands = list(_commands(typer.main.get_command(build_app()), "post"))
+    assert len(commands) > 30
+    silent = [name for name, command in commands if not command.help]
+    silent += [
+        f"{name} {part.human_readable_name}"
+        for name, command in commands
+        for part in command.params
+        if not getattr(part, "help", None)
+    ]
+    assert silent == []
+
+
+def test_the_help_of_tune_names_its_true_defaults(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    from post_client.tuning import PLAIN, PRIVATE
+
+    monkeypatch.setenv("COLUMNS", "300")
+    assert post("tune", "--help") == 0
+    shown = capsys.readouterr().out
+    for name in ("steps", "batch_size", "learning_rate"):
+        assert f"y default {getattr(PRIVATE, name)}, or {getattr(PLAIN, name)} with --no-dp" in shown
+
+
+def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for child, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, f"{name} {child}")
 
 
 def test_a_side_that_is_not_installed_is_absent_and_says_how_to_install_it(capsys: Captured) -> None:

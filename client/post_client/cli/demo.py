@@ -15,7 +15,7 @@ def demo(
     upper_bound: Annotated[
         bool, typer.Option("--upper-bound", help="Also tune on the large model itself, which nobody may do in reality.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the rows, the prompts and the order of the batches.")] = 0,
     minutes: Annotated[float | None, typer.Option(help="How long to distil.")] = None,
     home: Annotated[Path | None, typer.Option(help="Folder of the run; by default a temporary one.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep that folder.")] = False,

@@ -69,8 +69,10 @@ def epsilon(
     data: Annotated[Path | None, typer.Option(help="Instead: private rows, whose account is looked up too.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Find the noise for this budget.")] = None,
     noise: Annotated[float | None, typer.Option(help="Instead: find epsilon for this noise multiplier.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the run; by default those of post tune.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows (or users) in a step on average; by default that of post tune.")
+    ] = None,
     delta: Annotated[float | None, typer.Option(help="By default chosen from the number of rows.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Runs that share the budget.")] = 1,
     text_column: TextColumn = "text",

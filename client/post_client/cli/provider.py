@@ -30,16 +30,27 @@ def distil(
     minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     plateau: Annotated[bool, typer.Option(help="Stop when the loss no longer falls.")] = False,
-    freeze_head: Annotated[bool | None, typer.Option("--freeze-head/--train-head")] = None,
-    freeze_embeddings: Annotated[bool | None, typer.Option("--freeze-embeddings/--train-embeddings")] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
+    freeze_head: Annotated[
+        bool | None,
+        typer.Option(
+            "--freeze-head/--train-head", help="Whether the head stays as the target has it; it does unless said."
+        ),
+    ] = None,
+    freeze_embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--freeze-embeddings/--train-embeddings",
+            help="Whether the embeddings stay as the target has them; they do unless said.",
+        ),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its highest, after the warm-up.")] = None,
     alignment: Annotated[float | None, typer.Option(min=0, help="Weight of the hidden states inside.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(min=32)] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=32, help="Tokens of text in a step.")] = None,
     accumulate: Annotated[
         int | None, typer.Option(min=1, help="Take a batch in so many parts; default: as few as fit the memory.")
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=8)] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Tokens in one piece of text.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Order of the text.")] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is done.")] = True,
     url: Url = None,
     json: AsJson = False,
@@ -90,7 +101,7 @@ def evaluate(
     task: TaskName = None,
     template: Template = None,
     label_word: LabelWords = None,
-    max_rows: Annotated[int | None, typer.Option(min=1)] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows to use at most, from the first on.")] = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:

@@ -49,11 +49,13 @@ def make(
     test_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a task held out, at most half of it.")] = None,
     texts: Annotated[int | None, typer.Option(min=1, help="Members, and non-members, to attack, at most.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each tuning.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a step of tuning.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of each tuning, at its start; it falls to 0.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Vectors in a prompt.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draws what is held out and the order of the batches.")
+    ] = None,
     folder: Folder = None,
     url: Url = None,
     json: AsJson = False,

@@ -17,12 +17,14 @@ def transfer(
     method: Annotated[
         str | None, typer.Option(help="ensemble (student and target together, over classes) or paper (Eq. 3).")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    temperature: Annotated[float | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Public rows in a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At the start; it falls to 0.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Softens the answers that are imitated; above 0.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Public rows to use.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draws the public rows that are left out, and the order of the others.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is done.")] = True,
     url: Url = None,
     json: AsJson = False,

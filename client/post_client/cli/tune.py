@@ -65,9 +65,16 @@ def tune(
         typer.Option(envvar="POST_CAP", help="Most that all runs on these rows may spend; kept. By default POST_CAP."),
     ] = None,
     ledger: LedgerPath = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of training; by default 80, or 200 with --no-dp.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows (or users) in a step, with DP on average; by default 64, or 32 with --no-dp."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At the start; it falls to 0. By default 0.015, or 0.02 with --no-dp.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="What the prompt starts from: task or random.")] = None,
     iterate: Annotated[str | None, typer.Option(help="What is kept: the last iterate, or their average.")] = None,
     length: Annotated[int | None, typer.Option(min=1, max=1000, help="Vectors in the prompt.")] = None,
