@@ -11,7 +11,7 @@ import pytest
 from benchmarks import audit_runs, shadow_prompts
 from benchmarks.distil_speed import CLOCKS, RECIPES, draw, first_reach, result, run, table
 from benchmarks.dp_cost import LABEL_WORDS, measure, measure_runs, reviews
-from benchmarks.dp_memory import private_step
+from benchmarks.dp_memory import private_steps
 
 from post_client.tuning import TuneConfig, encode_private, starting_prompt
 from post_shared.data import Row
@@ -66,9 +66,11 @@ def test_a_large_logical_batch_takes_the_memory_of_its_micro_batch() -> None:
     """A law, not a time: 4,096 rows in micro-batches of 256 hold no more tensors at once than 256 rows do."""
     model = tiny_model(layers=1)
     rows = [Row("a film", "positive"), Row("a plot", "negative")] * 2048
-    small = peak_bytes(private_step(model, rows[:256], micro=256, length=4))
-    large = peak_bytes(private_step(model, rows, micro=256, length=4))
-    whole = peak_bytes(private_step(model, rows[:1024], micro=1024, length=4))
+    step, all_rows = private_steps(model, rows, micro=256, length=4)
+    small = peak_bytes(lambda: step(all_rows.split(256)[0]))
+    large = peak_bytes(lambda: step(all_rows))
+    step, all_rows = private_steps(model, rows[:1024], micro=1024, length=4)
+    whole = peak_bytes(lambda: step(all_rows))
     assert large <= 1.1 * small
     assert whole > 2 * small, "the measure sees memory that grows"
 

@@ -44,9 +44,10 @@ async def download_student(
         Conflict: the folder holds something else.
     """
     _check_manifest(wanted, pin)
-    if await http.wire.work(lambda: _holds(folder, wanted.files)):
-        return wanted
     total = sum(file.size for file in wanted.files)
+    if await http.wire.work(lambda: _holds(folder, wanted.files)):
+        progress(total, total)
+        return wanted
     partial = folder.absolute().parent / f".{folder.absolute().name}.{wanted.hash[:16]}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)

@@ -218,7 +218,7 @@ def test_a_mistake_in_tuning_is_one_line(
 def test_a_file_that_is_no_prompt_is_not_pushed(content: bytes, tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "p").write_bytes(content)
     assert post("push", tmp_path / "p", "--yes", "--url", "http://127.0.0.1:1") == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'p'}: ")
     assert post("push", tmp_path / "absent") == 1
     assert "absent" in capsys.readouterr().err
 
@@ -275,7 +275,7 @@ def test_json_is_one_document(student: Path, data: Path, tmp_path: Path, capsys:
 
 
 def test_dry_run_writes_the_request_to_the_byte_and_sends_nothing(
-    prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     from post_client import build_upload
 
@@ -284,6 +284,7 @@ def test_dry_run_writes_the_request_to_the_byte_and_sends_nothing(
     assert post("push", prompt, "--dry-run", tmp_path / "request") == 0
     assert (tmp_path / "request").read_bytes() == build_upload(read_prompt(prompt.read_bytes())).to_bytes()
     assert (tmp_path / "request").read_bytes().endswith(prompt.read_bytes())
+    assert f"{tmp_path / 'request'} holds the request" in capsys.readouterr().err
 
 
 def test_push_shows_what_leaves_and_asks(
@@ -299,6 +300,7 @@ def test_push_shows_what_leaves_and_asks(
     shown = capsys.readouterr().err
     for fact in (student.hash, "{text}, it was", "positive", "(8, 1e-05)", "Nothing else"):
         assert fact in shown
+    assert "--yes sends without a question" in shown
     assert front.everything() == before
     assert post("push", tmp_path / "p", "--yes") == 0
     made = capsys.readouterr().out.strip()
@@ -380,8 +382,8 @@ def test_public_texts_help_a_private_run_and_private_ones_among_them_are_named(
     with public.open("a") as file:
         file.write("\n" + json.dumps({"text": TEXTS[0]}))
     capsys.readouterr()
-    assert tune(student, data, tmp_path / "p", "--public", public) == 0
+    assert tune(student, data, tmp_path / "p2", "--public", public) == 0
     assert "1 texts of" in capsys.readouterr().err
     public.write_text(json.dumps({"text": "one"}))
-    assert tune(student, data, tmp_path / "p", "--public", public) == 1
+    assert tune(student, data, tmp_path / "p3", "--public", public) == 1
     assert "public.jsonl has 1 different texts" in capsys.readouterr().err

@@ -48,7 +48,12 @@ def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path
     assert told["run"] == {"id": 1, "resumed": False}
     assert told["spent"]["epsilon"] == told["statement"]["epsilon_spent"] <= 3
     assert post("push", data.parent / "p", "--dry-run", data.parent / "request") == 0
-    assert tune(student, data, "--epsilon", 3) == 0
+    prompt = (data.parent / "p").read_bytes()
+    assert tune(student, data, "--epsilon", 3) == 1, "it would be written over"
+    assert "p is there already" in capsys.readouterr().err
+    assert (data.parent / "p").read_bytes() == prompt
+    assert len(ledger(capsys)[0]["runs"]) == 1, "nothing was charged"  # type: ignore[arg-type]
+    assert tune(student, data, "--epsilon", 3, "--force") == 0
     assert "in 2 runs for a row of private.jsonl" in capsys.readouterr().out
     (account,) = ledger(capsys)
     assert account["cap"] == 4
@@ -57,11 +62,13 @@ def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path
     assert account["spent"]["epsilon"] == compose([one] * 2, 1e-5).epsilon  # type: ignore[index,list-item]
     before = (data.parent / "p").read_bytes()
     for options in (("--epsilon", 3), ("--no-dp",)):
-        assert tune(student, data, *options) == 1
-        assert "the cap is 4" in capsys.readouterr().err
+        assert tune(student, data, *options, "--force") == 1
+        refusal = capsys.readouterr().err
+        assert "the cap is 4" in refusal
+        assert "0:00:" not in refusal, "no bar for what never began"
     assert (data.parent / "p").read_bytes() == before
     assert ledger(capsys, "--data", data, "--cap", 50)[0]["cap"] == 50
-    assert tune(student, data, "--epsilon", 3) == 0
+    assert tune(student, data, "--epsilon", 3, "--force") == 0
     assert post("ledger") == 0
     assert "cap 50" in capsys.readouterr().out
     assert post("ledger", "--cap", 5) == 2
@@ -103,7 +110,7 @@ def test_users_and_trials(student: Path, data: Path, tmp_path: Path, capsys: Cap
     (account,) = ledger(capsys, "--data", data, "--user-column", "who")
     assert (account["unit"], account["units"], account["rows"]) == ("user", 4, 32)
     assert b"user 1" not in (tmp_path / "p").read_bytes()
-    assert tune(student, data, "--user-column", "nobody") == 1
+    assert tune(student, data, "--user-column", "nobody", "--force") == 1
     assert "no user column 'nobody'" in capsys.readouterr().err
     assert tune(student, data, "--trials", 2) == 2
     assert tune(student, data, "--no-dp", "--user-column", "who") == 2

@@ -90,8 +90,11 @@ def test_a_second_pull_fetches_nothing(front: Front, tmp_path: Path) -> None:
     with Client(url=front.url, api_key=front.keys["alice"], transport=counting) as client:
         client.models.download("small", tmp_path / "student")
         fetched = len(counting.ranges)
-        client.models.download("small", tmp_path / "student")
+        seen: list[tuple[int, int]] = []
+        wanted = client.models.download("small", tmp_path / "student", progress=lambda *at: seen.append(at))
     assert len(counting.ranges) == fetched > 0
+    size = sum(file.size for file in wanted.files)
+    assert seen == [(size, size)], "all of it is there"
 
 
 def test_a_broken_download_goes_on_where_it_stopped(front: Front, tmp_path: Path) -> None:

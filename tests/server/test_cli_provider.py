@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -36,8 +37,9 @@ def test_a_key_is_printed_once_and_works_until_revoked(settings: Settings) -> No
     with database.read() as session:
         row = authenticate(session, key)
         assert (row.name, row.role) == ("alice", Role.OWNER)
-    assert key not in run("key", "list")
-    assert row.id in run("key", "list")
+    for shown in (run("key", "list"), run("key", "list", "--json")):
+        assert key not in shown
+        assert row.id in shown
     run("key", "revoke", "alice")
     with database.read() as session, pytest.raises(PostError):
         authenticate(session, key)
@@ -75,6 +77,8 @@ def test_a_model_is_stored_and_lies_there_as_it_was(settings: Settings, tmp_path
     model.save(tmp_path / "saved")
     assert "3 layers" in run("model", "add", str(tmp_path / "saved"), "--name", "tiny")
     assert "tiny" in run("model", "list")
+    (listed,) = json.loads(run("model", "list", "--json"))
+    assert (listed["name"], listed["layers"]) == ("tiny", 3)
     store = BlobStore.from_settings(settings)
     with Database.from_settings(settings).read() as session:
         row = find_model(session, "tiny", ModelRole.TARGET)

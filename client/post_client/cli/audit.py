@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from post_client.cli.console import (
-    check_writable,
-    err,
-    quiet_libraries,
-    usage_error,
-    watched,
-    write_file,
-)
+from post_client.cli.console import check_writable, err, naming, quiet_libraries, usage_error, watched, write_file
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
 from post_client.cli.tune import DEFAULT_EPSILON, check_outside, privacy_config, public_rows
 
@@ -127,7 +120,8 @@ def _audit(
 
     quiet_libraries()
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
-    check_rows(task, rows)
+    with naming(data):
+        check_rows(task, rows)
     known = None
     if public is not None:
         texts = public_rows(public, {"text_column": columns[0]}, None, {row.text for row in rows})

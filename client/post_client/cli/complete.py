@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from post_client.cli.console import AsJson, Url, connect, print_json
+from post_client.cli.console import Url, connect
+from post_shared.terminal import AsJson, print_json
 
 
 def complete(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.table import Table
 
 from post_shared.errors import Cancelled, InvalidInput
+from post_shared.terminal import print_table
 
 if TYPE_CHECKING:
     from post_client.client import Client
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Url = Annotated[
     str | None, typer.Option("--url", help="Address of the server; by default POST_URL. The key is POST_API_KEY.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of text.")]
 
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 out = Console(soft_wrap=True, highlight=False)
@@ -43,18 +42,13 @@ def connect(url: str | None) -> Client:
     return Client(url=url)
 
 
-def print_json(document: Any) -> None:
-    """One JSON document, one line, on standard output."""
-    typer.echo(json.dumps(document, ensure_ascii=False, default=str))
-
-
 def print_facts(facts: Mapping[str, Any], *, console: Console = out) -> None:
     """Names and values, one a line."""
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         if value is not None:
             table.add_row(f"[bold]{escape(name)}[/]", escape(str(value)))
-    console.print(table)
+    print_table(table, console)
 
 
 def usage_error(message: str) -> NoReturn:
@@ -78,6 +72,16 @@ def check_writable(path: Path) -> None:
         raise InvalidInput(f"{path} is a folder; name a file")
 
 
+def check_new(path: Path, force: bool) -> None:
+    """What can't be had again at no cost is not written over unasked.
+
+    Raises:
+        InvalidInput: the file is there already, and ``force`` wasn't said.
+    """
+    if path.exists() and not force:
+        raise InvalidInput(f"{path} is there already; name another file, or say --force to write over it")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file at once and whole; only its owner may read it.
 
@@ -99,6 +103,16 @@ def write_file(path: Path, data: bytes) -> None:
         raise InvalidInput(f"{path}: can't write: {error.strerror or error}") from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error about what a file holds says which file it is."""
+    try:
+        yield
+    except InvalidInput as error:
+        error.detail = f"{path}: {error.detail}"
+        raise
+
+
 def read_file(path: Path) -> bytes:
     """The bytes of a file that was named on the command line."""
     try:
@@ -112,12 +126,15 @@ def read_file(path: Path) -> bytes:
 
 @contextmanager
 def bar(what: str, *columns: ProgressColumn) -> Iterator[Callable[[float, float, str], None]]:
-    """A bar on stderr; the yielded ``show(done, total, note)`` moves it."""
+    """A bar on stderr, from the first ``show(done, total, note)`` on: work that is refused at once shows none."""
     layout = (TextColumn("[bold]{task.description}"), BarColumn(), *columns, TextColumn("{task.fields[note]}"))
-    with Progress(*layout, TimeElapsedColumn(), console=err) as progress:
-        task = progress.add_task(what, total=None, note="")
+    progress = Progress(*layout, TimeElapsedColumn(), console=err)
+    task = progress.add_task(what, total=None, note="")
+    with ExitStack() as shown:
 
         def show(done: float, total: float, note: str = "") -> None:
+            if not progress.live.is_started:
+                shown.enter_context(progress)
             progress.update(task, completed=done, total=total, note=escape(note))
 
         yield show

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
 
-from post_client.cli.console import AsJson, Url, connect, follow, metrics_note, out, print_facts, print_json
+from post_client.cli.console import Url, connect, follow, metrics_note, out, print_facts
 from post_shared.schemas import Job, JobKind, JobState
+from post_shared.terminal import AsJson, plain_table, print_json, print_table
 
 jobs = typer.Typer(no_args_is_help=True, help="Work at the provider: distillations, transfers, evaluations, reports.")
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]
@@ -30,12 +30,11 @@ def list_(
     if json:
         print_json([document.model_dump(mode="json") for document in found])
         return
-    whole = Column("id", no_wrap=True, min_width=28)
-    table = Table(whole, "kind", "state", "progress", "metrics", "created", box=None, pad_edge=False)
+    table = plain_table("id", "kind", "state", "progress", "metrics", "created")
     for job in found:
         metrics = escape(metrics_note(job.metrics))
         table.add_row(job.id, job.kind, job.state, f"{job.progress:.0%}", metrics, f"{job.created_at:%Y-%m-%d %H:%M}")
-    out.print(table)
+    print_table(table, out)
 
 
 @jobs.command()

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from post_client.cli.console import AsJson, out, print_facts, print_json, usage_error
+from post_client.cli.console import out, print_facts, usage_error
+from post_shared.terminal import AsJson, print_json, print_table
 
 if TYPE_CHECKING:
     from post_client.ledger import Account, Charge, Ledger
@@ -163,4 +164,4 @@ def _show(account: Account) -> None:
         how = "without privacy" if m is None else f"σ {m.noise_multiplier:.4f}  q {m.rate:.5g}  {m.steps} steps"
         alone = "no bound" if m is None else f"ε {run.charge.epsilon:.3f} at δ {run.charge.delta:g}"
         table.add_row(f"  run {run.id}", run.started, run.state, alone, how)
-    out.print(table)
+    print_table(table, out)

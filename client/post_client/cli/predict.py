@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from post_client.cli.console import AsJson, Url, bar, check_writable, connect, err, print_json, usage_error, write_file
+from post_client.cli.console import Url, bar, check_writable, connect, err, usage_error, write_file
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
 from post_shared.errors import DataInvalid
 from post_shared.schemas import PromptRole
+from post_shared.terminal import AsJson, print_json
 
 if TYPE_CHECKING:
     from post_client.client import Client

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from post_client.cli.console import AsJson, Url, connect, follow, out, print_facts, print_json, usage_error
+from post_client.cli.console import Url, connect, follow, out, print_facts, usage_error
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
+from post_shared.terminal import AsJson, print_json
 
 
 def distil(

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from post_client.cli.console import AsJson, Url, bar, byte_column, connect, print_facts, print_json
+from post_client.cli.console import Url, bar, byte_column, connect, print_facts
+from post_shared.terminal import AsJson, print_json
 
 
 def pull(
     student: Annotated[str, typer.Argument(help="Name or id of the student model.")],
-    to: Annotated[Path, typer.Option("--to", help="The folder to be; new or empty.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to be: new, empty, or one with this very student.")],
     pin: Annotated[
         str | None, typer.Option("--hash", help="The hash that you know; a student with another is refused.")
     ] = None,

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from post_client.cli.console import AsJson, Url, connect, err, out, print_json, read_file, write_file
+from post_client.cli.console import Url, connect, err, naming, out, read_file, write_file
+from post_shared.terminal import AsJson, print_json, print_table
 
 
 def push(
@@ -27,15 +28,20 @@ def push(
     from post_client.outbound import build_upload, describe
     from post_shared.prompt_file import read_prompt
 
-    request = build_upload(read_prompt(read_file(file)))
+    content = read_file(file)
+    with naming(file):
+        request = build_upload(read_prompt(content))
     facts = describe(request)
     if dry_run is not None:
         _write_request(dry_run, request.to_bytes())
-        err.print("Nothing was sent. Sending adds the address (Host) and your key (Authorization), nothing else.")
+        written = "" if str(dry_run) == "-" else f" {escape(str(dry_run))} holds the request."
+        err.print(
+            f"Nothing was sent.{written} Sending adds the address (Host) and your key (Authorization), nothing else."
+        )
         return
     if not json:
         _show(facts)
-    if not yes and not typer.confirm("Send this?", default=False, err=True):
+    if not yes and not _confirmed():
         err.print("Nothing was sent.")
         raise typer.Exit(1)
     with connect(url) as client:
@@ -44,6 +50,14 @@ def push(
         print_json({"sent": facts, "prompt": prompt.model_dump(mode="json")})
     else:
         out.print(prompt.id)
+
+
+def _confirmed() -> bool:
+    try:
+        return typer.confirm("Send this?", default=False, err=True)
+    except typer.Abort:  # the end of the input, or Ctrl-C
+        err.print("\nNo answer. --yes sends without a question.")
+        return False
 
 
 def _write_request(place: Path, data: bytes) -> None:
@@ -64,5 +78,5 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row("privacy", "[bold yellow]no guarantee: tuned without differential privacy[/]")
     else:
         table.add_row("privacy", f"({facts['epsilon']:g}, {facts['delta']:g})-differential privacy")
-    err.print(table)
+    print_table(table, err)
     err.print("Nothing else: no row, no row count, no accuracy, no loss, no time, no file name.")

@@ -9,19 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from post_client.cli.console import (
-    AsJson,
-    Url,
-    check_writable,
-    connect,
-    err,
-    follow,
-    out,
-    print_json,
-    usage_error,
-    write_file,
-)
+from post_client.cli.console import Url, check_writable, connect, err, follow, out, usage_error, write_file
 from post_client.cli.task_options import task_from
+from post_shared.terminal import AsJson, print_json, print_table
 
 if TYPE_CHECKING:
     from post_shared.report_schemas import TradeOffReport
@@ -129,6 +119,6 @@ def _give(found: TradeOffReport, folder: Path | None, json: bool) -> None:
         table = Table(*columns, title=escape(section.title), title_justify="left")
         for row in section.rows:
             table.add_row(*map(escape, row))
-        out.print(table)
+        print_table(table, out)
         if section.note:
             out.print(escape(section.note))

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from post_client.cli.console import AsJson, Url, connect, follow, out, print_json, usage_error
+from post_client.cli.console import Url, connect, follow, out, usage_error
+from post_shared.terminal import AsJson, print_json
 
 
 def transfer(

@@ -12,9 +12,10 @@ import typer
 from rich.markup import escape
 
 from post_client.cli.console import (
-    AsJson,
+    check_new,
     check_writable,
     err,
+    naming,
     quiet_libraries,
     usage_error,
     watched,
@@ -23,6 +24,7 @@ from post_client.cli.console import (
 from post_client.cli.ledger import LedgerPath, UserColumn, open_ledger
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
 from post_client.cli.tune_report import NO_GUARANTEE, report_result
+from post_shared.terminal import AsJson
 
 if TYPE_CHECKING:
     from post_client.ledger import Ledger, Reserve
@@ -85,6 +87,7 @@ def tune(
     seed: Annotated[int | None, typer.Option(min=0, help="Order of the batches without DP.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     statement: Annotated[Path | None, typer.Option(help="Keep the privacy statement as JSON in this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over --out and --statement if they are there.")] = False,
     json: AsJson = False,
 ) -> None:
     """Tune a soft prompt on private rows, on this machine, with differential privacy unless --no-dp."""
@@ -99,6 +102,7 @@ def tune(
     for path in (to, statement):
         if path is not None:
             check_writable(path)
+            check_new(path, force)
     if no_dp:
         err.print(f"[bold yellow]{NO_GUARANTEE}[/]")
     names = ("length", "steps", "batch_size", "learning_rate", "max_length", "start", "iterate", "seed")
@@ -155,7 +159,8 @@ def _order(
     config = replace(PLAIN if privacy is None else PRIVATE, **settings)
     budget = None if privacy is None else privacy_config(*privacy, per_user=columns["user_column"] is not None)
     rows = read_rows(data, **columns, labels=task.labels or None)  # type: ignore[arg-type]
-    check_rows(task, rows)
+    with naming(data):
+        check_rows(task, rows)
     known = None
     if public is not None:
         known = public_rows(public, columns, task if trials > 1 else None, {row.text for row in rows})
@@ -247,9 +252,9 @@ def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path
 
     content = write_prompt(prompt_file(result, digest, task))
     try:
-        write_file(to, content)
         if result.statement is not None and statement is not None:
             write_file(statement, result.statement.json().encode())
+        write_file(to, content)  # last: once it is there, all is
     except InvalidInput:
         err.print("The run is charged, but isn't finished: the same command makes the same prompt at no further cost.")
         raise

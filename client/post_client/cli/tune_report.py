@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from post_client.cli.console import out, print_json
+from post_client.cli.console import out
+from post_shared.terminal import print_json
 
 if TYPE_CHECKING:
     from post_client.ledger import Account

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from post_client.cli.console import write_file
+from post_shared.terminal import print_table
 
 VERSIONS = ("post-transfer", "torch", "transformers", "opacus")
 LINES: tuple[tuple[str, str, str], ...] = (
@@ -65,7 +66,7 @@ def print_report(report: Report, console: Console) -> None:
         value = getattr(report, member)
         if value is not None:
             table.add_row(name, f"{value:.3f}", what, style="bold" if member.startswith("post") else None)
-    console.print(table)
+    print_table(table, console)
     total = sum(report.seconds.values())
     console.print(
         f"DP: ({report.epsilon:g}, {report.delta:g}). The owner uploaded {report.bytes_uploaded:,} bytes in two "

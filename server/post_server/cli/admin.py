@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from post_server.cli.parts import parts, show, table, when
+from post_server.cli.parts import parts, when
 from post_shared.schemas import JobState
+from post_shared.terminal import AsJson, plain_table, print_json, print_table
 
 admin = typer.Typer(no_args_is_help=True, help="The audit log, jobs and storage.")
 
@@ -20,22 +20,21 @@ def show_audit(
     thing: Annotated[str | None, typer.Option(help="The id of a prompt, job, model, dataset or key.")] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Of so many last days.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="So many lines at most.")] = 100,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Who did what to which thing, newest first. Nobody can change or remove a line."""
     from post_server.audit_log import lines
 
     with parts() as (_, database, _), database.read() as session:
         rows = lines(session, who=who, action=action, thing=thing, days=days, limit=limit)
-    shown = table("at (UTC)", "who", "action", "thing", "request")
+    members = ("who", "action", "thing", "request_id")
+    if json:
+        print_json([{"at": row.at.isoformat()} | {name: getattr(row, name) for name in members} for row in rows])
+        return
+    shown = plain_table("at (UTC)", "who", "action", "thing", "request")
     for row in rows:
-        cells = {"who": row.who, "action": row.action, "thing": row.thing, "request_id": row.request_id}
-        if as_json:
-            typer.echo(json.dumps({"at": row.at.isoformat(), **cells}))
-        else:
-            shown.add_row(f"{row.at:%Y-%m-%d %H:%M:%S}", *(each or "" for each in cells.values()))
-    if not as_json:
-        show(shown)
+        shown.add_row(f"{row.at:%Y-%m-%d %H:%M:%S}", *(getattr(row, name) or "" for name in members))
+    print_table(shown)
 
 
 @admin.command("jobs")
@@ -43,10 +42,12 @@ def list_jobs(
     state: Annotated[JobState | None, typer.Option(help="Only those in this state.")] = None,
     key: Annotated[str | None, typer.Option(help="Only those of this key, by its id.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="So many at most.")] = 50,
+    json: AsJson = False,
 ) -> None:
     """The jobs of all keys, newest first."""
     from sqlalchemy import select
 
+    from post_server.job_orders import job_document
     from post_server.records import JobRow
 
     statement = select(JobRow)
@@ -54,13 +55,16 @@ def list_jobs(
         statement = statement if wanted is None else statement.where(column == wanted)
     with parts() as (_, database, _), database.read() as session:
         rows = session.scalars(statement.order_by(JobRow.created_at.desc(), JobRow.id).limit(limit)).all()
-    shown = table("id", "kind", "state", "progress", "priority", "attempt", "lost", "key", "created", "error")
+    if json:
+        print_json([job_document(row).model_dump(mode="json") for row in rows])
+        return
+    shown = plain_table("id", "kind", "state", "progress", "priority", "attempt", "lost", "key", "created", "error")
     for row in rows:
         counts = (str(each) for each in (row.priority, row.attempt, row.lease_losses))
         error = str(row.error["code"]) if row.error else ""
         facts = (row.kind.value, row.state.value, f"{row.progress:.0%}", *counts, row.owner_key_id)
         shown.add_row(row.id, *facts, when(row.created_at), error)
-    show(shown)
+    print_table(shown)
 
 
 Job = Annotated[str, typer.Argument(help="Its id.")]
@@ -123,10 +127,10 @@ def clean_storage(
         if not dry_run:
             with database.write() as session:
                 record(session, local_user(), "storage.clean", "storage")
-    shown = table("would go" if dry_run else "removed", "", "MB")
+    shown = plain_table("would go" if dry_run else "removed", "", "MB")
     for each in found:
         shown.add_row(each.what, f"{each.count:,}", f"{each.size / 1e6:,.1f}")
-    show(shown)
+    print_table(shown)
 
 
 @admin.command("check")

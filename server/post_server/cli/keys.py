@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from post_server.cli.parts import parts, show, table, when
+from post_server.cli.parts import parts, when
 from post_shared.errors import InvalidInput
 from post_shared.key_schemas import Scope
 from post_shared.schemas import Role
+from post_shared.terminal import AsJson, plain_table, print_json, print_table
 
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 
@@ -43,17 +44,20 @@ def create_key_(
 
 
 @keys.command("list")
-def list_keys_() -> None:
+def list_keys_(json: AsJson = False) -> None:
     """All API keys, without their secrets."""
     from post_server.keys import key_document, list_keys
 
     with parts() as (_, database, _), database.read() as session:
         found = [key_document(row) for row in list_keys(session)]
-    shown = table("id", "name", "role", "scopes", "created", "last used", "expires", "revoked")
+    if json:
+        print_json([key.model_dump(mode="json") for key in found])
+        return
+    shown = plain_table("id", "name", "role", "scopes", "created", "last used", "expires", "revoked")
     for key in found:
         times = (when(at) for at in (key.created_at, key.last_used_at, key.expires_at, key.revoked_at))
         shown.add_row(key.id, key.name, key.role.value, " ".join(key.scopes), *times)
-    show(shown)
+    print_table(shown)
 
 
 @keys.command("rotate")

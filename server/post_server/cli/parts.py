@@ -1,4 +1,4 @@
-"""What the verbs share: the store that the settings name, and tables on the terminal."""
+"""What the verbs share: the store that the settings name, and how a time is written."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datetime import datetime
-
-    from rich.table import Table
 
     from post_server.database import Database
     from post_server.settings import Settings
@@ -30,20 +28,6 @@ def parts() -> Iterator[tuple[Settings, Database, BlobStore]]:
         yield settings, database, BlobStore.from_settings(settings)
     finally:
         database.dispose()
-
-
-def table(*columns: str) -> Table:
-    """A plain table, to be filled with ``add_row``."""
-    from rich.table import Table
-
-    return Table(*columns, box=None, pad_edge=False)
-
-
-def show(rows: Table) -> None:
-    """Print a table on standard output."""
-    from rich.console import Console
-
-    Console().print(rows)
 
 
 def when(at: datetime | None) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from post_server.cli.parts import parts, show, table
+from post_server.cli.parts import parts
 from post_shared.errors import Conflict, InvalidInput
 from post_shared.schemas import DatasetKind, ModelRole
+from post_shared.terminal import AsJson, plain_table, print_json, print_table
 
 if TYPE_CHECKING:
     from post_server.database import Database
@@ -51,19 +52,23 @@ def add_model_(
 
 
 @models.command("list")
-def list_models() -> None:
+def list_models(json: AsJson = False) -> None:
     """All models, newest first."""
     from sqlalchemy import select
 
+    from post_server.model_store import model_document
     from post_server.records import ModelRow
 
     with parts() as (_, database, _), database.read() as session:
         rows = session.scalars(select(ModelRow).order_by(ModelRow.created_at.desc())).all()
-    shown = table("id", "name", "role", "architecture", "layers", "width", "parameters", "hash")
+    if json:
+        print_json([model_document(row).model_dump(mode="json") for row in rows])
+        return
+    shown = plain_table("id", "name", "role", "architecture", "layers", "width", "parameters", "hash")
     for row in rows:
         facts = (str(row.layers), str(row.hidden_size), f"{row.parameters:,}", row.hash[:12])
         shown.add_row(row.id, row.name, row.role.value, row.architecture, *facts)
-    show(shown)
+    print_table(shown)
 
 
 # --- datasets -----------------------------------------------------------------------------------------
@@ -98,19 +103,23 @@ def add_dataset_(
 
 
 @datasets.command("list")
-def list_datasets() -> None:
+def list_datasets(json: AsJson = False) -> None:
     """All public datasets, newest first."""
     from sqlalchemy import select
 
+    from post_server.dataset_store import dataset_document
     from post_server.records import DatasetRow
 
     with parts() as (_, database, _), database.read() as session:
         rows = session.scalars(select(DatasetRow).order_by(DatasetRow.created_at.desc())).all()
-    shown = table("id", "name", "kind", "rows", "labels", "licence")
+    if json:
+        print_json([dataset_document(row).model_dump(mode="json") for row in rows])
+        return
+    shown = plain_table("id", "name", "kind", "rows", "labels", "licence")
     for row in rows:
         labels = "" if row.labels is None else ", ".join(row.labels[:12])
         shown.add_row(row.id, row.name, row.kind.value, f"{row.rows:,}", labels, row.licence or "")
-    show(shown)
+    print_table(shown)
 
 
 def _check_name(name: str) -> None:

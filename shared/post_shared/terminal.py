@@ -1,0 +1,35 @@
+"""What the verbs of both sides put on standard output: tables, and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of text.")]
+
+_WIDE = 10_000
+
+
+def print_json(document: Any) -> None:
+    """One JSON document, one line, on standard output."""
+    typer.echo(json.dumps(document, ensure_ascii=False, default=str))
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without lines, to be filled with ``add_row``. In a narrow terminal its cells are folded, never cut."""
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Where no terminal has a width, in a file or a pipe, every row is one line, however long."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_WIDE, highlight=False)
+    console.print(table)
