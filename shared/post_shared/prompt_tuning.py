@@ -96,9 +96,8 @@ def check_rows(task: Task, rows: Sequence[Row]) -> None:
         check_labels(task, rows)
         seen = Counter(row.label for row in rows)
         if len(seen) < 2:
-            raise DataInvalid(
-                f"all {len(rows)} rows have the label {next(iter(seen))!r}; tuning needs two classes at least"
-            )
+            whose = "the only row has" if len(rows) == 1 else f"all {len(rows)} rows have"
+            raise DataInvalid(f"{whose} the label {next(iter(seen))!r}; tuning needs two classes at least")
 
 
 def train_on_task(

@@ -300,12 +300,26 @@ def test_push_shows_what_leaves_and_asks(
     shown = capsys.readouterr().err
     for fact in (student.hash, "{text}, it was", "positive", "(8, 1e-05)", "Nothing else"):
         assert fact in shown
-    assert "--yes sends without a question" in shown
+    assert "--yes sends without a question" in " ".join(shown.split())
     assert front.everything() == before
     assert post("push", tmp_path / "p", "--yes") == 0
     made = capsys.readouterr().out.strip()
     assert post("push", tmp_path / "p", "--yes", "--json") == 0
     assert json.loads(capsys.readouterr().out)["prompt"]["id"] == made
+
+
+@pytest.mark.parametrize("stops", [EOFError, KeyboardInterrupt])
+def test_ctrl_c_at_a_question_is_no_answer_to_it(stops: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chair(io.StringIO):
+        def readline(self, size: int | None = -1) -> str:
+            raise stops
+
+    monkeypatch.setattr("sys.stdin", Chair())
+    if stops is EOFError:
+        assert console.confirm("Well?", default=True) is None
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            console.confirm("Well?", default=True)
 
 
 # --- server verbs without workers -----------------------------------------------------------------------
@@ -340,7 +354,13 @@ def test_pull_fetches_and_checks(
     monkeypatch.setenv("POST_URL", front.url)
     monkeypatch.setenv("POST_API_KEY", front.keys["alice"])
     assert post("pull", "small", "--to", tmp_path / "student", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["hash"] == student.hash
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["hash"] == student.hash
+    assert "already" not in shown.err
+    assert post("pull", "small", "--to", tmp_path / "student", "--json") == 0
+    again = capsys.readouterr()
+    assert again.out == shown.out
+    assert f"{tmp_path / 'student'} holds this student already, every byte checked" in again.err
     assert post("pull", "small", "--to", tmp_path / "other", "--hash", "0" * 64) == 1
     assert post("pull", "large", "--to", tmp_path / "other") == 1
     assert not (tmp_path / "other").exists()

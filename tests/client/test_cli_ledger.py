@@ -6,11 +6,13 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from post_client.privacy import Mechanism, PrivacyConfig, compose
+from post_shared.errors import InvalidInput
 from tests.client.terminal import Captured, post
 from tests.models import LABELS, TEXTS
 
@@ -72,6 +74,27 @@ def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path
     assert post("ledger") == 0
     assert "cap 50" in capsys.readouterr().out
     assert post("ledger", "--cap", 5) == 2
+
+
+def test_a_statement_without_its_prompt_is_in_nobodys_way(
+    student: Path, data: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "p":
+            raise InvalidInput(f"{path}: can't write: no space")
+        path.write_bytes(content)
+
+    statement = data.parent / "s.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(import_module("post_client.cli.tune"), "write_file", full)
+        assert tune(student, data, "--statement", statement) == 1
+    assert not statement.exists()
+    capsys.readouterr()
+    assert tune(student, data, "--statement", statement, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["run"] == {"id": 1, "resumed": True}
+    (data.parent / "p").unlink()
+    assert tune(student, data, "--statement", statement) == 1
+    assert "s.json is there already" in capsys.readouterr().err
 
 
 def test_epsilon_noise_and_what_a_second_run_would_add(student: Path, data: Path, capsys: Captured) -> None:
@@ -196,9 +219,11 @@ def test_what_can_not_be_accounted_for_is_not_trained(
 def test_an_empty_file_one_class_and_long_texts(student: Path, tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "one.jsonl").write_text('{"text": "a", "label": "positive"}\n' * 20)
-    for name, says in (("empty.jsonl", "no rows"), ("one.jsonl", "two classes")):
+    (tmp_path / "single.jsonl").write_text('{"text": "a", "label": "positive"}')
+    wrong = (("empty.jsonl", "no rows"), ("one.jsonl", "all 20 rows have"), ("single.jsonl", "the only row has"))
+    for name, says in wrong:
         assert tune(student, tmp_path / name) == 1
-        assert says in capsys.readouterr().err
+        assert f"{name}: {says}" in capsys.readouterr().err.replace("there are ", "")
     rows = [{"text": "film " * 500, "label": label} for label in LABELS] * 3
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert tune(student, tmp_path / "long.jsonl", "--max-length", 32) == 0, "a long text is cut, at its end"

@@ -51,6 +51,17 @@ def print_facts(facts: Mapping[str, Any], *, console: Console = out) -> None:
     print_table(table, console)
 
 
+def confirm(question: str, *, default: bool) -> bool | None:
+    """The answer of whoever sits there; None if nobody does."""
+    try:
+        return typer.confirm(question, default=default, err=True)
+    except typer.Abort as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        err.print()
+        return None
+
+
 def usage_error(message: str) -> NoReturn:
     """End with exit code 2: the options don't fit together."""
     raise typer.BadParameter(message)
@@ -78,8 +89,11 @@ def check_new(path: Path, force: bool) -> None:
     Raises:
         InvalidInput: the file is there already, and ``force`` wasn't said.
     """
-    if path.exists() and not force:
-        raise InvalidInput(f"{path} is there already; name another file, or say --force to write over it")
+    if (path.exists() or path.is_symlink()) and not force:
+        raise InvalidInput(
+            f"{path} is there already. Nothing was charged and nothing trained: name another file, or say --force to "
+            "write over it"
+        )
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -165,8 +179,8 @@ def follow(job: Job) -> Job:
 
             return job.wait(progress=heard)
     except KeyboardInterrupt:
-        leave = not err.is_terminal or typer.confirm("\nLeave the job running at the provider?", default=True, err=True)
-        if not leave:
+        leave = not err.is_terminal or confirm("\nLeave the job running at the provider?", default=True)
+        if leave is False:
             job.cancel()
             err.print(f"Cancelling {job.id}.")
         else:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from post_client.cli.console import Url, bar, byte_column, connect, print_facts
+from post_client.cli.console import Url, bar, byte_column, connect, err, print_facts
 from post_shared.terminal import AsJson, print_json
 
 
@@ -21,7 +22,16 @@ def pull(
     json: AsJson = False,
 ) -> None:
     """Fetch a student model: resumed where it stopped, every byte checked."""
+    news = 0
     with connect(url) as client, bar(f"pull {student}", byte_column()) as show:
-        manifest = client.models.download(student, to, pin=pin, progress=lambda done, total: show(done, total, ""))
+
+        def progress(done: int, total: int) -> None:
+            nonlocal news
+            news += 1
+            show(done, total, "")
+
+        manifest = client.models.download(student, to, pin=pin, progress=progress)
+    if news == 1:  # all at once, and with no byte before
+        err.print(f"{escape(str(to))} holds this student already, every byte checked; nothing was fetched.")
     facts = {"name": manifest.name, "id": manifest.model_id, "hash": manifest.hash, "folder": str(to)}
     print_json(facts) if json else print_facts(facts)

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from post_client.cli.console import Url, connect, err, naming, out, read_file, write_file
+from post_client.cli.console import Url, confirm, connect, err, naming, out, read_file, write_file
 from post_shared.terminal import AsJson, print_json, print_table
 
 
@@ -41,8 +41,12 @@ def push(
         return
     if not json:
         _show(facts)
-    if not yes and not _confirmed():
-        err.print("Nothing was sent.")
+    if not yes and not (answer := confirm("Send this?", default=False)):
+        err.print(
+            "Nothing was sent."
+            if answer is False
+            else "No answer, so nothing was sent. --yes sends without a question."
+        )
         raise typer.Exit(1)
     with connect(url) as client:
         prompt = client.prompts.upload(request)
@@ -50,14 +54,6 @@ def push(
         print_json({"sent": facts, "prompt": prompt.model_dump(mode="json")})
     else:
         out.print(prompt.id)
-
-
-def _confirmed() -> bool:
-    try:
-        return typer.confirm("Send this?", default=False, err=True)
-    except typer.Abort:  # the end of the input, or Ctrl-C
-        err.print("\nNo answer. --yes sends without a question.")
-        return False
 
 
 def _write_request(place: Path, data: bytes) -> None:

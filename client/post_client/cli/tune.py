@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ DEFAULT_EPSILON = 8.0
 def tune(
     student: Annotated[Path, typer.Option("--student", help="Folder of the student model (post pull).")],
     data: Annotated[Path, typer.Option("--data", help="Private rows: JSONL, CSV, TSV or Parquet. They stay here.")],
-    to: Annotated[Path, typer.Option("--out", help="The prompt file to be.")],
+    to: Annotated[Path, typer.Option("--out", help="The prompt file to be; not there yet, unless --force.")],
     public: Annotated[
         Path | None,
         typer.Option(
@@ -90,7 +91,11 @@ def tune(
     force: Annotated[bool, typer.Option("--force", help="Write over --out and --statement if they are there.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Tune a soft prompt on private rows, on this machine, with differential privacy unless --no-dp."""
+    """Tune a soft prompt on private rows, on this machine, with differential privacy unless --no-dp.
+
+    The same command goes on with a run that was stopped or killed, at no further cost. Once the prompt is there it is
+    refused; with --force it is a new run, charged as one.
+    """
     if no_dp and any(value is not None for value in (epsilon, delta, clip, statement, user_column)):
         usage_error("--no-dp goes with none of --epsilon, --delta, --clip, --user-column and --statement.")
     if public is not None and public.exists() and data.exists() and public.samefile(data):
@@ -112,7 +117,7 @@ def tune(
     order = _order(data, chosen, columns, settings, None if no_dp else (epsilon, delta, clip), public, trials)
     with open_ledger(ledger) as book:
         result, digest, found = _run(order, student, chosen, book, cap, checkpoint, device)
-        size = _keep(result, digest, chosen, to, statement)
+        size = _keep(result, digest, chosen, to, statement, force)
         _finish(book, result)
         account = book.account(order.rows, order.unit)  # type: ignore[arg-type]
     report_result(result, digest, to, size, account, found, json)
@@ -164,6 +169,9 @@ def _order(
     known = None
     if public is not None:
         known = public_rows(public, columns, task if trials > 1 else None, {row.text for row in rows})
+        if trials > 1:
+            with naming(public):
+                check_rows(task, known)
     charge_of(rows, config, budget)  # whether (epsilon, delta) can be kept shows before the model is loaded
     return _Order(data.name, rows, known, config, budget, trials)
 
@@ -244,7 +252,7 @@ def privacy_config(
     return budget if clip is None else replace(budget, clip_norm=clip)
 
 
-def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path | None) -> int:
+def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path | None, force: bool) -> int:
     """Write the prompt file and the statement; the prompt file's size."""
     from post_client.prompt_making import prompt_file
     from post_shared.errors import InvalidInput
@@ -256,6 +264,9 @@ def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path
             write_file(statement, result.statement.json().encode())
         write_file(to, content)  # last: once it is there, all is
     except InvalidInput:
+        if statement is not None and not force:
+            with suppress(OSError):
+                statement.unlink(missing_ok=True)  # the same command would find it in its way
         err.print("The run is charged, but isn't finished: the same command makes the same prompt at no further cost.")
         raise
     return len(content)
