@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import Tensor
 
@@ -51,8 +52,8 @@ class TuneConfig:
             raise InvalidInput(f"the iterate that is kept is {' or '.join(ITERATES)}, not {self.iterate!r}")
         if min(self.length, self.steps, self.batch_size, self.max_length) < 1:
             raise InvalidInput("length, steps, batch size and maximum length are at least 1")
-        if self.learning_rate <= 0:
-            raise InvalidInput(f"the learning rate is above 0, not {self.learning_rate}")
+        if not (isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InvalidInput(f"the learning rate is a finite number above 0, not {self.learning_rate}")
 
 
 PLAIN = TuneConfig()

@@ -115,6 +115,6 @@ def test_bad_input_is_refused_before_anything_is_trained() -> None:
         tune(model, task, ROWS, CONFIG, privacy=None)
     with pytest.raises(InvalidInput, match="don't fit"):
         tune(model, TASK, ROWS, TuneConfig(length=200), privacy=None)
-    for change in ({"steps": 0}, {"learning_rate": 0.0}, {"start": "zeros"}):
+    for change in ({"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"start": "zeros"}):
         with pytest.raises(InvalidInput):
             TuneConfig(**change)  # type: ignore[arg-type]
