@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make_url, text
+from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from post_server.settings import Settings
@@ -21,6 +22,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _BUSY_MILLISECONDS = 30_000
+_PATIENCE_SECONDS = 30.0
+"""How long a request waits for a connection, or for what it reads."""
 _CONNECTIONS = 15
 """Of one process, at most. Each stays open: to open one takes longer than most requests."""
 _READERS = {"sqlite": 2}
@@ -77,11 +80,16 @@ class Database:
         """Run a function that reads records in one of few threads, so that the event loop goes on meanwhile.
 
         Not for what waits for anything but records: it would keep all other readers waiting.
+
+        Raises:
+            TimeoutError: SQLAlchemy's, as for a connection that isn't to be had: the database hangs.
         """
-        context = copy_context()
-        return await asyncio.get_running_loop().run_in_executor(
-            self._readers, lambda: context.run(read, *args, **kwargs)
-        )
+        context, loop = copy_context(), asyncio.get_running_loop()
+        looking = loop.run_in_executor(self._readers, lambda: context.run(read, *args, **kwargs))
+        try:
+            return await asyncio.wait_for(looking, _PATIENCE_SECONDS)
+        except TimeoutError:
+            raise DatabaseTimeout("no answer from the records") from None
 
     def migrate(self) -> None:
         """Bring the schema up to date; safe to call from several processes at once."""
@@ -94,7 +102,7 @@ class Database:
 
     def dispose(self) -> None:
         """Close all connections."""
-        self._readers.shutdown()
+        self._readers.shutdown(wait=False, cancel_futures=True)  # a database that hangs must not keep us
         self.engine.dispose()
 
 
@@ -149,6 +157,7 @@ def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     common: dict[str, Any] = {"json_serializer": to_json, "hide_parameters": True}
     common |= {"poolclass": QueuePool, "pool_size": _CONNECTIONS, "max_overflow": 0}
+    common |= {"pool_timeout": _PATIENCE_SECONDS}
     if parsed.get_backend_name() != "sqlite":
         options = {name: value for name, value in _POSTGRES_OPTIONS.items() if name not in parsed.query}
         return create_engine(parsed, pool_pre_ping=True, connect_args=options, **common)

@@ -48,12 +48,12 @@ def forget_old_uploads(session: Session, store: BlobStore, *, dry_run: bool = Fa
 
 
 def visible_upload(session: Session, caller: ApiKeyRow, upload_id: str) -> UploadRow:
-    """The caller's own upload.
+    """The caller's own upload. Whoever then changes it calls :func:`guard` first; to look at it waits for nobody.
 
     Raises:
         NotFound: there is none, it is another key's, or its day is over (the answer doesn't tell which).
     """
-    row = session.get(UploadRow, upload_id, with_for_update=True)
+    row = session.get(UploadRow, upload_id)
     if row is None or row.owner_key_id != caller.id or row.created_at < now() - LIFE:
         raise NotFound(f"There is no upload {upload_id!r}; begin a new one.", upload=upload_id)
     return row

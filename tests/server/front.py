@@ -60,6 +60,14 @@ class Front:
         self.key_ids[name], self.keys[name] = row.id, text
         self._clients[name] = self._client(name)
 
+    def twin(self) -> Front:
+        """Another API process over the same records and blobs, for the same callers."""
+        other = Front(self.settings.home, **self.settings.model_dump(exclude={"home", "log_level"}))
+        for name, text in self.keys.items():
+            with self.database.read() as session:
+                other.add_caller(name, session.get_one(ApiKeyRow, self.key_ids[name]), text)
+        return other
+
     def close(self) -> None:
         for client in self._clients.values():
             client.close()

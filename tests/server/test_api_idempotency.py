@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import httpx
@@ -115,6 +116,27 @@ def test_many_at_once_make_one(front: Front, student: ModelRow) -> None:
     assert {answer.status_code for answer in answers} <= {202, 409}
     assert len({answer.content for answer in answers if answer.status_code == 202}) == 1
     assert jobs(front) == 1
+
+
+def test_another_process_waits_and_gives_the_same_answer(front: Front, student: ModelRow) -> None:
+    """Whatever else would stand in the second's way once the first is there: a taken name, a full queue."""
+    front.add_dataset("words", b"a line\n", "corpus")
+    other = front.twin()
+
+    def order(at: Front, number: int) -> httpx.Response:
+        headers = {"Idempotency-Key": f"order-{number}", "Authorization": f"Bearer {at.keys['provider']}"}
+        document = {"target": "large", "name": f"made-{number}", "corpus": ["words"], "keep_layers": 2}
+        url = f"{at.url}/v1/distillations"
+        return httpx.post(url, json=document, headers=headers, timeout=30, trust_env=False)
+
+    try:
+        with ThreadPoolExecutor(2) as both:
+            for number in range(5):
+                first, second = both.map(order, (front, other), (number, number))
+                assert (first.status_code, second.status_code) == (202, 202), (first.text, second.text)
+                assert first.content == second.content
+    finally:
+        other.close()
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "\u00e9"])

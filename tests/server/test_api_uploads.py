@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import httpx
 import pytest
 
 from post_client import Client
+from post_server.api import dataset_uploads
 from post_server.keys import create_key
 from post_server.records import UploadRow, now
+from post_server.storage import BlobStore
 from post_server.upload_store import LIFE
 from post_shared.errors import Conflict, DataInvalid, InvalidInput, NotFound, Unavailable
 from post_shared.schemas import Role
@@ -46,6 +50,58 @@ def test_parts_in_any_order_are_the_dataset(front: Front, upload: str) -> None:
     assert front.store.read(made.json()["sha256"]) == ROWS
     assert front.store.list() == [made.json()["sha256"]]  # the parts are gone
     assert code(front("provider", "GET", f"/v1/uploads/{upload}")) == (404, "not_found")
+
+
+def test_parts_may_come_at_once_and_a_look_waits_for_none(
+    front: Front, upload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storing, go_on, adopt = threading.Event(), threading.Event(), BlobStore.adopt
+
+    def slowly(*arguments: object) -> str:
+        storing.set()
+        go_on.wait(10)
+        return adopt(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BlobStore, "adopt", slowly)
+    headers = {"Authorization": f"Bearer {front.keys['provider']}"}
+
+    def send(number: int) -> int:
+        at = f"{front.url}/v1/uploads/{upload}/parts/{number}"
+        return httpx.put(at, content=PARTS[number - 1], headers=headers, timeout=30, trust_env=False).status_code
+
+    with ThreadPoolExecutor() as many:
+        sent = [many.submit(send, number) for number in (1, 2, 3)]
+        assert storing.wait(10)
+        try:
+            assert front("provider", "GET", f"/v1/uploads/{upload}").json()["parts"] == []
+        finally:
+            go_on.set()
+    assert [each.result() for each in sent] == [200, 200, 200]
+    assert finish(front, upload, sha256=hashlib.sha256(ROWS).hexdigest()).status_code == 201
+
+
+def test_a_finish_that_another_process_overtook_is_answered_as_its_was(
+    front: Front, upload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, part in enumerate(PARTS, 1):
+        put(front, upload, number, part)
+    key, join = {"Idempotency-Key": "0b1e7ad4"}, dataset_uploads.join_parts
+    other = front.twin()
+    answers: list[httpx.Response] = []
+
+    def overtaken(*arguments: object) -> None:
+        if not answers:
+            monkeypatch.undo()
+            answers.append(other("provider", "POST", f"/v1/uploads/{upload}/finish", json={}, headers=key))
+        join(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dataset_uploads, "join_parts", overtaken)
+    try:
+        mine = front("provider", "POST", f"/v1/uploads/{upload}/finish", json={}, headers=key)
+    finally:
+        other.close()
+    assert (mine.status_code, mine.content) == (201, answers[0].content)
+    assert mine.headers["Idempotent-Replayed"] == "true"
 
 
 def test_a_part_sent_again_replaces_the_first(front: Front, upload: str) -> None:

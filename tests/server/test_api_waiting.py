@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from post_server import database
+from post_server.api import jobs
 from post_server.storage import BlobStore
-from tests.server.front import ROWS, Front
+from tests.server.front import ROWS, Front, code
 
 MORE_THAN_READ = 12  # whatever the database: more than it has threads of readers
 
@@ -55,3 +58,16 @@ def test_few_threads_read_records_however_many_ask(front: Front) -> None:
 def _ask(front: Front) -> httpx.Response:
     headers = {"Authorization": f"Bearer {front.keys['alice']}"}
     return httpx.get(f"{front.url}/v1/jobs", headers=headers, timeout=30, trust_env=False)
+
+
+def test_records_that_hang_are_unavailable_after_a_while(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_PATIENCE_SECONDS", 0.5)
+    hang = threading.Event()
+    monkeypatch.setattr(jobs, "visible_job", lambda *_: hang.wait(60))
+    try:
+        assert code(front("alice", "GET", "/v1/jobs/job_1")) == (503, "unavailable")
+        began = time.monotonic()
+        front.app.state.context.database.dispose()
+        assert time.monotonic() - began < 5
+    finally:
+        hang.set()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -130,3 +131,14 @@ def test_a_job_that_hangs_is_found_out_and_tried_again(ready: Backstage) -> None
     assert "POST_PROGRESS_SECONDS" in row.error["detail"]
     assert said(ready, job_id) == ["queued", "running", "queued", "running", "failed"]
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in hung)
+
+
+def test_a_redis_that_hangs_keeps_nobody_who_rings(backstage: Backstage) -> None:
+    process = backstage.start_redis()
+    process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor() as apart:
+        rung = apart.submit(doorbell.ring, "job_1", backstage.settings)
+        try:
+            assert rung.result(30) is False
+        finally:
+            process.send_signal(signal.SIGCONT)

@@ -31,6 +31,7 @@ from post_server.upload_store import (
     visible_upload,
 )
 from post_shared.dataset_schemas import MAX_PARTS, Upload, UploadCreate, UploadFinish
+from post_shared.errors import NotFound
 from post_shared.schemas import Dataset, Page
 
 router = APIRouter(route_class=Route, prefix="/v1/uploads", tags=["datasets"])
@@ -89,14 +90,23 @@ def finish_upload(
 ) -> Response:
     """Make the dataset of all parts (provider). Every line is checked first; with a mistake the upload stays."""
     once = Once(app, caller, idempotency_key)
+    what, body = f"finish {upload}", document_hash(order)
     with once.in_flight():
-        return once.known(f"finish {upload}", document_hash(order)) or _finish(once, upload, order)
+        if (known := once.known(what, body)) is not None:
+            return known
+        try:
+            return _finish(once, upload, order)
+        except NotFound:  # unless another process has finished it meanwhile
+            if (known := once.known(what, body)) is not None:
+                return known
+            raise
 
 
 @router.delete("/{upload}", status_code=204, responses=problems(403, 404))
 def remove_dataset_upload(app: App, caller: Provider, upload: UploadId) -> None:
     """Give an upload up, with all its parts (provider)."""
     with app.database.write() as session:
+        guard(session)
         remove_upload(session, app.store, visible_upload(session, caller, upload))
 
 

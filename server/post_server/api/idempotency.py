@@ -18,6 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from post_server.api.context import Context
+from post_server.database import guard
 from post_server.records import ApiKeyRow, IdempotencyRow, now
 from post_shared.errors import IdempotencyMismatch, RequestInFlight
 
@@ -72,6 +73,8 @@ class Once:
         digest = _digest(what, body)
         try:
             with self.app.database.write() as session:
+                if self.key is not None:
+                    guard(session)  # the same create in another process: wait for what it remembers
                 if (known := self._known(session, digest)) is not None:
                     return known
                 status, document = create(session)

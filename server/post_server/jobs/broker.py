@@ -14,6 +14,8 @@ QUEUE = "post.jobs"
 """Of jobs for any worker; those for a class of device have a queue of their own, see :func:`queue_of`."""
 RUN_JOB = "post.run_job"
 _CONNECT_SECONDS = 1.0
+_ANSWER_SECONDS = 2.0
+"""How long whoever rings waits for a server that hangs."""
 
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -38,6 +40,7 @@ def celery_for(settings: Settings) -> Any:
         broker_connection_max_retries=None,
         broker_transport_options={
             "socket_connect_timeout": _CONNECT_SECONDS,
+            "socket_timeout": _ANSWER_SECONDS,
             "socket_keepalive": True,
             "socket_keepalive_options": {
                 getattr(socket, name): value for name, value in _KEEPALIVE.items() if hasattr(socket, name)
