@@ -26,6 +26,7 @@ from transformers import (
     GgufConfig,
 )
 
+from post_shared.attention import share_heads
 from post_shared.devices import SPREAD, Memory, choose_device
 from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.gated import keep_less
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from post_shared.batches import Batch
 
 Kind = Literal["causal", "masked"]
+
+share_heads()
 
 
 class LanguageModel:

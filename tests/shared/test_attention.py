@@ -1,0 +1,57 @@
+"""Shared key/value heads are the same attention, with less kept for the way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from post_shared import attention
+from post_shared.batches import EncodedRow, EncodedRows
+from post_shared.language_model import LanguageModel
+from post_shared.memory import kept_bytes
+from tests.models import tokenizer
+
+GROUPED = LlamaConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def test_behind_a_shared_prompt_the_same_to_the_last_bit_and_less_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(AutoModelForCausalLM.from_config(GROUPED), tokenizer(masked=False))
+    rows = EncodedRows(tuple(EncodedRow(list(range(1, length)), [length - 2], [], None) for length in (9, 6, 4)))
+    prompt = torch.linspace(-1, 1, 5 * 32).reshape(5, 32).requires_grad_()
+
+    def logits_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model.answer_logits_shared(rows.whole, prompt)
+        return logits.detach(), torch.autograd.grad(logits.square().sum(), prompt)[0]
+
+    def kept() -> int:
+        return kept_bytes(lambda: model.answer_logits_shared(rows.whole, prompt), model.model.parameters())
+
+    found, less = logits_and_gradient(), kept()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, attention.NAME, sdpa_attention_forward)
+    expected, more = logits_and_gradient(), kept()
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)  # heads are summed in another order
+    assert less < more
+
+
+@pytest.mark.parametrize(
+    ("length", "masked", "said"), [(1, True, {}), (3, False, {}), (3, True, {"position_bias": torch.ones(1, 4, 3, 3)})]
+)
+def test_all_else_is_left_to_transformers(length: int, masked: bool, said: dict[str, torch.Tensor]) -> None:
+    query, key = torch.linspace(-1, 1, 4 * length * 8).reshape(1, 4, length, 8), torch.ones(1, 2, 3, 8)
+    mask = torch.ones(1, 1, length, 3, dtype=torch.bool).tril() if masked else None
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    found = attention.attention(module, query, key, key, mask, **said)[0]
+    assert torch.equal(found, sdpa_attention_forward(module, query, key, key, mask, **said)[0])
