@@ -332,7 +332,10 @@ def test_a_ledger_that_can_not_be_used_says_so(tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "other")
     other.execute("CREATE TABLE t (x)")
     other.commit()
-    for path in (tmp_path / "text", tmp_path / "other", tmp_path, Path("/proc/ledger.db")):
+    Ledger(tmp_path / "damaged").close()
+    with sqlite3.connect(tmp_path / "damaged") as damaged:
+        damaged.execute("DELETE FROM salt")
+    for path in (tmp_path / "text", tmp_path / "other", tmp_path / "damaged", tmp_path, Path("/proc/ledger.db")):
         with pytest.raises(LedgerInvalid, match=str(path)):
             Ledger(path)
 

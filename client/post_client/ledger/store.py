@@ -100,6 +100,8 @@ class Store:
                     connection.execute(f"PRAGMA user_version = {VERSION}")
         if (self._pragma("application_id"), self._pragma("user_version")) != (APPLICATION, VERSION):
             raise LedgerInvalid(f"{self.path} is no ledger of this version; name another file, or update POST")
+        if self._connection.execute("SELECT value FROM salt").fetchone() is None:
+            raise LedgerInvalid(f"{self.path} is damaged: its salt is gone, so it knows no row any more; take a backup")
 
     def _tables(self) -> bool:
         return bool(self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
