@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 from platformdirs import user_data_path
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from post_shared.errors import InvalidInput
 from post_shared.schemas import JobKind
 
 _ROOM = r"(\d+|cpu)=\d+(\.\d+)?([KMGT]i?B)?"
@@ -51,7 +53,9 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         default=30.0, gt=0, description="A worker that is silent for so long has lost its job."
     )
-    heartbeat_seconds: float = Field(default=5.0, gt=0, description="How often a worker renews its lease.")
+    heartbeat_seconds: float = Field(
+        default=5.0, gt=0, description="How often a worker renews its lease; at most half of it."
+    )
     progress_seconds: float = Field(
         default=3600.0, gt=0, description="A job that reports nothing for so long hangs: it is killed and tried again."
     )
@@ -86,6 +90,12 @@ class Settings(BaseSettings):
     )
     stop_seconds: float = Field(default=30.0, gt=0, description="From a stop signal to kill, for every process.")
 
+    @model_validator(mode="after")
+    def _leases_last(self) -> Self:
+        if self.lease_seconds < 2 * self.heartbeat_seconds:
+            raise ValueError("lease_seconds is at least twice heartbeat_seconds, or every job would be taken for lost")
+        return self
+
     @property
     def step_seconds(self) -> float:
         """How long a job may take to reach the end of its step and keep a checkpoint, once its worker has to stop."""
@@ -104,16 +114,18 @@ class Settings(BaseSettings):
         default=256, ge=1, description="Requests that wait for a predictor; with more, callers are told to come later."
     )
 
-    prompt_bytes: int = Field(default=64 * 2**20, description="Largest prompt file.")
-    dataset_bytes: int = Field(default=2 * 2**30, description="Largest dataset upload.")
+    prompt_bytes: int = Field(default=64 * 2**20, ge=1, description="Largest prompt file.")
+    dataset_bytes: int = Field(default=2 * 2**30, ge=1, description="Largest dataset upload.")
     part_bytes: int = Field(default=64 * 2**20, ge=1, description="Largest part of a dataset that comes in parts.")
-    document_bytes: int = Field(default=32 * 2**20, description="Largest JSON document.")
+    document_bytes: int = Field(default=32 * 2**20, ge=1, description="Largest JSON document.")
     requests_per_minute: int = Field(
         default=1200, ge=0, description="Requests that an API key may make in a minute; 0: no limit."
     )
     jobs_per_key: int = Field(default=100, ge=1, description="Jobs of one API key that have not ended.")
     prediction_seconds: float = Field(default=120.0, gt=0, description="How long a request waits for a prediction.")
-    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: str = Field(
+        default="INFO", pattern="(?i)^(debug|info|warning|error)$", description="DEBUG, INFO, WARNING or ERROR."
+    )
     log_json: bool = Field(default=True, description="JSON lines for machines; false: lines for people.")
 
     @model_validator(mode="before")
@@ -135,4 +147,14 @@ class Settings(BaseSettings):
 
 @lru_cache
 def get_settings() -> Settings:
-    return Settings()
+    """The settings of the environment.
+
+    Raises:
+        InvalidInput: a variable has a value that makes no sense; its value, which may be secret, isn't shown.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        mistakes = [(" ".join(map(str, each["loc"])).upper(), each["msg"]) for each in error.errors()]
+        detail = "; ".join(f"POST_{name}: {message}" if name else message for name, message in mistakes)
+        raise InvalidInput(detail) from None

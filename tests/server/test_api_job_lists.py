@@ -48,6 +48,8 @@ def test_filters_go_together(front: Front, jobs: list[str]) -> None:
     for bad in (
         {"since": "2026-01-01T00:00:00"},
         {"since": "0.5"},
+        {"since": "0001-01-01T00:00:00+14:00"},
+        {"before": "9999-12-31T23:59:59-14:00"},
         {"before": "1700000000"},
         {"before": "soon"},
         {"kind": ["evaluate", "x"]},

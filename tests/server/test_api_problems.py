@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
 from io import StringIO
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
 from post_server.keys import revoke_key
+from tests.server.backing import temporary_files
+from tests.server.backstage import wait_for
 from tests.server.front import TASK, Front, check_problem, code, prompt_bytes
 
 SECRET = "my private review of a film"
@@ -209,3 +213,26 @@ def test_problems_have_the_shape_that_they_are_documented_with(front: Front) -> 
     check_problem(refusal)
     declared = document["paths"]["/v1/jobs/{job}"]["get"]["responses"]["404"]["content"]["application/problem+json"]
     assert declared["schema"]["allOf"][1]["properties"]["code"]["enum"] == [refusal.json()["code"]]
+
+
+def send_a_part(front: Front, path: str, key: str) -> socket.socket:
+    """A connection over which the beginning of a document has come, and no more."""
+    address = urlsplit(front.url)
+    connection = socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=10)
+    lines = [f"POST {path} HTTP/1.1", "Host: post", f"Authorization: Bearer {key}", "Content-Length: 1000"]
+    connection.sendall("\r\n".join([*lines, "Content-Type: application/json", "", '{"model": "']).encode())
+    return connection
+
+
+@pytest.mark.parametrize("path", ["/v1/predictions", "/v1/completions", "/v1/evaluations"])
+def test_nothing_of_a_document_is_read_for_a_stranger(front: Front, path: str) -> None:
+    with send_a_part(front, path, "post_wrong") as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+@pytest.mark.parametrize("path", ["/v1/prompts", "/v1/datasets?name=cut&kind=rows"])
+def test_who_leaves_in_the_middle_of_a_body_is_no_defect(front: Front, log: StringIO, path: str) -> None:
+    send_a_part(front, path, front.keys["provider"]).close()
+    wait_for(lambda: '"status": 499' in log.getvalue(), 10)
+    assert "defect" not in log.getvalue()
+    assert temporary_files(front.settings) == []

@@ -77,14 +77,26 @@ async def get_caller(
         TooManyRequests: it has made too many requests of late.
         Forbidden: it lacks a scope.
     """
-    if credentials is None:
-        raise Unauthenticated("Pass an API key as 'Authorization: Bearer post_…'.")
-    caller = await app.database.look(_admit, request, app, credentials.credentials)
+    caller = await admit(request, app, credentials)
     if use_is_due(caller) and app.writes_use(caller.id):
         await run_in_threadpool(_note_use, app, caller)
     for scope in scopes.scopes:
         check_scope(caller, Scope(scope))
     return caller
+
+
+async def admit_first(request: Request) -> None:
+    """Before a document is read: it takes time to parse, and strangers get none of it."""
+    await admit(request, await get_context(request), await _bearer(request))
+
+
+async def admit(request: Request, app: Context, credentials: HTTPAuthorizationCredentials | None) -> ApiKeyRow:
+    """The key that a request carries, looked up and counted once."""
+    if credentials is None:
+        raise Unauthenticated("Pass an API key as 'Authorization: Bearer post_…'.")
+    if getattr(request.state, "key", None) is None:
+        request.state.key = await app.database.look(_admit, request, app, credentials.credentials)
+    return cast(ApiKeyRow, request.state.key)
 
 
 def _admit(request: Request, app: Context, key: str) -> ApiKeyRow:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query
-from pydantic import AwareDatetime, BeforeValidator
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator
 from sqlalchemy import func, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -34,7 +35,14 @@ def _in_words(value: object) -> object:
     return value
 
 
-Moment = Annotated[AwareDatetime, BeforeValidator(_in_words)]
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("a date and time between the years 1 and 9999, in UTC too") from None
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_in_words), AfterValidator(_in_utc)]
 
 JobId = Annotated[str, Path(min_length=1, max_length=64)]
 Sequence = Annotated[int, Query(ge=0, le=2**31 - 1, description="Events behind this sequence number.")]

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from post_server.api.metrics import Metrics
@@ -19,6 +20,8 @@ from post_shared.errors import PayloadTooLarge
 log = structlog.get_logger("post.api")
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
+_LEFT = 499
+"""What logs and metrics say of a request whose caller went away before it was whole; widely used for that."""
 _QUIET = {"/livez", "/readyz", "/metrics"}
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -64,6 +67,8 @@ class RequestMiddleware:
 
         try:
             await self.app(scope, receive, send_marked)
+        except ClientDisconnect:  # in the middle of its body: nobody's defect, and nobody reads an answer
+            status = status or _LEFT
         except Exception as error:
             log.error("defect", error=type(error).__name__, where=where(error))
             if status:  # too late for another answer: cut the connection, so that nobody takes half for all

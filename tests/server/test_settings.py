@@ -1,0 +1,40 @@
+"""A setting that makes no sense is refused at once, by its name and without its value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from post_server.settings import get_settings
+from post_shared.errors import InvalidInput
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> Iterator[None]:
+    get_settings.cache_clear()
+    yield
+    get_settings.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POST_LEASE_SECONDS", "9"),  # a heartbeat comes every 5 s
+        ("POST_HEARTBEAT_SECONDS", "nan"),
+        ("POST_PORT", "secret"),
+        ("POST_LOG_LEVEL", "LOUD"),
+        ("POST_DOCUMENT_BYTES", "-1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInput) as refused:
+        get_settings()
+    assert name.removeprefix("POST_").lower() in refused.value.detail.lower()
+    assert "secret" not in refused.value.detail
+
+
+def test_a_log_level_is_a_word_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POST_LOG_LEVEL", "debug")
+    assert get_settings().log_level == "debug"
