@@ -68,10 +68,20 @@ async def download_student(
     return wanted
 
 
-def student_hash(folder: Path) -> str:
-    """The hash by which a prompt names the student in ``folder``. Refuses a folder that isn't safe to load."""
+def student_hash(folder: Path, pin: str | None = None) -> str:
+    """The hash by which a prompt names the student in ``folder``. Refuses a folder that isn't safe to load.
+
+    Raises:
+        IntegrityError: it isn't ``pin``: the student changed since it was pulled.
+    """
     check_safe(folder)
-    return model_hash(manifest(folder))
+    digest = model_hash(manifest(folder))
+    if pin is not None and digest != pin:
+        raise IntegrityError(
+            f"{folder} has hash {digest}, but you know it as {pin}: it was changed since, and no provider would take a "
+            "prompt for it. Pull it again"
+        )
+    return digest
 
 
 # --- checks -------------------------------------------------------------------------------------------

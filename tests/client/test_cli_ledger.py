@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from importlib import import_module
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from post_client.privacy import Mechanism, PrivacyConfig, compose
+from post_client.student_store import student_hash
 from post_shared.errors import InvalidInput
 from tests.client.terminal import Captured, post
 from tests.models import LABELS, TEXTS
@@ -121,6 +123,22 @@ def test_epsilon_noise_and_what_a_second_run_would_add(student: Path, data: Path
         assert post("epsilon", *wrong) == 2
     for wrong in (("--noise", 0), ("--epsilon", -1), ("--noise", 1, "--delta", 0.5)):
         assert post("epsilon", "--units", 10, *wrong) == 1
+
+
+def test_a_student_that_changed_since_it_was_pulled_costs_nothing(
+    student: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    pulled, mine = student_hash(student), tmp_path / "mine"
+    shutil.copytree(student, mine)
+    assert tune(mine, data, "--hash", pulled) == 0
+    weights = bytearray((mine / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (mine / "model.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    assert tune(mine, data, "--hash", pulled, "--force") == 1
+    assert "it was changed since" in capsys.readouterr().err
+    (account,) = ledger(capsys)
+    assert len(account["runs"]) == 1  # type: ignore[arg-type]
 
 
 def test_users_and_trials(student: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:

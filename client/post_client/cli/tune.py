@@ -44,6 +44,9 @@ def tune(
     student: Annotated[Path, typer.Option("--student", help="Folder of the student model (post pull).")],
     data: Annotated[Path, typer.Option("--data", help="Private rows: JSONL, CSV, TSV or Parquet. They stay here.")],
     to: Annotated[Path, typer.Option("--out", help="The prompt file to be; not there yet, unless --force.")],
+    pin: Annotated[
+        str | None, typer.Option("--hash", help="What post pull printed: a student with another one is refused.")
+    ] = None,
     public: Annotated[
         Path | None,
         typer.Option(
@@ -116,7 +119,7 @@ def tune(
     columns = {"text_column": text_column, "label_column": label_column, "user_column": user_column}
     order = _order(data, chosen, columns, settings, None if no_dp else (epsilon, delta, clip), public, trials)
     with open_ledger(ledger) as book:
-        result, digest, found = _run(order, student, chosen, book, cap, checkpoint, device)
+        result, digest, found = _run(order, student, pin, chosen, book, cap, checkpoint, device)
         size = _keep(result, digest, chosen, to, statement, force)
         _finish(book, result)
         account = book.account(order.rows, order.unit)  # type: ignore[arg-type]
@@ -177,14 +180,21 @@ def _order(
 
 
 def _run(
-    order: _Order, student: Path, task: Task, book: Ledger, cap: float | None, checkpoint: Path | None, device: str
+    order: _Order,
+    student: Path,
+    pin: str | None,
+    task: Task,
+    book: Ledger,
+    cap: float | None,
+    checkpoint: Path | None,
+    device: str,
 ) -> tuple[TuneResult, str, tuple[Trial, ...]]:
     """Load the model and tune; Ctrl-C ends between two steps."""
     from post_client.student_store import student_hash
     from post_shared.language_model import LanguageModel
 
     quiet_libraries()
-    digest = student_hash(student)
+    digest = student_hash(student, pin)
     err.print(f"Loading {escape(str(student))} …")
     model = LanguageModel.load(student, device=device)
     where = f"from {checkpoint}" if checkpoint else "from the beginning"
