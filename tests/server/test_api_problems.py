@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -13,10 +14,11 @@ from urllib.parse import urlsplit
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from post_server.api import uploads
 from post_server.keys import revoke_key
 from tests.server.backing import temporary_files
 from tests.server.backstage import wait_for
-from tests.server.front import TASK, Front, check_problem, code, prompt_bytes
+from tests.server.front import ROWS, TASK, Front, check_problem, code, prompt_bytes
 
 SECRET = "my private review of a film"
 
@@ -235,4 +237,19 @@ def test_who_leaves_in_the_middle_of_a_body_is_no_defect(front: Front, log: Stri
     send_a_part(front, path, front.keys["provider"]).close()
     wait_for(lambda: '"status": 499' in log.getvalue(), 10)
     assert "defect" not in log.getvalue()
+    assert temporary_files(front.settings) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, (503, "unavailable")), (errno.EIO, (500, "internal_error"))]
+)
+def test_a_full_disk_is_no_defect(
+    front: Front, monkeypatch: pytest.MonkeyPatch, number: int, said: tuple[int, str]
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(number, "the disk")
+
+    monkeypatch.setattr(uploads, "_append", write)
+    assert code(front("provider", "POST", "/v1/datasets?name=big&kind=rows", content=ROWS)) == said
+    assert front.everything()["datasets"] == []
     assert temporary_files(front.settings) == []

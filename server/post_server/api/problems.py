@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from http import HTTPStatus
@@ -98,6 +99,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OperationalError, _database_away)
     app.add_exception_handler(PoolTimeout, _database_away)
     app.add_exception_handler(DataError, _database_refuses)
+    app.add_exception_handler(OSError, _disk_full)
 
 
 def unexpected(request_id: str | None) -> Response:
@@ -184,3 +186,11 @@ async def _database_away(request: Request, error: Exception) -> Response:
 async def _database_refuses(request: Request, error: Exception) -> Response:
     log.warning("database refuses a value", error=type(error).__name__)
     return respond(InvalidInput("A value holds characters or digits that can't be stored."), _request_id(request))
+
+
+async def _disk_full(request: Request, error: Exception) -> Response:
+    """No defect, and the caller can't help it; any other error of the system is one."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise error
+    log.error("no room", where=where(error))
+    return respond(Unavailable("The server has no room to store that; tell the provider."), _request_id(request))
