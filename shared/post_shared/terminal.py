@@ -30,6 +30,11 @@ def plain_table(*columns: str) -> Table:
 def print_table(table: Table, console: Console | None = None) -> None:
     """Where no terminal has a width, in a file or a pipe, every row is one line, however long."""
     console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=_WIDE, highlight=False)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    width, console.width = console.width, _WIDE
+    try:
+        console.print(table)
+    finally:
+        console.width = width

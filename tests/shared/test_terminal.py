@@ -32,6 +32,13 @@ def test_a_narrow_terminal_folds_and_cuts_nothing() -> None:
     assert LONG in first_column
 
 
+def test_the_console_that_was_given_prints_and_keeps_its_width() -> None:
+    console = Console(file=io.StringIO(), record=True, width=60)
+    print_table(plain_table("id"), console)
+    assert console.width == 60
+    assert "id" in console.export_text()
+
+
 def test_json_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     print_json([{"word": "schön"}])
     assert capsys.readouterr().out == '[{"word": "schön"}]\n'
