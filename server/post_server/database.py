@@ -26,8 +26,7 @@ _PATIENCE_SECONDS = 30.0
 """How long a request waits for a connection, or for what it reads."""
 _CONNECTIONS = 15
 """Of one process, at most. Each stays open: to open one takes longer than most requests."""
-_READERS = {"sqlite": 2}
-_READERS_FAR = 8
+_READERS, _READERS_FAR = 2, 8
 """Threads of :meth:`Database.look`. SQLite answers at once: more threads would only wait for the interpreter, and take
 twice the processor time for it. Of a database that is elsewhere some answers are under way at the same time."""
 _GUARD_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock behind :func:`guard`
@@ -53,11 +52,11 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _create_engine(url)
-        snapshot = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        here = self.engine.dialect.name == "sqlite"
+        snapshot = {} if here else {"isolation_level": "REPEATABLE READ"}
         self._read = sessionmaker(self.engine.execution_options(**snapshot), expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
-        readers = _READERS.get(self.engine.dialect.name, _READERS_FAR)
-        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="records")
+        self._readers = ThreadPoolExecutor(_READERS if here else _READERS_FAR, thread_name_prefix="records")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Database:

@@ -31,6 +31,7 @@ def list_(
         print_json([document.model_dump(mode="json") for document in found])
         return
     table = plain_table("id", "kind", "state", "progress", "metrics", "created")
+    table.columns[0].min_width = 28  # an id stays in one piece, to be copied
     for job in found:
         metrics = escape(metrics_note(job.metrics))
         table.add_row(job.id, job.kind, job.state, f"{job.progress:.0%}", metrics, f"{job.created_at:%Y-%m-%d %H:%M}")
