@@ -338,6 +338,8 @@ def test_a_ledger_that_can_not_be_used_says_so(tmp_path: Path) -> None:
     for path in (tmp_path / "text", tmp_path / "other", tmp_path / "damaged", tmp_path, Path("/proc/ledger.db")):
         with pytest.raises(LedgerInvalid, match=str(path)):
             Ledger(path)
+    with pytest.raises(LedgerInvalid, match="no ledger or is damaged"):
+        Ledger(tmp_path / "text")
 
 
 def test_a_full_disk_charges_nothing_and_leaves_the_ledger_whole(own_ledger: Path) -> None:
@@ -348,7 +350,7 @@ def test_a_full_disk_charges_nothing_and_leaves_the_ledger_whole(own_ledger: Pat
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (own_ledger.stat().st_size, hard))
         try:
-            with pytest.raises(LedgerInvalid, match="can't be read or written"):
+            with pytest.raises(LedgerInvalid, match="can't be read or written.* name another file"):
                 ledger.reserve(many, charge(), "b")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

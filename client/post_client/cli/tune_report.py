@@ -45,8 +45,7 @@ def report_result(
     for trial in trials:
         out.print(f"Learning rate {trial.learning_rate:.4g}: log-probability {trial.score:.4f} on the public rows")
     if account is not None:
-        runs = f"{account.spent.runs} run{'' if account.spent.runs == 1 else 's'}"
         out.print(
-            f"\nLedger: {escape(account.spent.words())} in {runs} for a {account.unit} of {escape(account.name)}."
+            f"\nLedger: {escape(account.spent.in_runs())} for a {account.unit} of {escape(account.name)}."
         )
     out.print(f"\n{to} ({size:,} bytes). Send it: post push {to}", markup=False)

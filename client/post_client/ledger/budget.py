@@ -45,6 +45,10 @@ class Total:
             return f"no bound on epsilon ({self.why})"
         return f"epsilon = {self.epsilon:.3f} (delta = {self.delta:g})"
 
+    def in_runs(self) -> str:
+        """``epsilon = 3.21 (delta = 1e-05) in 2 runs``"""
+        return f"{self.words()} in {self.runs} run{'' if self.runs == 1 else 's'}"
+
 
 NOTHING = Total(0.0, 0.0, 0)
 

@@ -102,9 +102,9 @@ def check_caps(connection: sqlite3.Connection, data_set: int, charge: Charge, na
         if after.epsilon > cap:
             whose = f"a {charge.unit} of {name or 'this data set'}"
             raise BudgetExceeded(
-                f"with this run, {whose} would have {after.words()} in {after.runs} runs; the cap is {cap:g} and "
-                f"{before.words()} is spent in {before.runs}. Nothing was charged and nothing trained: ask for "
-                "less, or raise the cap (post ledger --data FILE --cap X) if you may",
+                f"with this run, {whose} would have {after.in_runs()}; the cap is {cap:g} and {before.words()} is "
+                "spent so far. Nothing was charged and nothing trained: ask for less, or raise the cap "
+                "(post ledger --data FILE --cap X) if you may",
                 cap=cap,
                 spent=finite(before.epsilon),
                 would_be=finite(after.epsilon),

@@ -118,5 +118,15 @@ class Store:
         except sqlite3.Error as error:
             raise LedgerInvalid(
                 f"{self.path}: the ledger can't be read or written: {error}. Without it no run is charged, so none is "
-                "begun; free the disk, or name another file"
+                f"begun; {_mend(error)}"
             ) from error
+
+
+def _mend(error: sqlite3.Error) -> str:
+    """What to do, as far as SQLite knows what it is."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return "it is no ledger or is damaged: take a backup, or name another file"
+    if code == sqlite3.SQLITE_FULL:
+        return "free the disk, or name another file"
+    return "see to that, or name another file"
