@@ -26,20 +26,21 @@ from transformers import (
     GgufConfig,
 )
 
-from post_shared.attention import share_heads
+from post_shared.attention import install
 from post_shared.devices import SPREAD, Memory, choose_device
 from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.gated import keep_less
 from post_shared.head import Head
 from post_shared.offload import device_of, devices_of, free_memory, load_again
-from post_shared.prefixes import Prefix, behind, behind_shared, can_keep_prefix
+from post_shared.packing import packed_answers, packed_positions
+from post_shared.prefixes import Prefix, behind, can_keep_prefix
 
 if TYPE_CHECKING:
     from post_shared.batches import Batch
 
 Kind = Literal["causal", "masked"]
 
-share_heads()
+install()
 
 
 class LanguageModel:
@@ -192,7 +193,7 @@ class LanguageModel:
             attention_mask = None
         else:
             attention_mask = attention_mask.to(self.device)
-        return self._last(inputs_embeds=inputs, attention_mask=attention_mask)
+        return self.last_hidden(inputs_embeds=inputs, attention_mask=attention_mask)
 
     def head(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Hidden states (..., d) -> logits over the vocabulary (..., V), or at ``tokens`` (..., K), float32."""
@@ -237,18 +238,19 @@ class LanguageModel:
     ) -> Tensor:
         """As :meth:`answer_logits` with one prompt (l, d), or several (K, l, d) of which row i has ``owner[i]``.
 
-        Gradients included, in fewer operations: a causal model's prompt sees nothing of the text and is run once, not
-        once per row, and short texts aren't padded to the longest. A masked model can't do that.
+        Gradients included, in fewer operations: where the model :attr:`packs`, each prompt is run once, not once per
+        row, in one pass with all texts, and short ones aren't padded to the longest.
         """
-        if not self.keeps_prefix:
+        if batch.longest + prompt.shape[-2] > self.packs:
             return self.answer_logits(batch, prompt if owner is None else prompt[owner], tokens)
-        cache, places = self._cache_of(prompt), batch.places(len(batch))
-        logits = [
-            self._at_answers(batch.part(some), tokens, **behind_shared(cache, None if owner is None else owner[some]))
-            for some in places
-        ]
-        order = torch.cat([batch.answers_at(some) for some in places])
-        return torch.cat(logits)[order.argsort().to(self.device)]  # (P, V) or (P, K)
+        self._check_width(prompt)
+        hidden = packed_answers(self, batch, prompt.reshape(-1, *prompt.shape[-2:]), owner)
+        return self.head(hidden, tokens)  # (P, d) -> (P, V) or (P, K)
+
+    @cached_property
+    def packs(self) -> int:
+        """Up to how many positions a prompt and a text can run in a packed row: 0 if the model isn't made for that."""
+        return packed_positions(self) if self.keeps_prefix else 0
 
     # --- helpers --------------------------------------------------------------------------------------
 
@@ -262,11 +264,11 @@ class LanguageModel:
 
     def _at_answers(self, batch: Batch, tokens: Tensor | None, **inputs: Any) -> Tensor:
         """Logits (P, V) or (P, K) at the answer positions of ``batch``, the body's further inputs being ``inputs``."""
-        hidden = self._last(inputs_embeds=self.embed(batch.token_ids), **inputs)
+        hidden = self.last_hidden(inputs_embeds=self.embed(batch.token_ids), **inputs)
         rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
         return self.head(hidden[rows, positions], tokens)  # (B, T, d) -> (P, d) -> (P, V)
 
-    def _last(self, **inputs: Any) -> Tensor:
+    def last_hidden(self, **inputs: Any) -> Tensor:
         """The body's last hidden states, brought back to where its inputs are."""
         return self.run_body(**inputs).last_hidden_state.to(self.device)  # type: ignore[no-any-return]
 

@@ -42,11 +42,12 @@ class MemoryPlan:
     def bytes(self) -> int:
         return self.positions * self.per_position
 
-    def cut(self, length: int, *, prompt_once: bool = False) -> Callable[[Batch], list[Batch]]:
+    def cut(self, length: int, *, packed: bool = False) -> Callable[[Batch], list[Batch]]:
         """How to cut a batch so that each part fits, behind a prompt of ``length`` vectors that runs for each row or,
-        with ``prompt_once``, once for all rows of a part."""
-        tokens, room = (self.positions - length, 0) if prompt_once else (self.positions, length)
-        return lambda batch: batch.split(len(batch), tokens=tokens, room=room)
+        with ``packed``, once for all rows of a part."""
+        if packed:
+            return lambda batch: batch.filled(self.positions - length)
+        return lambda batch: batch.split(len(batch), tokens=self.positions, room=length)
 
 
 def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) -> MemoryPlan:

@@ -78,14 +78,6 @@ def padded_on_the_left(lengths: Tensor, longest: int, tokens: int, device: torch
     }
 
 
-def behind_shared(cache: Cache, owner: Tensor | None) -> dict[str, Any]:
-    """What a body's forward takes so that rows stand behind ``cache``, of one prompt for all of them (``owner`` None)
-    or of several, of which row i has number ``owner[i]``. Gradients flow into it, and it serves any number of passes.
-    """
-    layers: list[Any] = [_SharedLayer(layer.keys, layer.values, owner) for layer in cache.layers]
-    return {"past_key_values": Cache(layers=layers), "use_cache": True}
-
-
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Rows (l, h, e) of different l -> (B, h, L, e), padded on the left."""
     return pad_sequence(list(parts), batch_first=True, padding_side="left").transpose(1, 2)
@@ -103,31 +95,11 @@ class _PassingLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of prefix and text, (B, h, L + T, e) each."""
-        keys, values = self._prefixes(key_states.shape[0])
+        keys, values = map(_joined, self._parts)
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-    def _prefixes(self, rows: int) -> tuple[Tensor, Tensor]:
-        """(B, h, L, e) each."""
-        keys, values = self._parts
-        return _joined(keys), _joined(values)
 
     def get_seq_length(self) -> int:
         return self._length
-
-
-class _SharedLayer(_PassingLayer):
-    """One prompt for all rows, or a few that are shared out to them."""
-
-    def __init__(self, keys: Tensor, values: Tensor, owner: Tensor | None) -> None:
-        super().__init__([keys[0].transpose(0, 1)], [])
-        self._shared, self._owner = (keys, values), owner
-
-    def _prefixes(self, rows: int) -> tuple[Tensor, Tensor]:
-        keys, values = self._shared
-        if self._owner is None:
-            return keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-        owner = self._owner.to(keys.device)
-        return keys[owner], values[owner]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]

@@ -350,7 +350,7 @@ def test_a_full_disk_charges_nothing_and_leaves_the_ledger_whole(own_ledger: Pat
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (own_ledger.stat().st_size, hard))
         try:
-            with pytest.raises(LedgerInvalid, match="can't be read or written.* name another file"):
+            with pytest.raises(LedgerInvalid, match=r"can't be read or written.* name another file"):
                 ledger.reserve(many, charge(), "b")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -45,7 +45,5 @@ def report_result(
     for trial in trials:
         out.print(f"Learning rate {trial.learning_rate:.4g}: log-probability {trial.score:.4f} on the public rows")
     if account is not None:
-        out.print(
-            f"\nLedger: {escape(account.spent.in_runs())} for a {account.unit} of {escape(account.name)}."
-        )
+        out.print(f"\nLedger: {escape(account.spent.in_runs())} for a {account.unit} of {escape(account.name)}.")
     out.print(f"\n{to} ({size:,} bytes). Send it: post push {to}", markup=False)

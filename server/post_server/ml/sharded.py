@@ -34,8 +34,6 @@ def shard(model: LanguageModel, group: Group) -> LanguageModel:
     for layer in getattr(*layers_of(model)):
         fully_shard(layer, mesh=mesh)
     model.model.to(group.device)  # embeddings and head are everyone's
-    # Keys and values leave a layer beside its output: on the way back nobody would gather its weights for them.
-    model.keeps_prefix = False
     return model
 
 

@@ -203,9 +203,10 @@ def _adam(
     target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig, group: Group
 ) -> PromptAdam:
     """On p_t = p_s, in micro-batches that the memory plan allows."""
-    plan = plan_step(target, longest=prompt.length + encoded.whole.longest, most=int(STEP_SHARE * target.nbytes))
+    longest = prompt.length + encoded.whole.longest
+    plan = plan_step(target, longest=longest, most=int(STEP_SHARE * target.nbytes))
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
-    cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, prompt_once=target.keeps_prefix)
+    cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, packed=longest <= target.packs)
     if group.size > 1:
         return SharedAdam(start, config.learning_rate, cut, group)
     return PromptAdam(start, config.learning_rate, cut)

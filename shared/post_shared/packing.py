@@ -1,0 +1,156 @@
+"""Prompts and the texts behind them in one row, so that each layer's matrices are multiplied once for all of them.
+
+A causal model's prompt sees nothing of the text, so one run of it serves all its texts; and apart from attention no
+position sees another, so texts of different lengths need no padding. Attention alone takes the row apart.
+
+Shapes: K prompts of l vectors; groups of B texts with T tokens each; N = K l + sum of B T positions; h heads, e wide.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from post_shared.batches import Batch
+    from post_shared.language_model import LanguageModel
+
+GROUP = 4
+"""Tokens: padding that costs about as much as one more group of texts in attention does."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Query (B, h, T, e), key and value (B, h', L, e), mask (1, 1, T, L), true where seen -> (B, T, h, e)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """``rows`` texts of ``tokens`` tokens; ``owner`` (B,) is the number of each one's prompt, None if there is one."""
+
+    rows: int
+    tokens: int
+    owner: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """What stands where in the row: ``prompts`` of ``length`` vectors first, then the texts, group by group."""
+
+    prompts: int
+    length: int
+    groups: Sequence[Texts]
+
+    @property
+    def positions(self) -> Tensor:
+        """(1, N): each position's place behind the beginning of its own prompt."""
+        texts = [torch.arange(self.length, self.length + each.tokens).repeat(each.rows) for each in self.groups]
+        return torch.cat([torch.arange(self.length).repeat(self.prompts), *texts])[None]
+
+    def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Query (1, h, N, e), key and value (1, h', N, e) -> (1, N, h, e): a text sees its prompt and itself."""
+        parts = [Texts(self.prompts, self.length), *self.groups]
+        sizes = [each.rows * each.tokens for each in parts]
+        split = [
+            [_rows(part, each.rows) for part, each in zip(whole.split(sizes, dim=2), parts, strict=True)]
+            for whole in (query, key, value)
+        ]
+        prompt, found = [split[1][0], split[2][0]], []
+        for at, (each, q, k, v) in enumerate(zip(parts, *split, strict=True)):
+            if at:
+                k, v = (torch.cat([_of(some, each), own], dim=2) for some, own in zip(prompt, (k, v), strict=True))
+            found.append(attend(q, k, v, _seen(each.tokens, k.shape[2], q.device)).flatten(0, 1))
+        return torch.cat(found)[None]
+
+
+def _rows(part: Tensor, rows: int) -> Tensor:
+    """(1, h, B T, e) -> (B, h, T, e), without a copy."""
+    return part[0].unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+def _of(prompts: Tensor, texts: Texts) -> Tensor:
+    """(K, h, l, e) -> (B, h, l, e): each text's own."""
+    if texts.owner is None:
+        return prompts.expand(texts.rows, -1, -1, -1)
+    return prompts[texts.owner.to(prompts.device)]
+
+
+def _seen(tokens: int, length: int, device: torch.device) -> Tensor:
+    """(1, 1, T, L): the last T of L positions see themselves and those before."""
+    return torch.ones(1, 1, tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
+
+
+_packed: ContextVar[Packing | None] = ContextVar("packed", default=None)
+
+
+def packed_now() -> Packing | None:
+    """How the row that the model is running is packed; None if it runs rows as they are."""
+    return _packed.get()
+
+
+@contextmanager
+def packed(packing: Packing) -> Iterator[None]:
+    """While open, attention takes every row apart as ``packing`` says."""
+    token = _packed.set(packing)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def packed_answers(model: LanguageModel, batch: Batch, prompts: Tensor, owner: Tensor | None) -> Tensor:
+    """Hidden states (P, d) at the answer positions of rows behind ``prompts`` (K, l, d): row i has ``owner[i]``."""
+    places = batch.places(len(batch), cost=GROUP)
+    groups = [batch.part(some) for some in places]
+    owners = [None if owner is None else owner[some] for some in places]
+    hidden = _packed_hidden(model, prompts, [group.token_ids for group in groups], owners)
+    answers, begin = [], prompts.shape[0] * prompts.shape[1]
+    for group in groups:
+        answers.append(begin + group.rows * group.longest + group.positions)
+        begin += len(group) * group.longest
+    order = torch.cat([batch.answers_at(some) for some in places]).argsort()
+    return hidden[torch.cat(answers)[order].to(hidden.device)]  # (N, d) -> (P, d)
+
+
+def packed_positions(model: LanguageModel) -> int:
+    """How many positions a prompt and a text may have in a packed row: all of the model's, or 0 for a model whose
+    family does without torch's attention. Full attention is what is packed, so a sliding window is a limit."""
+    if not _can_pack(model):
+        return 0
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+    return min([model.max_length, *(each for each in windows if each)])
+
+
+@torch.no_grad()
+def _can_pack(model: LanguageModel) -> bool:
+    """Whether a packed row of a few tokens gives what its texts give one by one."""
+    if "position_ids" not in inspect.signature(model.body.forward).parameters:
+        return False
+    prompts = torch.linspace(-1, 1, 4 * model.hidden_size, device=model.device, dtype=model.dtype).reshape(2, 2, -1)
+    texts, owners = [torch.tensor([[1, 2, 3]]), torch.tensor([[3], [2]])], [torch.tensor([1]), torch.tensor([0, 1])]
+    apart = [model.hidden(ids, prompt=prompts[own])[:, 2:] for ids, own in zip(texts, owners, strict=True)]
+    expected = torch.cat([each.flatten(0, 1) for each in apart])
+    try:
+        found = _packed_hidden(model, prompts, texts, owners)[4:]
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return bool((found - expected).norm() <= torch.finfo(model.dtype).eps ** 0.5 * expected.norm())
+
+
+def _packed_hidden(
+    model: LanguageModel, prompts: Tensor, texts: Sequence[Tensor], owners: Sequence[Tensor | None]
+) -> Tensor:
+    """Last hidden states (N, d) of the row: ``prompts`` (K, l, d), then each group of ``texts``, token ids (B, T)."""
+    groups = [Texts(*ids.shape, owner) for ids, owner in zip(texts, owners, strict=True)]
+    packing = Packing(prompts.shape[0], prompts.shape[1], groups)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # four-dimensional: it is left as it is
+    first = prompts.flatten(0, 1).to(model.device, model.dtype)
+    inputs = torch.cat([first, *(model.embed(ids).flatten(0, 1) for ids in texts)])
+    places = packing.positions.to(model.device)
+    with packed(packing):
+        return model.last_hidden(inputs_embeds=inputs[None], position_ids=places, attention_mask=mask)[0]
