@@ -70,7 +70,7 @@ class Packing:
 
 def _rows(part: Tensor, rows: int) -> Tensor:
     """(1, h, B T, e) -> (B, h, T, e), without a copy."""
-    return part[0].unflatten(1, (rows, -1)).transpose(0, 1)
+    return part.view(part.shape[1], rows, -1, part.shape[3]).transpose(0, 1)
 
 
 def _of(prompts: Tensor, texts: Texts) -> Tensor:
@@ -123,7 +123,7 @@ def packed_positions(model: LanguageModel) -> int:
     if not _can_pack(model):
         return 0
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
-    return min([model.max_length, *(each for each in windows if each)])
+    return min([model.max_length, *(int(each) for each in windows if each)])
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def _packed_hidden(
     model: LanguageModel, prompts: Tensor, texts: Sequence[Tensor], owners: Sequence[Tensor | None]
 ) -> Tensor:
     """Last hidden states (N, d) of the row: ``prompts`` (K, l, d), then each group of ``texts``, token ids (B, T)."""
-    groups = [Texts(*ids.shape, owner) for ids, owner in zip(texts, owners, strict=True)]
+    groups = [Texts(ids.shape[0], ids.shape[1], owner) for ids, owner in zip(texts, owners, strict=True)]
     packing = Packing(prompts.shape[0], prompts.shape[1], groups)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # four-dimensional: it is left as it is
     first = prompts.flatten(0, 1).to(model.device, model.dtype)

@@ -212,7 +212,7 @@ def _adam(start: Tensor, model: LanguageModel, *, shared: bool = False) -> Promp
     """As the loops make it, in micro-batches; ``shared`` where one pass runs the prompt once."""
     plan = plan_step(model, longest=1, most=int(STEP_SHARE * model.nbytes) if shared else None)
     prompt = nn.Parameter(start.clone().to(model.device))
-    return PromptAdam(prompt, 0.01, plan.cut(len(start), packed=shared))
+    return PromptAdam(prompt, 0.01, plan.cut(len(start), packed=shared and model.packs > 0))
 
 
 def _update(optimizer: PromptOptimizer, loss: Loss, batch: Batch) -> None:

@@ -34,7 +34,7 @@ from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
-STEP_SHARE = 0.5
+STEP_SHARE = 0.35
 """Of the target's own size: what a step keeps for the way back. Less would cost time: small matrices are slow."""
 
 
