@@ -57,7 +57,7 @@ class Packing:
         parts = [Texts(self.prompts, self.length), *self.groups]
         sizes = [each.rows * each.tokens for each in parts]
         split = [
-            [_rows(part, each.rows) for part, each in zip(whole.split(sizes, dim=2), parts, strict=True)]
+            [_rows(part, each.rows) for part, each in zip(torch.split(whole, sizes, dim=2), parts, strict=True)]
             for whole in (query, key, value)
         ]
         prompt, found = [split[1][0], split[2][0]], []
