@@ -55,16 +55,6 @@ class Batch:
         """The rows at these places of the batch."""
         return Batch(self.encoded, tuple(self.index[at] for at in places))
 
-    def filled(self, tokens: int) -> list[Batch]:
-        """Micro-batches of at most ``tokens`` each, padding not counted, or of one row; together the same rows."""
-        lengths = [self.encoded.length(row) for row in self.index]
-        parts: list[list[int]] = []
-        for at in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if not parts or sum(lengths[some] for some in parts[-1]) + lengths[at] > tokens:
-                parts.append([])
-            parts[-1].append(at)
-        return [self.part(places) for places in parts]
-
     def places(self, size: int, *, tokens: int | None = None, room: int = 0, cost: int = PASS) -> list[list[int]]:
         """As :meth:`split`, as places in this batch: the rows sorted by length and cut where padding and parts
         (``cost`` tokens each) together cost least."""

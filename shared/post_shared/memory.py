@@ -46,8 +46,19 @@ class MemoryPlan:
         """How to cut a batch so that each part fits, behind a prompt of ``length`` vectors that runs for each row or,
         with ``packed``, once for all rows of a part."""
         if packed:
-            return lambda batch: batch.filled(self.positions - length)
+            return lambda batch: filled(batch, self.positions - length)
         return lambda batch: batch.split(len(batch), tokens=self.positions, room=length)
+
+
+def filled(batch: Batch, tokens: int) -> list[Batch]:
+    """Micro-batches of at most ``tokens`` each, padding not counted, or of one row; together the same rows."""
+    lengths = [batch.encoded.length(row) for row in batch.index]
+    parts: list[list[int]] = []
+    for at in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not parts or sum(lengths[some] for some in parts[-1]) + lengths[at] > tokens:
+            parts.append([])
+        parts[-1].append(at)
+    return [batch.part(places) for places in parts]
 
 
 def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) -> MemoryPlan:

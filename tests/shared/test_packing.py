@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from post_shared import attention
 from post_shared.batches import EncodedRow, EncodedRows, encode_rows
 from post_shared.language_model import LanguageModel
+from post_shared.memory import filled
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from tests.models import CAUSAL, MASKED, TEXTS, tiny_model, tokenizer
@@ -77,7 +78,7 @@ def test_what_is_longer_than_a_sliding_window_is_not_packed(monkeypatch: pytest.
 
 def test_micro_batches_are_filled_and_hold_every_row_once() -> None:
     batch = rows_of(*([1] * length for length in (9, 2, 5, 3, 30, 4))).whole
-    parts = batch.filled(14)
+    parts = filled(batch, 14)
     assert sorted(at for part in parts for at in part.index) == list(range(6))
     assert [sorted(len(batch.encoded.rows[at].token_ids) for at in part.index) for part in parts] == [
         [2, 3, 4, 5],
