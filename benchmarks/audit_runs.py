@@ -19,6 +19,7 @@ import torch
 from post_client.audit import audit_in_one_run
 from post_client.demo.tiny import tiny_model
 from post_client.privacy import PrivacyConfig
+from post_client.student_checks import load_student
 from post_client.tuning import TuneConfig
 from post_shared.data import Row, read_rows
 from post_shared.language_model import LanguageModel
@@ -77,7 +78,7 @@ def main() -> None:
     rows = read_rows(given.data, labels=task.labels)[: given.rows]
     with tempfile.TemporaryDirectory() as folder:
         student = given.student or tiny_model(Path(folder), [row.text for row in rows], seed=0)
-        model = LanguageModel.load(student)
+        model = load_student(student, "auto")
     config = TuneConfig(
         length=given.length,
         steps=given.steps,

@@ -75,7 +75,7 @@ def quality(
     from post_bench.quality import Bench, QualityConfig, wanted
     from post_bench.sets import pairs, read_set
     from post_client.cli.console import check_writable, quiet_libraries
-    from post_shared.language_model import LanguageModel
+    from post_client.student_checks import load_student
 
     table, plot = table or json.with_suffix(".md"), plot or json.with_suffix(".png")
     for path in (json, table, plot):
@@ -89,7 +89,7 @@ def quality(
         read_set(data, name)  # what is missing is said before a model is loaded
     quiet_libraries()
     model = _target(target, device)
-    small = LanguageModel.load(student, device=device) if student else None
+    small = load_student(student, device) if student else None
     about = _about(config, model, target, small, data, private, public, tasks)
     found = figures.Results.open(json, about)
     console = Console(stderr=True)

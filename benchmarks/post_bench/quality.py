@@ -21,6 +21,7 @@ from torch import Tensor
 from post_bench.results import METHODS, Figure, Results
 from post_bench.sets import LabelledSet, read_prose, read_set, some_prose, task_of
 from post_client.privacy import PrivacyConfig
+from post_client.student_checks import load_student
 from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
 from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.transfer import TransferConfig, transfer
@@ -208,7 +209,7 @@ class Bench:
             aside.replace(folder)
             self.results.students[name] = {"seconds": time.monotonic() - began, **last}
             self.results.save()
-        return LanguageModel.load(folder, device=str(self.target.device), dtype=self.target.dtype)
+        return load_student(folder, str(self.target.device))
 
     def _forms(self, public: tuple[str, ...]) -> tuple[str, ...]:
         """The provider knows families of tasks, not the owner's task: half of the texts stand in the templates of its

@@ -6,17 +6,28 @@ forward passes, and the longest decides how far the others are padded; a configu
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from post_shared.batches import EncodedRow, EncodedRows
-from post_shared.errors import ModelUnsafe
+from post_shared.errors import InvalidInput, ModelUnsafe
 from post_shared.language_model import LanguageModel
 
 SHORT = 4
 """Tokens of the row whose answer is watched."""
 TOLERANCE = 1e-3
 """Largest share of the logits' spread that rounding may move; what a configuration does is far above it."""
+
+
+def load_student(folder: str | Path, device: str) -> LanguageModel:
+    """A student to tune on: in float32 also on a GPU, as :func:`check_rows_are_apart` wants it.
+
+    Raises:
+        InvalidInput: the folder holds no language model, or there is no such device.
+    """
+    return LanguageModel.load(folder, device=device, dtype=torch.float32)
 
 
 def check_vocabulary(student: LanguageModel) -> None:
@@ -40,8 +51,14 @@ def check_rows_are_apart(student: LanguageModel, prompt: Tensor, max_length: int
     remembers the longest batch it has seen.
 
     Raises:
+        InvalidInput: the student computes in 16 bits, whose rounding alone would change the answer.
         ModelUnsafe: the answer changes, by padding, by attention to it, or by positions that depend on the length.
     """
+    if student.dtype.itemsize < 4:
+        raise InvalidInput(
+            f"a private run needs a student in float32, not {str(student.dtype).removeprefix('torch.')}: in 16 bits "
+            "the texts beside a row change its answer; load it with dtype=torch.float32"
+        )
     rows = [_row(student, SHORT), *(_row(student, length) for length in range(SHORT, max_length + 1))]
     encoded = EncodedRows(tuple(rows))
 

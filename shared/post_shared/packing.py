@@ -1,7 +1,8 @@
 """Prompts and the texts behind them in one row, so that each layer's matrices are multiplied once for all of them.
 
 A causal model's prompt sees nothing of the text, so one run of it serves all its texts; and apart from attention no
-position sees another, so texts of different lengths need no padding. Attention alone takes the row apart.
+position sees another, so texts of different lengths need no padding. Attention alone takes the row apart: group by
+group on a CPU, which computes no product in vain then, and under one mask on a GPU, which waits for no launches then.
 
 Shapes: K prompts of l vectors; groups of B texts with T tokens each; N = K l + sum of B T positions; h heads, e wide.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 GROUP = 4
 """Tokens: padding that costs about as much as one more group of texts in attention does."""
+ONE_MASK = 4096
+"""Positions up to which a GPU takes a row under one mask: beyond, what is masked out costs more than launches do."""
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Query (B, h, T, e), key and value (B, h', L, e), mask (1, 1, T, L), true where seen -> (B, T, h, e)."""
 
@@ -45,26 +49,52 @@ class Packing:
     prompts: int
     length: int
     groups: Sequence[Texts]
+    device: torch.device
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """(1, N): each position's place behind the beginning of its own prompt."""
         texts = [torch.arange(self.length, self.length + each.tokens).repeat(each.rows) for each in self.groups]
-        return torch.cat([torch.arange(self.length).repeat(self.prompts), *texts])[None]
+        return torch.cat([torch.arange(self.length).repeat(self.prompts), *texts])[None].to(self.device)
+
+    @cached_property
+    def parts(self) -> list[tuple[Texts, Tensor]]:
+        """Prompts, then each group of texts, with what they see, (1, 1, T, l + T): themselves and what is before."""
+        apart = [(Texts(self.prompts, self.length), 0), *((each, self.length) for each in self.groups)]
+        return [(each, _causal(each.tokens, before).to(self.device)) for each, before in apart]
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """(1, 1, N, N): the same for the whole row at once."""
+        whose = [torch.arange(self.prompts).repeat_interleave(self.length)]
+        text = [torch.full((self.prompts * self.length,), -1)]  # no text's
+        for each in self.groups:
+            owner = torch.zeros(each.rows, dtype=torch.long) if each.owner is None else each.owner.cpu()
+            whose.append(owner.repeat_interleave(each.tokens))
+            text.append((torch.arange(each.rows) + 1 + int(text[-1].max())).repeat_interleave(each.tokens))
+        owners, texts, places = (
+            each.to(self.device) for each in (torch.cat(whose), torch.cat(text), self.positions[0])
+        )
+        one_prompt, before = owners[:, None] == owners, places[:, None] >= places
+        return (one_prompt & before & ((texts[:, None] == texts) | (texts < 0)))[None, None]
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Query (1, h, N, e), key and value (1, h', N, e) -> (1, N, h, e): a text sees its prompt and itself."""
-        parts = [Texts(self.prompts, self.length), *self.groups]
-        sizes = [each.rows * each.tokens for each in parts]
+        if self.device.type == "cuda" and query.shape[2] <= ONE_MASK:
+            return attend(query, key, value, self.seen.to(query.device))
+        sizes = [each.rows * each.tokens for each, _ in self.parts]
         split = [
-            [_rows(part, each.rows) for part, each in zip(torch.split(whole, sizes, dim=2), parts, strict=True)]
+            [
+                _rows(part, each.rows)
+                for part, (each, _) in zip(torch.split(whole, sizes, dim=2), self.parts, strict=True)
+            ]
             for whole in (query, key, value)
         ]
         prompt, found = [split[1][0], split[2][0]], []
-        for at, (each, q, k, v) in enumerate(zip(parts, *split, strict=True)):
+        for at, ((each, seen), q, k, v) in enumerate(zip(self.parts, *split, strict=True)):
             if at:
                 k, v = (torch.cat([_of(some, each), own], dim=2) for some, own in zip(prompt, (k, v), strict=True))
-            found.append(attend(q, k, v, _seen(each.tokens, k.shape[2], q.device)).flatten(0, 1))
+            found.append(attend(q, k, v, seen.to(q.device)).flatten(0, 1))
         return torch.cat(found)[None]
 
 
@@ -80,9 +110,9 @@ def _of(prompts: Tensor, texts: Texts) -> Tensor:
     return prompts[texts.owner.to(prompts.device)]
 
 
-def _seen(tokens: int, length: int, device: torch.device) -> Tensor:
-    """(1, 1, T, L): the last T of L positions see themselves and those before."""
-    return torch.ones(1, 1, tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
+def _causal(tokens: int, before: int) -> Tensor:
+    """(1, 1, T, L): T positions see themselves, those before, and ``before`` more, L in all."""
+    return torch.ones(1, 1, tokens, before + tokens, dtype=torch.bool).tril(before)
 
 
 _packed: ContextVar[Packing | None] = ContextVar("packed", default=None)
@@ -147,10 +177,9 @@ def _packed_hidden(
 ) -> Tensor:
     """Last hidden states (N, d) of the row: ``prompts`` (K, l, d), then each group of ``texts``, token ids (B, T)."""
     groups = [Texts(ids.shape[0], ids.shape[1], owner) for ids, owner in zip(texts, owners, strict=True)]
-    packing = Packing(prompts.shape[0], prompts.shape[1], groups)
+    packing = Packing(prompts.shape[0], prompts.shape[1], groups, model.device)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # four-dimensional: it is left as it is
     first = prompts.flatten(0, 1).to(model.device, model.dtype)
     inputs = torch.cat([first, *(model.embed(ids).flatten(0, 1) for ids in texts)])
-    places = packing.positions.to(model.device)
     with packed(packing):
-        return model.last_hidden(inputs_embeds=inputs[None], position_ids=places, attention_mask=mask)[0]
+        return model.last_hidden(inputs_embeds=inputs[None], position_ids=packing.positions, attention_mask=mask)[0]

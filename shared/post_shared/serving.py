@@ -23,9 +23,9 @@ from post_shared.memory import plan_pass
 from post_shared.prefixes import Prefix
 from post_shared.tasks import Task
 
-BATCH_ROWS = 32
-BATCH_TOKENS = 1024
-"""Of texts, prompts not counted: with more a CPU is no faster, and only the last in the batch wait for the first."""
+BATCH = {"cpu": (32, 1024), "cuda": (512, 16_384)}
+"""Rows, and tokens of texts, prompts not counted: with more a CPU is no faster, and only the last in the batch wait for
+the first. A GPU needs more to be filled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def classify_mixed(
     prompts: Sequence[ServedPrompt],
     *,
     max_length: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> list[Classified]:
     """Class probabilities of ``texts[i]`` behind ``prompts[i]``, in the order of ``texts``.
 
@@ -178,12 +178,14 @@ def _alike(model: LanguageModel, prompts: Sequence[ServedPrompt]) -> Iterator[li
     yield from groups.values()
 
 
-def _batches(model: LanguageModel, rows: Batch, length: int, tokens: int) -> list[Batch]:
+def _batches(model: LanguageModel, rows: Batch, length: int, tokens: int | None) -> list[Batch]:
     """The rows in batches of so many tokens or, with their prompts of ``length``, of as many as fit the free memory."""
+    count, usual = BATCH.get(model.device.type, BATCH["cpu"])
+    tokens = tokens or usual
     fits = plan_pass(model, longest=rows.longest + length).positions
-    if fits >= tokens + BATCH_ROWS * length:
-        return rows.split(BATCH_ROWS, tokens=tokens)
-    return rows.split(BATCH_ROWS, tokens=min(fits, tokens), room=length)
+    if fits >= tokens + count * length:
+        return rows.split(count, tokens=tokens)
+    return rows.split(count, tokens=min(fits, tokens), room=length)
 
 
 def _words(prompt: ServedPrompt) -> LabelWords:

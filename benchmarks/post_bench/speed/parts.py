@@ -22,7 +22,7 @@ from post_server.ml.distillation import DistilConfig
 from post_server.ml.layers import chosen_layers, copy_student
 from post_server.ml.objective import Objective
 from post_server.ml.processes import ALONE
-from post_server.ml.transfer import STEP_SHARE, TransferConfig, ensemble_objective
+from post_server.ml.transfer import TransferConfig, ensemble_objective, most_kept
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
@@ -210,7 +210,7 @@ def generate(bench: Bench, *, count: int = 8, length: int = 100, tokens: int = 3
 
 def _adam(start: Tensor, model: LanguageModel, *, shared: bool = False) -> PromptAdam:
     """As the loops make it, in micro-batches; ``shared`` where one pass runs the prompt once."""
-    plan = plan_step(model, longest=1, most=int(STEP_SHARE * model.nbytes) if shared else None)
+    plan = plan_step(model, longest=1, most=most_kept(model) if shared else None)
     prompt = nn.Parameter(start.clone().to(model.device))
     return PromptAdam(prompt, 0.01, plan.cut(len(start), packed=shared and model.packs > 0))
 

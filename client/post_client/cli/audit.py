@@ -114,9 +114,9 @@ def _audit(
 ) -> Report:
     """Check what is quick to check, then load the model and audit."""
     from post_client.audit import audit as audit_prompts
+    from post_client.student_checks import load_student
     from post_client.tuning import check_rows
     from post_shared.data import read_rows
-    from post_shared.language_model import LanguageModel
 
     quiet_libraries()
     rows = read_rows(data, text_column=columns[0], label_column=columns[1], labels=task.labels or None)
@@ -127,7 +127,7 @@ def _audit(
         texts = public_rows(public, {"text_column": columns[0]}, None, {row.text for row in rows})
         known = [row.text for row in texts]
     err.print(f"Loading {escape(str(student))} …")
-    model = LanguageModel.load(student, device=device)
+    model = load_student(student, device)
     kept = f"; the same command goes on from {checkpoint}" if checkpoint else "; nothing was kept"
     with watched("audit", f"Stopped{escape(kept)}.") as report:
         return audit_prompts(model, task, rows, arms, config, public=known, report=report, checkpoint=checkpoint)

@@ -190,13 +190,13 @@ def _run(
     device: str,
 ) -> tuple[TuneResult, str, tuple[Trial, ...]]:
     """Load the model and tune; Ctrl-C ends between two steps."""
+    from post_client.student_checks import load_student
     from post_client.student_store import student_hash
-    from post_shared.language_model import LanguageModel
 
     quiet_libraries()
     digest = student_hash(student, pin)
     err.print(f"Loading {escape(str(student))} …")
-    model = LanguageModel.load(student, device=device)
+    model = load_student(student, device)
     where = f"from {checkpoint}" if checkpoint else "from the beginning"
     stopped = (
         f"Stopped. The ledger has charged this run; the same command goes on {escape(where)}, with the same "

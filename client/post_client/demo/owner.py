@@ -40,10 +40,10 @@ class Owner:
     @classmethod
     def with_student(cls, folder: Path, data: DemoTexts, settings: DemoSettings) -> Owner:
         """Load the student that was pulled into ``folder``."""
-        from post_shared.language_model import LanguageModel
+        from post_client.student_checks import load_student
         from post_shared.tasks import Task
 
-        student = LanguageModel.load(folder, device=settings.device)
+        student = load_student(folder, settings.device)
         public = [row.text for row in data.public]
         return cls(Task.preset(settings.task), data.train, data.test, public, student, student_hash(folder), settings)
 

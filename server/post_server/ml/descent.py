@@ -34,7 +34,7 @@ class Student:
         self.weights = {name: p for name, p in model.model.named_parameters() if p not in frozen}
         for weight in self.weights.values():
             weight.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(list(self.weights.values()), lr=learning_rate)
+        self.optimizer = torch.optim.AdamW(list(self.weights.values()), lr=learning_rate, fused=True)
 
     def step(self, learning_rate: float) -> None:
         """One step on the gradients that the weights hold."""

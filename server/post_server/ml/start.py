@@ -113,16 +113,16 @@ def _fold_when_run(layer: nn.Module, matrix: nn.Module, wanted: Tensor, *, last:
 def _fitted(made: Tensor, residual: Tensor, wanted: Tensor) -> Tensor:
     """T (d, d), float64: the ridge regression of ``wanted - residual`` on ``made``, (N, T, d) each."""
     width = made.shape[-1]
-    gram = torch.zeros(width, width, dtype=torch.float64)
-    cross = torch.zeros(width, width, dtype=torch.float64)
+    gram, cross = (torch.zeros(width, width, dtype=torch.float64, device=made.device) for _ in range(2))
     for at in range(0, len(made), ROWS):
         m, r, h = (
-            states[at : at + ROWS, SINKS:].reshape(-1, width).cpu().double() for states in (made, residual, wanted)
+            states[at : at + ROWS, SINKS:].reshape(-1, width).to(made.device, torch.float64)
+            for states in (made, residual, wanted)
         )
         gram += m.T @ m
         cross += m.T @ (h - r)
     scale = float(gram.diagonal().mean())
-    fitted: Tensor = torch.linalg.solve(gram + RIDGE * scale * torch.eye(width, dtype=torch.float64), cross)
+    fitted: Tensor = torch.linalg.solve(gram + RIDGE * scale * torch.eye(width).to(gram), cross)
     return fitted
 
 

@@ -35,7 +35,8 @@ from post_shared.tasks import Task
 from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
 STEP_SHARE = 0.35
-"""Of the target's own size: what a step keeps for the way back. Less would cost time: small matrices are slow."""
+"""Of the target's own size: what a step keeps for the way back. Less would cost time: small matrices are slow. A GPU
+is filled by no less than a batch, and has memory of its own: there only what is free is a limit."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,17 @@ def _objective(target: LanguageModel, known: Constants, words: LabelWords | None
     return paper_objective(target, known, config.alpha, config.temperature)
 
 
+def most_kept(target: LanguageModel) -> int | None:
+    """Bytes that a step may keep for the way back; None: what is free is the limit."""
+    return None if target.device.type == "cuda" else int(STEP_SHARE * target.nbytes)
+
+
 def _adam(
     target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig, group: Group
 ) -> PromptAdam:
     """On p_t = p_s, in micro-batches that the memory plan allows."""
     longest = prompt.length + encoded.whole.longest
-    plan = plan_step(target, longest=longest, most=int(STEP_SHARE * target.nbytes))
+    plan = plan_step(target, longest=longest, most=most_kept(target))
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
     cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, packed=longest <= target.packs)
     if group.size > 1:

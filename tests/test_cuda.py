@@ -1,0 +1,256 @@
+"""Where a GPU is: everything that runs on it gives what the CPU gives, in float32 within rounding."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from post_client.privacy import PrivacyConfig
+from post_client.student_checks import load_student
+from post_client.tuning import TuneConfig, tune
+from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.layers import copy_student
+from post_server.ml.processes import Group, _free_port
+from post_server.ml.sharded import shard
+from post_server.ml.teacher_cache import CacheRoom
+from post_server.ml.transfer import TransferConfig, transfer
+from post_shared import packing
+from post_shared.batches import EncodedRow, EncodedRows, encode_rows
+from post_shared.data import Row
+from post_shared.decoding import Decoder, Sampling
+from post_shared.decoding import Row as Line
+from post_shared.errors import Cancelled, OutOfMemory
+from post_shared.evaluation import evaluate
+from post_shared.language_model import LanguageModel
+from post_shared.memory import held_per_position, plan_step, saved_per_position
+from post_shared.serving import ServedPrompt, classify_mixed
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from post_shared.training import Progress
+from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+WORDS = {"negative": ("bad", "terrible"), "positive": ("good", "great")}
+ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
+PARAGRAPHS = [" ".join(TEXTS)] * 40
+DISTIL = DistilConfig(keep_layers=2, steps=40, batch_tokens=128, sequence_length=32)
+
+
+def task_for(model: LanguageModel) -> Task:
+    return Task("{text}, it was" if model.kind == "causal" else "{text}, it was {mask}", WORDS)
+
+
+def on(device: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """The same model on either device."""
+    model = tiny_model(family)
+    return LanguageModel(model.model.to(device, dtype), model.tokenizer)
+
+
+def close(mine: Tensor, expected: Tensor, *, rtol: float = 1e-3) -> None:
+    """Equal within float32 rounding, which the models' large random weights make larger."""
+    error = float((mine.cpu().double() - expected.cpu().double()).norm() / expected.double().norm().clamp_min(1e-12))
+    assert error < rtol, error
+
+
+def gradients(model: LanguageModel, *, several: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits behind a prompt that runs once for all texts, or behind three of which each text has one."""
+    batch = encode_rows(model, task_for(model), TEXTS).batch(range(8))
+    prompts = torch.stack([SoftPrompt.random(tiny_model(), 5, seed=at).embeddings for at in range(3)])
+    prompt = (prompts if several else prompts[0]).to(model.device).requires_grad_()
+    owner = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1], device=model.device) if several else None
+    logits = model.answer_logits_shared(batch, prompt, owner)
+    logits.logsumexp(-1).sum().backward()
+    assert prompt.grad is not None
+    return logits.detach(), prompt.grad
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("family", CAUSAL + MASKED)
+def test_logits_and_prompt_gradients(family: str, several: bool) -> None:
+    for mine, expected in zip(
+        gradients(on("cuda", family), several=several), gradients(on("cpu", family), several=several), strict=True
+    ):
+        close(mine, expected)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_packed_row_under_one_mask_is_what_its_groups_are(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on("cuda")
+    assert model.packs
+    whole = gradients(model, several=several)
+    monkeypatch.setattr(packing, "ONE_MASK", 0)
+    for mine, expected in zip(whole, gradients(model, several=several), strict=True):
+        close(mine, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+def test_sixteen_bits_say_about_the_same(family: str) -> None:
+    model = on("cuda", family, torch.bfloat16)
+    assert gradients(model)[0].dtype == torch.float32
+    close(gradients(model)[0], gradients(on("cpu", family))[0], rtol=0.15)
+
+
+@pytest.mark.parametrize("privacy", [None, PrivacyConfig(epsilon=8, batch_size=16, steps=6, seed=3)])
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_tuning(family: str, privacy: PrivacyConfig | None, tmp_path: Path) -> None:
+    config = TuneConfig(length=4, steps=6, batch_size=8, learning_rate=0.01)
+    tiny_model(family).save(tmp_path / "student")
+    mine, expected = (
+        tune(
+            load_student(tmp_path / "student", device), task_for(tiny_model(family)), ROWS * 20, config, privacy=privacy
+        )
+        for device in ("cuda", "cpu")
+    )
+    assert (mine.statement is None) == (privacy is None)
+    assert mine.prompt.embeddings.device.type == "cpu"
+    close(mine.prompt.embeddings, expected.prompt.embeddings, rtol=0.02)  # Adam makes a step of a tiny gradient too
+
+
+def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    config, privacy = (
+        TuneConfig(length=4, steps=8, batch_size=4),
+        PrivacyConfig(epsilon=8, batch_size=4, steps=8, seed=3),
+    )
+    model = on("cuda")
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 5:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        tune(model, task_for(model), ROWS * 20, config, privacy=privacy, report=stop, checkpoint=tmp_path)
+    steps: list[int] = []
+    resumed = tune(
+        model,
+        task_for(model),
+        ROWS * 20,
+        config,
+        privacy=privacy,
+        report=lambda progress: steps.append(progress.step),
+        checkpoint=tmp_path,
+    )
+    assert steps == [6, 7, 8]
+    whole = tune(model, task_for(model), ROWS * 20, config, privacy=privacy)
+    close(resumed.prompt.embeddings, whole.prompt.embeddings)
+
+
+@pytest.mark.parametrize("method", ["ensemble", "paper"])
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_a_transfer(family: str, method: str, tmp_path: Path) -> None:
+    config = TransferConfig(steps=6, batch_size=5, method=method, learning_rate=0.003)  # type: ignore[arg-type]
+    found = []
+    for device in ("cuda", "cpu"):
+        target = on(device, family)
+        prompt = SoftPrompt.random(tiny_model(family), 4)
+        found.append(transfer(target, copy_student(target, [0, 3]), task_for(target), prompt, TEXTS * 10, config))
+    mine, expected = found
+    assert mine.first_loss == pytest.approx(expected.first_loss, rel=1e-2)
+    close(mine.prompt.embeddings, expected.prompt.embeddings, rtol=0.02)
+    bf16 = on("cuda", family, torch.bfloat16)
+    moved = transfer(bf16, copy_student(bf16, [0, 3]), task_for(bf16), prompt, TEXTS * 10, config, checkpoint=tmp_path)
+    assert moved.first_loss == pytest.approx(expected.first_loss, rel=0.2)
+
+
+def test_a_distillation_in_mixed_precision_trains_float32_weights(tmp_path: Path) -> None:
+    def losses(target: LanguageModel) -> list[float]:
+        seen: list[float] = []
+
+        def note(progress: Progress) -> None:
+            if progress.stage == "distil":
+                seen.append(progress.metrics["ce"])
+
+        student = distil(target, PARAGRAPHS, DISTIL, report=note)
+        assert {weight.dtype for weight in student.model.parameters()} == {torch.float32}
+        assert student.device.type == target.device.type
+        student.save(tmp_path)
+        return seen
+
+    expected, mine = losses(on("cpu")), losses(on("cuda", dtype=torch.bfloat16))
+    assert mine[-1] == pytest.approx(expected[-1], rel=0.2)
+    assert mine[-1] < 0.9 * mine[0]
+    student = LanguageModel.load(tmp_path)
+    assert evaluate(student, task_for(student), ROWS).rows == len(ROWS)
+
+
+def test_a_distillation_in_parts_with_the_targets_states_kept(tmp_path: Path) -> None:
+    target = on("cuda", dtype=torch.bfloat16)
+    config = replace(DISTIL, accumulate=2, alignment=0.0, answer_forms=("{text}, it was",))
+    steps: list[int] = []
+    distil(
+        target, PARAGRAPHS, config, report=lambda p: steps.append(p.step), checkpoint=tmp_path, room=CacheRoom(2**24)
+    )
+    assert steps[-1] == DISTIL.steps
+
+
+def test_mixed_prompts_and_generation() -> None:
+    found = []
+    for device in ("cuda", "cpu"):
+        model = on(device)
+        task = task_for(model)
+        prompts = [
+            ServedPrompt.of(model, task, SoftPrompt.random(tiny_model(), n, seed=n).embeddings if n else None)
+            for n in (3, 7, 0)
+        ]
+        scores = [each.scores for each in classify_mixed(model, TEXTS, [prompts[at % 3] for at in range(len(TEXTS))])]
+        decoder = Decoder(model)
+        rows = [
+            Line(model.tokenizer(text).input_ids, prompts[at % 3].prefix, 6, Sampling())
+            for at, text in enumerate(TEXTS)
+        ]
+        decoder.add(rows)
+        while decoder.rows:
+            decoder.step()
+        found.append((torch.tensor(scores), [[token.id for token in row.made] for row in rows]))
+    close(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_a_model_with_most_layers_in_memory_answers_and_teaches_on_the_gpu(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save(tmp_path)
+    room = int(0.6 * tiny_model(family).nbytes)
+    spread = LanguageModel.load(tmp_path, device="spread", memory={0: room, "cpu": 2**30}, dtype=torch.float32)
+    assert {"cpu", 0} <= set(spread.model.hf_device_map.values())
+    for mine, expected in zip(gradients(spread), gradients(on("cuda", family)), strict=True):
+        close(mine, expected)
+
+
+def test_a_target_shared_by_nccl() -> None:
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(names, RANK="0", LOCAL_RANK="0")
+    try:
+        group = Group.join()
+        assert group.device.type == "cuda"
+        expected = gradients(on("cuda"))
+        for mine, other in zip(gradients(shard(on("cpu"), group)), expected, strict=True):
+            close(mine, other)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name in (*names, "RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+
+
+def test_the_memory_plan_measures_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = on("cuda"), on("cpu")
+    assert saved_per_position(model) == pytest.approx(saved_per_position(other), rel=0.5)
+    assert held_per_position(model) > 0
+    assert plan_step(model, longest=10).free <= torch.cuda.mem_get_info()[0] + 2**20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1000, 10**9))
+    with pytest.raises(OutOfMemory, match="cuda"):
+        plan_step(on("cuda"), longest=10)
+
+
+def test_a_long_packed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More positions than one mask is for, and the same answers."""
+    model = on("cuda")
+    rows = EncodedRows(tuple(EncodedRow([5 + at % 90] * (40 + at % 7), [39], [], None) for at in range(120)))
+    prompt = SoftPrompt.random(tiny_model(), 5).embeddings
+    found = model.answer_logits_shared(rows.whole, prompt)
+    monkeypatch.setattr(packing, "ONE_MASK", 10**6)
+    close(model.answer_logits_shared(rows.whole, prompt), found, rtol=1e-4)
