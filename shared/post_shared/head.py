@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -25,7 +26,12 @@ class Head:
         linear = isinstance(last, nn.Linear)
         self._last = next((name for name, module in model.named_modules() if module is last), "") if linear else ""
         """Where the matrix over the vocabulary stands, if it is a plain one."""
-        self._place = device_of(last or model.get_input_embeddings())
+        self._matrix = last or model.get_input_embeddings()
+
+    @property
+    def _place(self) -> torch.device:
+        """Where the head computes now: a model may be moved."""
+        return device_of(self._matrix)
 
     def __call__(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         model = self._model if tokens is None or not self._last else self._of(tokens)
