@@ -19,7 +19,7 @@ from post_server.ml.processes import Group, _free_port
 from post_server.ml.sharded import shard
 from post_server.ml.teacher_cache import CacheRoom
 from post_server.ml.transfer import TransferConfig, transfer
-from post_shared import packing
+from post_shared import language_model, packing
 from post_shared.batches import EncodedRow, EncodedRows, encode_rows
 from post_shared.data import Row
 from post_shared.decoding import Decoder, Sampling
@@ -71,15 +71,25 @@ def gradients(model: LanguageModel, *, several: bool = False) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("family", CAUSAL + MASKED)
-def test_logits_and_prompt_gradients(family: str, several: bool) -> None:
+def test_logits_and_prompt_gradients(family: str, several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_model, "pays", lambda *_: True)
     for mine, expected in zip(
         gradients(on("cuda", family), several=several), gradients(on("cpu", family), several=several), strict=True
     ):
         close(mine, expected)
 
 
+def test_few_texts_behind_a_short_prompt_are_not_packed() -> None:
+    model = on("cuda")
+    batch = encode_rows(model, task_for(model), TEXTS).batch(range(8))
+    short, long = (SoftPrompt.random(tiny_model(), length).embeddings for length in (5, 100))
+    assert not packing.pays(batch, short, model.device)
+    assert packing.pays(batch, long, model.device)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_packed_row_under_one_mask_is_what_its_groups_are(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_model, "pays", lambda *_: True)
     model = on("cuda")
     assert model.packs
     whole = gradients(model, several=several)
@@ -248,6 +258,7 @@ def test_the_memory_plan_measures_the_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_long_packed_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """More positions than one mask is for, and the same answers."""
+    monkeypatch.setattr(language_model, "pays", lambda *_: True)
     model = on("cuda")
     rows = EncodedRows(tuple(EncodedRow([5 + at % 90] * (40 + at % 7), [39], [], None) for at in range(120)))
     prompt = SoftPrompt.random(tiny_model(), 5).embeddings

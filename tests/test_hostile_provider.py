@@ -13,7 +13,7 @@ from torch import nn
 from post_client import Client
 from post_client._http import LONGEST_WAIT
 from post_client.privacy import PrivacyConfig
-from post_client.student_checks import check_rows_are_apart
+from post_client.student_checks import check_rows_are_apart, load_student
 from post_client.tuning import TuneConfig, encode_private, tune
 from post_shared.cli import build_app, print_error, run
 from post_shared.data import Row
@@ -105,6 +105,15 @@ def test_a_student_whose_rows_are_not_apart_is_refused_in_private_runs(
 def test_sound_students_of_every_family_keep_rows_apart(family: str) -> None:
     student = tiny_model(family)
     check_rows_are_apart(student, SoftPrompt.random(student, 4).embeddings, 64)
+
+
+def test_a_private_run_wants_a_student_in_float32(tmp_path: Path) -> None:
+    student = tiny_model()
+    student.save(tmp_path)
+    student.model.to(torch.bfloat16)
+    with pytest.raises(InvalidInput, match="float32, not bfloat16"):
+        check_rows_are_apart(student, SoftPrompt.random(student, 4).embeddings, 16)
+    assert load_student(tmp_path, "cpu").dtype == torch.float32
 
 
 @pytest.mark.parametrize("member", ["_attn_implementation_internal", "_experts_implementation_internal"])

@@ -32,7 +32,7 @@ from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.gated import keep_less
 from post_shared.head import Head
 from post_shared.offload import device_of, devices_of, free_memory, load_again
-from post_shared.packing import packed_answers, packed_positions
+from post_shared.packing import packed_answers, packed_positions, pays
 from post_shared.prefixes import Prefix, behind, can_keep_prefix
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class LanguageModel:
         Gradients included, in fewer operations: where the model :attr:`packs`, each prompt is run once, not once per
         row, in one pass with all texts, and short ones aren't padded to the longest.
         """
-        if batch.longest + prompt.shape[-2] > self.packs:
+        if batch.longest + prompt.shape[-2] > self.packs or not pays(batch, prompt, self.device):
             return self.answer_logits(batch, prompt if owner is None else prompt[owner], tokens)
         self._check_width(prompt)
         hidden = packed_answers(self, batch, prompt.reshape(-1, *prompt.shape[-2:]), owner)

@@ -133,6 +133,19 @@ def packed(packing: Packing) -> Iterator[None]:
         _packed.reset(token)
 
 
+def pays(batch: Batch, prompts: Tensor, device: torch.device) -> bool:
+    """Whether rows behind ``prompts``, (l, d) or (K, l, d), are cheaper in a packed row than with a prompt each.
+
+    On a CPU always. On a GPU attention under a mask, and the launches that it takes, cost about as much as a second
+    position for each: there it pays where it saves more than half of them.
+    """
+    if device.type != "cuda":
+        return True
+    length = prompts.shape[-2]
+    texts = sum(map(batch.encoded.length, batch.index))
+    return len(batch) * (length + batch.longest) > 2 * (prompts.shape[:-1].numel() + texts)
+
+
 def packed_answers(model: LanguageModel, batch: Batch, prompts: Tensor, owner: Tensor | None) -> Tensor:
     """Hidden states (P, d) at the answer positions of rows behind ``prompts`` (K, l, d): row i has ``owner[i]``."""
     places = batch.places(len(batch), cost=GROUP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -12,6 +13,7 @@ from post_shared import attention
 from post_shared.batches import EncodedRow, EncodedRows, encode_rows
 from post_shared.language_model import LanguageModel
 from post_shared.memory import filled
+from post_shared.packing import Packing, Texts
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from tests.models import CAUSAL, MASKED, TEXTS, tiny_model, tokenizer
@@ -56,6 +58,19 @@ def test_no_text_sees_another() -> None:
     other = model.answer_logits_shared(rows_of([5, 6, 7], [20, 21, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9]).whole, prompt)
     assert torch.equal(one[0], other[0])
     assert not torch.equal(one[1], other[1])
+
+
+def test_one_mask_for_the_whole_row_says_what_its_groups_say() -> None:
+    texts = [Texts(2, 3, torch.tensor([1, 0])), Texts(3, 5, torch.tensor([2, 0, 1]))]
+    row = Packing(3, 4, texts, torch.device("cpu"))
+    length = 3 * 4 + 2 * 3 + 3 * 5
+    query, key, value = torch.randn(3, 1, 2, length, 8)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+    assert row.seen.shape == (1, 1, length, length)
+    torch.testing.assert_close(attend(query, key, value, row.seen), row.attend(attend, query, key, value))
 
 
 def test_an_attention_that_does_not_know_packing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

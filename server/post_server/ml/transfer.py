@@ -212,7 +212,8 @@ def _adam(
     longest = prompt.length + encoded.whole.longest
     plan = plan_step(target, longest=longest, most=most_kept(target))
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
-    cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, packed=longest <= target.packs)
+    packed = longest <= target.packs and target.device.type != "cuda"  # a GPU may run a prompt for each row
+    cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, packed=packed)
     if group.size > 1:
         return SharedAdam(start, config.learning_rate, cut, group)
     return PromptAdam(start, config.learning_rate, cut)
