@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class Context:
     following: Following
     in_flight: dict[tuple[str, str], object] = field(default_factory=dict)
     """(key id, Idempotency-Key) of the creates that this process is working on."""
+    looks: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    """The last look at each part, by its name: whether it is ready."""
     noted: dict[str, float] = field(default_factory=dict)
     """When this process last wrote the use of a key down."""
 
