@@ -23,9 +23,9 @@ from post_shared.memory import plan_pass
 from post_shared.prefixes import Prefix
 from post_shared.tasks import Task
 
-BATCH = {"cpu": (32, 1024), "cuda": (512, 16_384)}
+BATCH = {"cpu": (32, 1024), "cuda": (128, 8192)}
 """Rows, and tokens of texts, prompts not counted: with more a CPU is no faster, and only the last in the batch wait for
-the first. A GPU needs more to be filled."""
+the first. A GPU needs more to be filled; each row takes its prompt's keys and values there, so not far more."""
 
 
 @dataclass(frozen=True, eq=False)
