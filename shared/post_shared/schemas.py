@@ -241,6 +241,7 @@ class TransferCreate(Document):
         description="Weight of Eq. 5 (paper) or of the target's opinion. 'auto': Eq. 6, if the dataset's labels fit.",
     )
     method: Literal["ensemble", "paper"] = Field("ensemble", description="paper: Eq. 3; ensemble: class scores.")
+    start: Literal["task", "source"] | None = Field(None, description="task: words that state it; source: the prompt.")
     steps: int = Field(default=250, ge=1, le=100_000)
     batch_size: int = Field(default=16, ge=1, le=1024)
     learning_rate: float = Field(default=0.03, gt=0)

@@ -163,6 +163,27 @@ def test_a_checkpoint_of_another_model_or_task_is_not_gone_on_from(tmp_path: Pat
         assert torch.equal(found.prompt.embeddings, undisturbed.prompt.embeddings)
 
 
+@pytest.mark.parametrize(
+    ("method", "start", "begins"),
+    [
+        ("ensemble", None, "task"),
+        ("ensemble", "source", "source"),
+        ("paper", None, "source"),
+        ("paper", "task", "task"),
+    ],
+)
+def test_where_the_prompt_starts(
+    pair: tuple[LanguageModel, LanguageModel], method: str, start: str | None, begins: str
+) -> None:
+    """A step of almost no length ends where it began."""
+    target, student = pair
+    prompt = SoftPrompt.random(student, 6, seed=1)
+    config = TransferConfig(steps=1, learning_rate=1e-9, method=method, start=start)  # type: ignore[arg-type]
+    found = transfer(target, student, TASK, prompt, TEXTS, config).prompt.embeddings
+    words = SoftPrompt.from_text(target, "negative or positive? , it was", 6)
+    torch.testing.assert_close(found, (words if begins == "task" else prompt).embeddings)
+
+
 def test_a_generation_task_is_transferred_too() -> None:
     target = tiny_model()
     prompt = SoftPrompt.random(target, 4, seed=1)

@@ -18,6 +18,9 @@ def transfer(
     method: Annotated[
         str | None, typer.Option(help="ensemble (student and target together, over classes) or paper (Eq. 3).")
     ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="task (words that state it) or source (the prompt itself). [default: by method]")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Public rows in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At the start; it falls to 0.")] = None,
@@ -34,6 +37,7 @@ def transfer(
     options: dict[str, Any] = {
         "alpha": None if alpha is None else _alpha(alpha),
         "method": method,
+        "start": start,
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,

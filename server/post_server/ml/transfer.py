@@ -31,7 +31,7 @@ from post_shared.losses import alpha_heuristic, divergence, soften, transfer_los
 from post_shared.memory import plan_step
 from post_shared.schemas import TransferCreate
 from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task
+from post_shared.tasks import MASK, TEXT, Task
 from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
 STEP_SHARE = 0.35
@@ -45,6 +45,7 @@ class TransferConfig:
 
     alpha: float = 0.7
     method: Literal["ensemble", "paper"] = "ensemble"
+    start: Literal["task", "source"] | None = None
     steps: int = 250
     batch_size: int = 16
     learning_rate: float = 0.03
@@ -63,8 +64,9 @@ class TransferConfig:
 
     @classmethod
     def from_request(cls, request: TransferCreate, alpha: float) -> TransferConfig:
-        names = ("method", "steps", "batch_size", "learning_rate", "temperature", "max_rows", "max_length", "seed")
-        return cls(alpha=alpha, **{name: getattr(request, name) for name in names})
+        names = ("method", "start", "steps", "batch_size", "learning_rate", "temperature", "seed")
+        more = ("max_rows", "max_length")
+        return cls(alpha=alpha, **{name: getattr(request, name) for name in (*names, *more)})
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,10 @@ def transfer(
     checkpoint_seconds: float = 60.0,
     group: Group = ALONE,
 ) -> TransferResult:
-    """p_s -> p_t: start where p_s is, and follow the method's loss on public texts. Labels are never looked at.
+    """p_s -> p_t: follow the method's loss on public texts. Labels are never looked at.
+
+    The ensemble starts from words that state the task (:func:`stated`), where the target reads as it does without a
+    prompt; Eq. 3 starts where p_s is, which means little to the target.
 
     Of enough public texts some are left out of training, and the step at which these are imitated best is chosen.
     A ``student`` that is loaded by calling it is in memory only until it has answered.
@@ -175,7 +180,8 @@ def transfer(
         losses.append(progress.metrics["loss"])
         report(progress)
 
-    adam = _adam(target, prompt, encoded, config, group)
+    start = config.start or ("task" if words else "source")
+    adam = _adam(target, stated(target, task, prompt.length) if start == "task" else prompt, encoded, config, group)
     trained, left_out = hold_out(len(encoded), config.seed)
     best = BestStep(adam, objective, encoded.batch(left_out), batch_size=config.batch_size, steps=config.steps)
     train_prompt(
@@ -194,6 +200,13 @@ def transfer(
     return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last, step, held_out_loss)
 
 
+def stated(target: LanguageModel, task: Task, length: int) -> SoftPrompt:
+    """The embeddings of words that state the task, as far as an owner says it: its labels and its template."""
+    template = task.template_for(target.kind).replace(TEXT, " ").replace(MASK, " ").strip()
+    labels = " or ".join(task.labels)
+    return SoftPrompt.from_text(target, f"{labels}? {template}" if labels else template or "Answer:", length)
+
+
 def _objective(target: LanguageModel, known: Constants, words: LabelWords | None, config: TransferConfig) -> Loss:
     if words:
         return ensemble_objective(target, known, config.alpha, words)
@@ -208,7 +221,7 @@ def most_kept(target: LanguageModel) -> int | None:
 def _adam(
     target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig, group: Group
 ) -> PromptAdam:
-    """On p_t = p_s, in micro-batches that the memory plan allows."""
+    """On p_t, which starts as ``prompt``, in micro-batches that the memory plan allows."""
     longest = prompt.length + encoded.whole.longest
     plan = plan_step(target, longest=longest, most=most_kept(target))
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
