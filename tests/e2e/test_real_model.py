@@ -88,7 +88,7 @@ def test_distil_tune_transfer_each_lower_their_loss_on_real_text(target: Languag
     assert seen[-1].metrics["loss"] < seen[0].metrics["loss"]
     public = [row.text for row in data.public[:32]]
     moved = transfer(
-        target, student, TASK, tuned.prompt, public, TransferConfig(steps=8, batch_size=8, max_rows=32, max_length=64)
+        target, student, TASK, tuned.prompt, public, TransferConfig(steps=40, batch_size=8, max_rows=32, max_length=64)
     )
     assert moved.last_loss < moved.first_loss
     scores = classify(target, TASK, [row.text for row in data.test], moved.prompt.embeddings)
