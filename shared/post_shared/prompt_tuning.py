@@ -82,8 +82,12 @@ def starting_prompt(model: LanguageModel, task: Task, config: TuneConfig) -> Sof
     """The prompt before tuning. A text that states the task is its description, or else its template."""
     if config.start == "random":
         return SoftPrompt.random(model, config.length, config.seed)
-    text = task.description or task.template.replace(TEXT, " ").replace(MASK, " ").strip() or "Answer:"
-    return SoftPrompt.from_text(model, text, config.length)
+    return SoftPrompt.from_text(model, task.description or template_words(task), config.length)
+
+
+def template_words(task: Task) -> str:
+    """What the template says around the text."""
+    return task.template.replace(TEXT, " ").replace(MASK, " ").strip() or "Answer:"
 
 
 def check_rows(task: Task, rows: Sequence[Row]) -> None:

@@ -34,6 +34,7 @@ def test_a_part_that_hangs_is_not_ready_and_holds_one_thread(front: Front, monke
             assert (checks["records"], checks["blobs"]) == ("ok", "TimeoutError")
         assert hanging.acquire(timeout=30)
         assert not hanging.acquire(blocking=False)
+        assert front("alice", "GET", "/v1/models").status_code == 200
     finally:
         hang.set()
     monkeypatch.setattr(health, "_PATIENCE", 30.0)

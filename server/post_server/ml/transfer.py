@@ -29,9 +29,10 @@ from post_shared.label_words import LabelWords, label_words
 from post_shared.language_model import LanguageModel
 from post_shared.losses import alpha_heuristic, divergence, soften, transfer_loss
 from post_shared.memory import plan_step
+from post_shared.prompt_tuning import template_words
 from post_shared.schemas import TransferCreate
 from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import MASK, TEXT, Task
+from post_shared.tasks import Task
 from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
 STEP_SHARE = 0.35
@@ -202,9 +203,8 @@ def transfer(
 
 def stated(target: LanguageModel, task: Task, length: int) -> SoftPrompt:
     """The embeddings of words that state the task, as far as an owner says it: its labels and its template."""
-    template = task.template_for(target.kind).replace(TEXT, " ").replace(MASK, " ").strip()
     labels = " or ".join(task.labels)
-    return SoftPrompt.from_text(target, f"{labels}? {template}" if labels else template or "Answer:", length)
+    return SoftPrompt.from_text(target, f"{labels}? {template_words(task)}" if labels else template_words(task), length)
 
 
 def _objective(target: LanguageModel, known: Constants, words: LabelWords | None, config: TransferConfig) -> Loss:
