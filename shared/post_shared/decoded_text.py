@@ -24,13 +24,8 @@ class TextSoFar:
     def push(self, token: int) -> str:
         """Add a token; the text that became certain with it."""
         self._ids.append(token)
-        whole = self._decode()[self._skip :]
-        places = [place for each in self._stop if (place := whole.find(each)) >= 0]
-        if places:
-            self.stopped = True
-            return self._grow(whole[: min(places)])
-        known = whole.rstrip(_BROKEN)
-        return self._grow(known[: len(known) - self._held_back(known)])
+        known = self._until_stop(self._decode()[self._skip :].rstrip(_BROKEN))
+        return self._grow(known if self.stopped else known[: len(known) - self._held_back(known)])
 
     def piece(self, token: int) -> str:
         """The text of a token by itself."""
@@ -38,7 +33,13 @@ class TextSoFar:
 
     def end(self) -> str:
         """No token will follow; the rest of the text."""
-        return "" if self.stopped else self._grow(self._decode()[self._skip :])
+        return "" if self.stopped else self._grow(self._until_stop(self._decode()[self._skip :]))
+
+    def _until_stop(self, text: str) -> str:
+        """``text`` (certain from its first to its last character) to where its first stop text begins."""
+        places = [place for each in self._stop if (place := text.find(each)) >= 0]
+        self.stopped = bool(places)
+        return text[: min(places, default=len(text))]
 
     def _grow(self, whole: str) -> str:
         more = whole[len(self.text) :]

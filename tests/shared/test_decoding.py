@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from post_shared.decoded_text import TextSoFar
@@ -133,6 +133,8 @@ def test_a_row_that_is_ended_from_outside_leaves_the_others_alone() -> None:
 
 
 @given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+@example("\x80", ["�"])  # half of a character reads as �, and is no stop text
+@example("a�", ["�"])
 def test_text_comes_whole_and_ends_before_the_first_stop(text: str, stop: list[str]) -> None:
     known = tokenizer(masked=False)
     ids = known(text).input_ids

@@ -44,6 +44,7 @@ class Text:
                 break
         if self.row.finish is not None and not self.ended:
             self.so_far.end()
+            self.row.finish = "stop" if self.so_far.stopped else self.row.finish
             self.ended = True
 
 
