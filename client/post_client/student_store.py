@@ -6,7 +6,6 @@ its hash, the hash against the one that you know (if you do), and the folder aga
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import httpx
 
 from post_client._http import Http
 from post_shared.errors import Conflict, IntegrityError, InvalidInput, ModelUnsafe, RangeInvalid, Unavailable
-from post_shared.model_files import check_path, check_safe, manifest, model_hash, verify
+from post_shared.model_files import check_path, check_safe, manifest, model_hash, sha256_of, verify
 from post_shared.schemas import ModelFile, ModelManifest
 
 DownloadProgress = Callable[[int, int], None]
@@ -152,7 +151,7 @@ async def _fetch(http: Http, model: str, file: ModelFile, path: Path, progress: 
         resumed = path.exists() and path.stat().st_size > 0
         if not path.exists() or path.stat().st_size < file.size:
             await http.repeating(lambda: _append(http, url, file, path, progress), repeat=True)
-        if await http.wire.work(lambda: _sha256(path)) == file.sha256:
+        if await http.wire.work(lambda: sha256_of(path)) == file.sha256:
             progress(file.size)
             return
         path.unlink()
@@ -182,8 +181,3 @@ async def _append(http: Http, url: str, file: ModelFile, path: Path, progress: C
     except RangeInvalid:
         path.unlink(missing_ok=True)
         raise Unavailable(f"{file.path} can't be resumed; starting it again") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

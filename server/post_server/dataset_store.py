@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from post_server.storage import BlobStore
 from post_shared.data import iter_paragraphs, iter_rows, read_corpus
 from post_shared.dataset_schemas import PreviewRow
 from post_shared.errors import Conflict, DataInvalid, InvalidInput, NotFound
+from post_shared.model_files import sha256_of
 from post_shared.schemas import Dataset, DatasetKind
 
 MAX_LABELS = 1000
@@ -50,9 +50,7 @@ def summarise(path: Path, kind: DatasetKind) -> Summary:
         raise DataInvalid(error.detail.replace(str(path), path.name).replace(path.name, "the dataset")) from None
     if rows == 0:
         raise DataInvalid("the dataset is empty")
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Summary(rows, labels, sha256, path.stat().st_size)
+    return Summary(rows, labels, sha256_of(path), path.stat().st_size)
 
 
 def add_dataset(

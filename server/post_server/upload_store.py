@@ -59,8 +59,10 @@ def visible_upload(session: Session, caller: ApiKeyRow, upload_id: str) -> Uploa
     return row
 
 
-def add_part(session: Session, store: BlobStore, row: UploadRow, number: int, file: Path, settings: Settings) -> None:
-    """Keep a received part; the same number again replaces it.
+def add_part(
+    session: Session, store: BlobStore, row: UploadRow, number: int, file: Path, sha256: str, settings: Settings
+) -> None:
+    """Keep a received part, whose hash is known; the same number again replaces it.
 
     Raises:
         InvalidInput: it is empty.
@@ -72,8 +74,6 @@ def add_part(session: Session, store: BlobStore, row: UploadRow, number: int, fi
     others = [each for each in row.parts if each["number"] != number]
     if size + sum(each["size_bytes"] for each in others) > settings.dataset_bytes:
         raise PayloadTooLarge(f"A dataset has {settings.dataset_bytes} bytes at most.", limit=settings.dataset_bytes)
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     replaced = [each for each in row.parts if each["number"] == number]
     part = UploadPart(number=number, sha256=store.adopt(file, sha256), size_bytes=size)
     row.parts = sorted([*others, part.model_dump()], key=lambda each: int(each["number"]))

@@ -64,7 +64,7 @@ def manifest(folder: Path) -> list[ModelFile]:
         ModelUnsafe: a path that isn't plain, or a link.
     """
     return [
-        ModelFile(path=path, size=(folder / path).stat().st_size, sha256=_sha256(folder / path))
+        ModelFile(path=path, size=(folder / path).stat().st_size, sha256=sha256_of(folder / path))
         for path in _paths(folder)
     ]
 
@@ -90,11 +90,12 @@ def verify(folder: Path, files: Sequence[ModelFile]) -> None:
         raise IntegrityError(f"{folder.name}: {path} {what}; pull the model again")
     for path, file in sorted(expected.items()):
         size = (folder / path).stat().st_size
-        if size != file.size or _sha256(folder / path) != file.sha256:
+        if size != file.size or sha256_of(folder / path) != file.sha256:
             raise IntegrityError(f"{folder.name}: {path} differs from the manifest; pull the model again")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in lower-case hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,11 +7,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from post_client import Client
+from post_server import database
 from post_server.api import dataset_uploads
 from post_server.keys import create_key
 from post_server.records import UploadRow, now
@@ -50,6 +52,26 @@ def test_parts_in_any_order_are_the_dataset(front: Front, upload: str) -> None:
     assert front.store.read(made.json()["sha256"]) == ROWS
     assert front.store.list() == [made.json()["sha256"]]  # the parts are gone
     assert code(front("provider", "GET", f"/v1/uploads/{upload}")) == (404, "not_found")
+
+
+def test_bytes_are_sent_before_other_writers_are_held_off(
+    front: Front, upload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    ahead, adopt, hold = BlobStore.send_ahead, BlobStore.adopt, database._lock
+    monkeypatch.setattr(BlobStore, "send_ahead", lambda *given: (done.append("ahead"), ahead(*given))[1])
+    monkeypatch.setattr(BlobStore, "adopt", lambda *given: (done.append("adopt"), adopt(*given))[1])
+    monkeypatch.setattr(database, "_lock", lambda *given: (done.append("hold"), hold(*given))[1])
+    order: Any = {"params": {"name": "whole", "kind": "rows"}, "content": ROWS + b'{"text": "x", "label": "negative"}'}
+    for send in (
+        lambda: put(front, upload, 1, ROWS),
+        lambda: finish(front, upload),
+        lambda: front("provider", "POST", "/v1/datasets", **order),
+    ):
+        done.clear()
+        assert send().status_code in (200, 201)
+        assert done[0] == "ahead"
+        assert done.index("hold") < done.index("adopt")
 
 
 def test_parts_may_come_at_once_and_a_look_waits_for_none(

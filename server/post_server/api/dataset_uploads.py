@@ -32,6 +32,7 @@ from post_server.upload_store import (
 )
 from post_shared.dataset_schemas import MAX_PARTS, Upload, UploadCreate, UploadFinish
 from post_shared.errors import NotFound
+from post_shared.model_files import sha256_of
 from post_shared.schemas import Dataset, Page
 
 router = APIRouter(route_class=Route, prefix="/v1/uploads", tags=["datasets"])
@@ -116,10 +117,12 @@ def _look(app: Context, caller: ApiKeyRow, upload: str) -> UploadRow:
 
 
 def _put(app: Context, caller: ApiKeyRow, upload: str, number: int, path: FilePath) -> Upload:
+    sha256 = sha256_of(path)
+    app.store.send_ahead(path, sha256)
     with app.database.write() as session:
         guard(session)
         row = visible_upload(session, caller, upload)
-        add_part(session, app.store, row, number, path, app.settings)
+        add_part(session, app.store, row, number, path, sha256, app.settings)
         return upload_document(row, app.settings)
 
 
@@ -132,6 +135,7 @@ def _finish(once: Once, upload: str, order: UploadFinish) -> Response:
     try:
         join_parts(app.store, seen.parts, order.sha256, path)
         summary = summarise(path, seen.kind)
+        app.store.send_ahead(path, summary.sha256)
 
         def create(session: Session) -> tuple[int, Dataset]:
             row, is_new = add_dataset(

@@ -83,6 +83,7 @@ async def create_dataset(
 
 def _create(once: Once, path: FilePath, name: str, kind: DatasetKind, licence: str | None) -> Response:
     summary = summarise(path, kind)
+    once.app.store.send_ahead(path, summary.sha256)
 
     def create(session: Session) -> tuple[int, Dataset]:
         row, is_new = add_dataset(session, once.app.store, path, summary, name=name, kind=kind, licence=licence)
