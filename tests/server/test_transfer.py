@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from post_server.ml.constants import constants
-from post_server.ml.ensemble import balanced, ensemble
+from post_server.ml import asking
+from post_server.ml.asking import opinion, together, wordings
+from post_server.ml.constants import answers, constants
+from post_server.ml.ensemble import balanced, ensemble, standard
 from post_server.ml.held_out import BestStep, hold_out
 from post_server.ml.layers import copy_student
 from post_server.ml.transfer import TransferConfig, choose_alpha, ensemble_objective, paper_objective, transfer
@@ -109,6 +111,45 @@ def test_the_ensemble_is_imitated_over_class_scores(pair: tuple[LanguageModel, L
         )
         wanted = losses.divergence(goal, words.of(target.answer_logits(batch, trained)).log_softmax(-1))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_target_is_asked_as_it_is_and_in_every_wording(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    target, _ = pair
+    encoded, words = encode_rows(target, TASK, TEXTS), label_words(target, TASK)
+    batch = encoded.batch(range(8))
+    assert [text.replace("\n", " ").strip() for text in wordings(TASK)] == [
+        "negative or positive? , it was",
+        "Say whether each text is negative or positive.  Text:",
+        "Labels: negative, positive.",
+    ]
+    ids = [target.tokenizer(text, add_special_tokens=False).input_ids for text in wordings(TASK)]
+    prompts = [target.embed(torch.tensor(each)) for each in ids]
+    with torch.no_grad():
+        said = [words.of(target.answer_logits(batch, prompt)) for prompt in (None, *prompts)]
+    found = opinion(target, encoded, words, TASK)
+    torch.testing.assert_close(found, together(said), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(standard(found), standard(said[0]), atol=0.05)
+
+
+def test_a_wording_that_lists_too_many_labels_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_model()
+    encoded, words = encode_rows(target, TASK, TEXTS), label_words(target, TASK)
+    monkeypatch.setattr(asking, "MOST_TOKENS", 1)
+    found = opinion(target, encoded, words, TASK)
+    torch.testing.assert_close(found, standard(answers(target, encoded, words)))
+
+
+def test_several_wordings_rank_better_than_one() -> None:
+    """Each has a lean and a spread of its own, which count for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(2, (2000,), generator=generator)
+    signal = torch.nn.functional.one_hot(truth, 2).float()
+    said = [
+        spread * (signal + torch.randn(2000, 2, generator=generator)) + torch.tensor([lean, 0.0])
+        for spread, lean in ((1.0, 3.0), (0.1, -1.0), (5.0, 2.0))
+    ]
+    right = [float((balanced(scores).argmax(1) == truth).float().mean()) for scores in (*said, together(said))]
+    assert right[-1] > max(right[:-1]) + 0.04
 
 
 def test_transfer_to_the_student_itself_has_nothing_to_do() -> None:

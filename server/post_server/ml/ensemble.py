@@ -28,9 +28,9 @@ def ensemble(student: Tensor, target: Tensor, alpha: float) -> Tensor:
     """
     if not (torch.isfinite(student).all() and torch.isfinite(target).all()):
         raise InvalidInput("answers to public texts are no numbers: a prompt of far too large ones, or a broken model")
-    known, own = _standard(student), _standard(target)
+    known, own = standard(student), standard(target)
     both = known + alpha * own
-    return balanced(_standard(both) * _spread(student))
+    return balanced(standard(both) * _spread(student))
 
 
 def balanced(scores: Tensor) -> Tensor:
@@ -58,6 +58,6 @@ def _spread(scores: Tensor) -> Tensor:
     return _centred(scores).pow(2).mean().sqrt()
 
 
-def _standard(scores: Tensor) -> Tensor:
-    """Centred, with mean square 1; zeros if all texts are scored alike."""
+def standard(scores: Tensor) -> Tensor:
+    """Class scores (N, C), centred, with mean square 1; zeros if all texts are scored alike."""
     return _centred(scores) / _spread(scores).clamp_min(1e-12)

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from post_server.ml.constants import Constants, answers, student_answers
+from post_server.ml.asking import opinion, wordings
+from post_server.ml.constants import Constants, student_answers
 from post_server.ml.ensemble import ensemble
 from post_server.ml.held_out import BestStep, hold_out
 from post_server.ml.processes import ALONE, Group
@@ -173,7 +174,7 @@ def transfer(
     said = student_answers(small, prompt, encoded, words, report=report)
     del small
     gc.collect()
-    known = Constants(*said, answers(target, encoded, words, report=report), encoded.whole)
+    known = Constants(*said, opinion(target, encoded, words, task, report=report), encoded.whole)
     objective = _objective(target, known, words, config)
     losses: list[float] = []
 
@@ -203,8 +204,7 @@ def transfer(
 
 def stated(target: LanguageModel, task: Task, length: int) -> SoftPrompt:
     """The embeddings of words that state the task, as far as an owner says it: its labels and its template."""
-    labels = " or ".join(task.labels)
-    return SoftPrompt.from_text(target, f"{labels}? {template_words(task)}" if labels else template_words(task), length)
+    return SoftPrompt.from_text(target, template_words(task) if task.is_generation else wordings(task)[0], length)
 
 
 def _objective(target: LanguageModel, known: Constants, words: LabelWords | None, config: TransferConfig) -> Loss:
