@@ -244,7 +244,7 @@ class TransferCreate(Document):
     start: Literal["task", "source"] | None = Field(None, description="task: words that state it; source: the prompt.")
     steps: int = Field(default=250, ge=1, le=100_000)
     batch_size: int = Field(default=16, ge=1, le=1024)
-    learning_rate: float = Field(default=0.03, gt=0)
+    learning_rate: float | None = Field(None, gt=0, description="None: 0.003 from words, 0.03 from the source prompt.")
     temperature: float = Field(default=2.0, gt=0)
     max_rows: int = Field(default=512, ge=1, le=2**24)
     max_length: int = Field(default=128, ge=8, le=2**16)

@@ -35,7 +35,8 @@ class SoftPrompt:
 
     @classmethod
     def from_text(cls, model: LanguageModel, text: str, length: int) -> SoftPrompt:
-        """The embeddings of ``text``, repeated or cut to ``length`` vectors: a prompt that starts by stating the task.
+        """The embeddings of ``text``, cut to ``length`` vectors or repeated so that it ends whole: a prompt that starts
+        by stating the task.
 
         Raises:
             InvalidInput: the text has no tokens, or ``length`` isn't positive.
@@ -44,8 +45,8 @@ class SoftPrompt:
         ids = model.tokenizer(text, add_special_tokens=False).input_ids
         if not ids:
             raise InvalidInput(f"the text {text!r} has no tokens to start a prompt from")
-        repeated = (ids * (length // len(ids) + 1))[:length]
-        return cls(model.embed(torch.tensor(repeated)))
+        filled = (ids * -(-length // len(ids)))[-length:] if len(ids) < length else ids[:length]
+        return cls(model.embed(torch.tensor(filled)))
 
     @classmethod
     def random(cls, model: LanguageModel, length: int, seed: int = 0) -> SoftPrompt:

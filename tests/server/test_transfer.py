@@ -118,8 +118,8 @@ def test_the_target_is_asked_as_it_is_and_in_every_wording(pair: tuple[LanguageM
     encoded, words = encode_rows(target, TASK, TEXTS), label_words(target, TASK)
     batch = encoded.batch(range(8))
     assert [text.replace("\n", " ").strip() for text in wordings(TASK)] == [
-        "negative or positive? , it was",
         "Say whether each text is negative or positive.  Text:",
+        "negative or positive? , it was",
         "Labels: negative, positive.",
     ]
     ids = [target.tokenizer(text, add_special_tokens=False).input_ids for text in wordings(TASK)]
@@ -221,8 +221,30 @@ def test_where_the_prompt_starts(
     prompt = SoftPrompt.random(student, 6, seed=1)
     config = TransferConfig(steps=1, learning_rate=1e-9, method=method, start=start)  # type: ignore[arg-type]
     found = transfer(target, student, TASK, prompt, TEXTS, config).prompt.embeddings
-    words = SoftPrompt.from_text(target, "negative or positive? , it was", 6)
+    words = SoftPrompt.from_text(target, "Say whether each text is negative or positive.\n\nText: ", 6)
     torch.testing.assert_close(found, (words if begins == "task" else prompt).embeddings)
+
+
+def test_words_are_cut_or_repeated_so_that_they_end_whole() -> None:
+    target = tiny_model()
+    whole = target.embed(torch.tensor(target.tokenizer("it was good", add_special_tokens=False).input_ids))
+    count = len(whole)
+    longer = SoftPrompt.from_text(target, "it was good", 2 * count - 1).embeddings
+    assert torch.equal(longer, torch.cat([whole[1:], whole]))
+    assert torch.equal(SoftPrompt.from_text(target, "it was good", count - 1).embeddings, whole[:-1])
+
+
+def test_steps_from_words_are_small(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    """The first step of Adam moves every number by the learning rate."""
+    target, student = pair
+    prompt = SoftPrompt.random(student, 6, seed=1)
+    for start, rate in (("task", 0.003), ("source", 0.03)):
+        still, moved = (
+            transfer(target, student, TASK, prompt, TEXTS, TransferConfig(steps=1, start=start, learning_rate=each))  # type: ignore[arg-type]
+            for each in (1e-12, None)
+        )
+        way = (moved.prompt.embeddings - still.prompt.embeddings).abs().median()
+        assert float(way) == pytest.approx(rate, rel=0.05)
 
 
 def test_a_generation_task_is_transferred_too() -> None:

@@ -55,7 +55,6 @@ class DemoSettings:
     # transfer
     transfer_steps: int = 100
     transfer_batch_size: int = 16
-    transfer_learning_rate: float = 0.03
     transfer_rows: int = 512
     alpha: float = 0.7
 
@@ -86,7 +85,6 @@ class DemoSettings:
             "alpha": self.alpha,
             "steps": self.transfer_steps,
             "batch_size": self.transfer_batch_size,
-            "learning_rate": self.transfer_learning_rate,
             "max_rows": self.transfer_rows,
             "max_length": self.max_length,
             "seed": self.seed,

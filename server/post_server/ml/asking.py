@@ -30,12 +30,12 @@ def wordings(task: Task) -> list[str]:
     """Texts that state a classification task; the first one is where p_t starts.
 
     >>> wordings(Task("{text} It was", {"bad": ["terrible"], "good": ["great"]}))[0]
-    'bad or good? It was'
+    'Say whether each text is bad or good.\\n\\nText: '
     """
     either = " or ".join(task.labels)
     return [
-        f"{either}? {template_words(task)}",
         f"Say whether each text is {either}.\n\nText: ",
+        f"{either}? {template_words(task)}",
         f"Labels: {', '.join(task.labels)}.\n",
     ]
 

@@ -39,6 +39,8 @@ from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporte
 STEP_SHARE = 0.35
 """Of the target's own size: what a step keeps for the way back. Less would cost time: small matrices are slow. A GPU
 is filled by no less than a batch, and has memory of its own: there only what is free is a limit."""
+RATES = {"task": 0.003, "source": 0.03}
+"""Learning rate by where p_t starts: what words that state the task already say is lost in large steps."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class TransferConfig:
     start: Literal["task", "source"] | None = None
     steps: int = 250
     batch_size: int = 16
-    learning_rate: float = 0.03
+    learning_rate: float | None = None
+    """None: that of :data:`RATES`."""
     temperature: float = 2.0
     max_rows: int = 512
     max_length: int = 128
@@ -61,7 +64,7 @@ class TransferConfig:
             raise InvalidInput(f"alpha weighs Eq. 5 against Eq. 4 and lies in 0..1, not {self.alpha}")
         if min(self.steps, self.batch_size, self.max_rows, self.max_length) < 1:
             raise InvalidInput("steps, batch size, rows and length are at least 1")
-        if self.learning_rate <= 0 or self.temperature <= 0:
+        if (self.learning_rate is not None and self.learning_rate <= 0) or self.temperature <= 0:
             raise InvalidInput("learning rate and temperature are above 0")
 
     @classmethod
@@ -183,7 +186,8 @@ def transfer(
         report(progress)
 
     start = config.start or ("task" if words else "source")
-    adam = _adam(target, stated(target, task, prompt.length) if start == "task" else prompt, encoded, config, group)
+    rate = config.learning_rate or RATES[start]
+    adam = _adam(target, stated(target, task, prompt.length) if start == "task" else prompt, encoded, rate, group)
     trained, left_out = hold_out(len(encoded), config.seed)
     best = BestStep(adam, objective, encoded.batch(left_out), batch_size=config.batch_size, steps=config.steps)
     train_prompt(
@@ -191,7 +195,7 @@ def transfer(
         objective,
         ShuffledBatches(encoded, config.batch_size, config.seed, rows=trained),
         steps=config.steps,
-        learning_rate=config.learning_rate,
+        learning_rate=rate,
         stage="transfer",
         report=watch,
         checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds, writes=group.leads) if checkpoint else None,
@@ -219,7 +223,7 @@ def most_kept(target: LanguageModel) -> int | None:
 
 
 def _adam(
-    target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, config: TransferConfig, group: Group
+    target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, learning_rate: float, group: Group
 ) -> PromptAdam:
     """On p_t, which starts as ``prompt``, in micro-batches that the memory plan allows."""
     longest = prompt.length + encoded.whole.longest
@@ -228,8 +232,8 @@ def _adam(
     packed = longest <= target.packs and target.device.type != "cuda"  # a GPU may run a prompt for each row
     cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, packed=packed)
     if group.size > 1:
-        return SharedAdam(start, config.learning_rate, cut, group)
-    return PromptAdam(start, config.learning_rate, cut)
+        return SharedAdam(start, learning_rate, cut, group)
+    return PromptAdam(start, learning_rate, cut)
 
 
 def choose_alpha(
