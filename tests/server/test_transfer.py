@@ -11,7 +11,7 @@ from torch import Tensor
 from post_server.ml import asking
 from post_server.ml.asking import opinion, together, wordings
 from post_server.ml.constants import answers, constants
-from post_server.ml.ensemble import balanced, ensemble, standard
+from post_server.ml.ensemble import balanced, believed_shares, ensemble, standard
 from post_server.ml.held_out import BestStep, hold_out
 from post_server.ml.layers import copy_student
 from post_server.ml.transfer import TransferConfig, choose_alpha, ensemble_objective, paper_objective, transfer
@@ -297,7 +297,7 @@ def test_balanced_classes_are_equally_likely_and_ranked_as_before(classes: int) 
 
 
 def test_two_weak_views_together_are_better_than_each() -> None:
-    """What the method rests on: independent errors cancel, and a common lean of either side doesn't matter."""
+    """What the method rests on: independent errors cancel, and the target's lean doesn't matter."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(2, (2000,), generator=generator)
     signal = torch.nn.functional.one_hot(truth, 2).float()
@@ -305,19 +305,29 @@ def test_two_weak_views_together_are_better_than_each() -> None:
     def right(scores: Tensor) -> float:
         return float((scores.argmax(1) == truth).float().mean())
 
-    student = signal + torch.randn(2000, 2, generator=generator) + torch.tensor([3.0, 0.0])
+    student = signal + torch.randn(2000, 2, generator=generator)
     target = 0.1 * signal + 0.1 * torch.randn(2000, 2, generator=generator) - torch.tensor([1.0, 0.0])
     together = ensemble(student, target, 1.0)
-    assert right(student) < 0.6
     assert right(target) < 0.6
     assert right(together) > max(right(balanced(student)), right(balanced(target))) + 0.04
-    torch.testing.assert_close(ensemble(student, target, 0.0).argmax(1), balanced(student).argmax(1))
+    alone = balanced(student, believed_shares(student))
+    torch.testing.assert_close(ensemble(student, target, 0.0).argmax(1), alone.argmax(1))
+
+
+def test_what_the_student_says_about_the_texts_as_a_whole_counts_half() -> None:
+    """0.8 and 0.2 lie halfway from 2/3 and 1/3 to even, as a geometric mean."""
+    student = torch.tensor([0.8, 0.2]).log() + torch.zeros(50, 1)
+    torch.testing.assert_close(believed_shares(student), torch.tensor([2 / 3, 1 / 3]))
+    generator = torch.Generator().manual_seed(0)
+    unsure = student + torch.randn(50, 2, generator=generator)
+    found = ensemble(unsure, torch.randn(50, 2, generator=generator), 0.7)
+    torch.testing.assert_close(found.exp().mean(0), believed_shares(unsure), rtol=0, atol=1e-3)
 
 
 def test_a_student_that_tells_no_texts_apart_leaves_the_classes_open() -> None:
     same = torch.zeros(10, 2) + torch.tensor([1.0, -1.0])
     found = ensemble(same, torch.randn(10, 2, generator=torch.Generator().manual_seed(0)), 0.5)
-    torch.testing.assert_close(found.exp(), torch.full((10, 2), 0.5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.exp(), believed_shares(same).expand(10, 2), rtol=0, atol=1e-3)
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:

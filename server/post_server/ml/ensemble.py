@@ -2,8 +2,8 @@
 
 The student has learnt the task from private data but reads badly; the target reads well but doesn't know the task.
 Their errors differ, so that the two together rank texts better than either (``docs/explanation-method.md`` has the
-figures). Each leans towards some classes on text of another domain; that lean carries nothing about the task and is
-taken off: over the public texts, every class is as likely as the others.
+figures). Each leans towards some classes on text of another domain. The target's lean carries nothing about the task
+and is taken off; of the student's, which may also be what the texts are about, half is kept (:func:`believed_shares`).
 """
 
 from __future__ import annotations
@@ -30,15 +30,26 @@ def ensemble(student: Tensor, target: Tensor, alpha: float) -> Tensor:
         raise InvalidInput("answers to public texts are no numbers: a prompt of far too large ones, or a broken model")
     known, own = standard(student), standard(target)
     both = known + alpha * own
-    return balanced(standard(both) * _spread(student))
+    return balanced(standard(both) * _spread(student), believed_shares(student))
 
 
-def balanced(scores: Tensor) -> Tensor:
-    """Log-probabilities (N, C) of scores (N, C) plus one constant per class, by which the classes are equally likely.
+def believed_shares(student: Tensor) -> Tensor:
+    """Of each class among the public texts (C,): halfway, as a geometric mean, from even to what the student says.
 
-    The constants are found by fixed-point steps, which raise the likelihood of a convex problem and so converge.
+    Public texts may well be of one class more than of others: of tweets, more are about sports than about business.
+    The student, who knows the classes, sees that, but leans on text that it wasn't tuned for.
     """
-    log_share = torch.tensor(1.0 / scores.shape[1]).log()
+    said = torch.log_softmax(student, 1).logsumexp(0)
+    return torch.softmax(said / 2, 0)
+
+
+def balanced(scores: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Log-probabilities (N, C) of scores (N, C) plus one constant per class that gives the classes these shares (C,).
+
+    They are equal if none are given. The constants are found by fixed-point steps, which raise the likelihood of a
+    convex problem and so converge.
+    """
+    log_share = torch.full((scores.shape[1],), 1.0 / scores.shape[1]).log() if shares is None else shares.log()
     shift = torch.zeros(scores.shape[1])
     for _ in range(ROUNDS):
         gap = log_share - torch.log_softmax(scores + shift, 1).logsumexp(0) + torch.tensor(len(scores)).log()
