@@ -11,20 +11,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import islice
 from pathlib import Path
 
 from sqlalchemy import delete, func, select
 
+from post_server.blob_names import batches, blobs_in_use
 from post_server.database import Database, guard
-from post_server.prompt_store import blobs_in_use
 from post_server.records import IdempotencyRow, JobRow, now
 from post_server.settings import Settings
-from post_server.storage import Blob, BlobStore
+from post_server.storage import BlobStore
 from post_server.upload_store import forget_old_uploads
-
-_BATCH = 100
-"""Blobs for which the guard is held at a time, so that nobody waits long."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +37,26 @@ def clean(
 ) -> list[Cleaned]:
     """Remove what is of no use, or with ``dry_run`` only count it. Safe while everything runs, and to run twice."""
     before = now() - grace
-    folders = ended_work(settings, database)
-    kept = _names_in_use(database)
-    found = [
+    return [
         _uploads(database, store, dry_run),
         _blobs(database, store, before, dry_run),
         _files("temporary files", store.abandoned(before), dry_run),
-        _files("cached copies", (path for path in store.cached() if path.name not in kept), dry_run),
-        Cleaned("work folders of ended jobs", len(folders), sum(_size(path) for path in folders)),
+        _files("cached copies", _unnamed_copies(database, store, before), dry_run),
+        _work(database, settings, dry_run),
         _answers(database, dry_run),
     ]
-    for folder in folders if not dry_run else ():
-        shutil.rmtree(folder, ignore_errors=True)
-    return found
 
 
 def ended_work(settings: Settings, database: Database) -> list[Path]:
     """The work folders on this machine whose jobs have ended."""
     folder = settings.home / "work"
-    paths = list(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in (folder.iterdir() if folder.is_dir() else ()) if _has_ended(database, path.name)]
+
+
+def _has_ended(database: Database, job_id: str) -> bool:
     with database.read() as session:
-        rows = {path: session.get(JobRow, path.name) for path in paths}
-    return [path for path, row in rows.items() if row is None or row.state.ended]
+        row = session.get(JobRow, job_id)
+    return row is None or row.state.ended
 
 
 def damaged(database: Database, store: BlobStore, *, hashes: bool) -> Iterator[str]:
@@ -94,7 +88,7 @@ def _uploads(database: Database, store: BlobStore, dry_run: bool) -> Cleaned:
 def _blobs(database: Database, store: BlobStore, before: datetime, dry_run: bool) -> Cleaned:
     old = (blob for blob in store.blobs() if blob.stored_at < before)
     count = size = 0
-    for batch in _batches(old):
+    for batch in batches(old):
         with database.write() as session:
             guard(session)
             used = blobs_in_use(session)
@@ -106,16 +100,26 @@ def _blobs(database: Database, store: BlobStore, before: datetime, dry_run: bool
     return Cleaned("blobs that nothing names", count, size)
 
 
-def _batches(blobs: Iterable[Blob]) -> Iterator[list[Blob]]:
-    each = iter(blobs)
-    while batch := list(islice(each, _BATCH)):
-        yield batch
+def _unnamed_copies(database: Database, store: BlobStore, before: datetime) -> Iterator[Path]:
+    """Not young ones: a worker may be making one for a row that comes after the names are read."""
+    old = list(store.cached(before))
+    kept = _names_in_use(database)
+    return (path for path in old if path.name not in kept)
+
+
+def _work(database: Database, settings: Settings, dry_run: bool) -> Cleaned:
+    count = size = 0
+    for folder in ended_work(settings, database):
+        count, size = count + 1, size + _size(folder)
+        if not dry_run and _has_ended(database, folder.name):  # it may have been ordered again meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
+    return Cleaned("work folders of ended jobs", count, size)
 
 
 def _files(what: str, paths: Iterable[Path], dry_run: bool) -> Cleaned:
     count = size = 0
     for path in list(paths):
-        count, size = count + 1, size + path.stat().st_size
+        count, size = count + 1, size + _bytes(path)
         if not dry_run:
             path.unlink(missing_ok=True)
     return Cleaned(what, count, size)
@@ -132,4 +136,12 @@ def _answers(database: Database, dry_run: bool) -> Cleaned:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(_bytes(path) for path in folder.rglob("*") if path.is_file())
+
+
+def _bytes(path: Path) -> int:
+    """0 if it is gone: another clean-up, or a worker, was sooner."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make_url, text
 from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from sqlalchemy.orm import Session, sessionmaker
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from post_server.settings import Settings
+from post_shared.errors import Unavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,9 +94,22 @@ class Database:
             raise DatabaseTimeout("no answer from the records") from None
 
     def migrate(self) -> None:
-        """Bring the schema up to date; safe to call from several processes at once."""
-        from alembic import command
+        """Bring the schema up to date; safe to call from several processes at once. One that is waits for no writer.
 
+        Raises:
+            Unavailable: a newer version of POST has changed the schema.
+        """
+        from alembic import command
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        known = ScriptDirectory.from_config(alembic_config())
+        with self.engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        if current == known.get_current_head():
+            return
+        if current is not None and current not in {each.revision for each in known.walk_revisions()}:
+            raise Unavailable(f"the records are of a newer version of POST (schema {current}): use that one")
         with self.engine.execution_options(immediate=True).begin() as connection:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
@@ -173,10 +189,22 @@ def _set_pragmas(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself; see _begin
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(cursor)
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
+
+
+@retry(
+    retry=retry_if_exception_type(sqlite3.OperationalError),
+    stop=stop_after_delay(_BUSY_MILLISECONDS / 1000),
+    wait=wait_fixed(0.05),
+    reraise=True,
+)
+def _write_ahead(cursor: sqlite3.Cursor) -> None:
+    """A new file is switched once; SQLite doesn't wait for its lock there, however long its time-out is."""
+    if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        cursor.execute("PRAGMA journal_mode = WAL")
 
 
 def _begin(connection: Connection) -> None:

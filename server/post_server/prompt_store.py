@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import exists, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from post_server.blob_names import drop_unnamed
 from post_server.database import guard
 from post_server.model_store import find_model_by_hash
-from post_server.records import ApiKeyRow, DatasetRow, JobRow, ModelRow, PromptRow, UploadRow
+from post_server.records import ApiKeyRow, JobRow, ModelRow, PromptRow
 from post_server.storage import BlobStore
 from post_shared.errors import Conflict, NotFound, PromptMismatch
 from post_shared.prompt_file import PromptFile, read_prompt
@@ -88,34 +89,12 @@ def delete_prompt(session: Session, store: BlobStore, row: PromptRow) -> None:
             raise Conflict(f"The job {job.id} needs this prompt; cancel it or wait for its end.", job=job.id)
     session.delete(row)
     session.flush()
-    if not blob_is_used(session, row.sha256):
-        store.delete(row.sha256)
+    drop_unnamed(session, store, [row.sha256])
 
 
 def prompt_document(row: PromptRow) -> Prompt:
     """The row as the API shows it."""
     return Prompt.model_validate({name: getattr(row, name) for name in Prompt.model_fields})
-
-
-_BY_HASH = (PromptRow.sha256, DatasetRow.sha256)
-_IN_LISTS = (UploadRow.parts, ModelRow.files)
-"""Every column that names blobs."""
-
-
-def blob_is_used(session: Session, sha256: str) -> bool:
-    """Whether a row still names the blob."""
-    by_column = any(session.scalar(select(exists().where(column == sha256))) for column in _BY_HASH)
-    return by_column or sha256 in _listed(session)
-
-
-def blobs_in_use(session: Session) -> set[str]:
-    """The SHA-256 of every blob that a row names."""
-    return _listed(session).union(*(session.scalars(select(column)) for column in _BY_HASH))
-
-
-def _listed(session: Session) -> set[str]:
-    entries = (entry for column in _IN_LISTS for each in session.scalars(select(column)) for entry in each)
-    return {str(entry["sha256"]) for entry in entries}
 
 
 def _model_of(session: Session, prompt: PromptFile) -> ModelRow:

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -169,28 +169,25 @@ class BlobStore:
 
     def abandoned(self, before: datetime) -> Iterator[Path]:
         """Temporary files on this machine that nobody has written to since."""
-        for path in (self._cache / "tmp").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if datetime.fromtimestamp(path.stat().st_mtime, UTC) < before:
-                    yield path
+        yield from _older((self._cache / "tmp").iterdir(), before)
 
-    def cached(self) -> Iterator[Path]:
-        """This machine's copies of the blobs of a remote store; a folder of blobs needs none."""
+    def cached(self, before: datetime) -> Iterator[Path]:
+        """This machine's copies, made before then, of the blobs of a remote store; a folder of blobs needs none."""
         if not self._is_local:
-            yield from (path for path in self._cache.glob("??/*") if _SHA256.fullmatch(path.name))
+            yield from _older((path for path in self._cache.glob("??/*") if _SHA256.fullmatch(path.name)), before)
 
     def _stored_at(self, path: str, facts: dict[str, Any]) -> datetime:
         """When the blob was last put, as the kind of store says it."""
         at = facts.get("mtime") or facts.get("LastModified") or self._fs.modified(path)
         return datetime.fromtimestamp(at, UTC) if isinstance(at, int | float) else at.astimezone(UTC)
 
-    def _is_fresh(self, sha256: str) -> bool:
-        """Whether the blob was put a moment ago, so that no clean-up can take it for an old one."""
+    def _is_fresh(self, sha256: str, size: int) -> bool:
+        """Whether the blob was put whole a moment ago, so that no clean-up can take it for an old one."""
         try:
             facts = self._fs.info(self._key(sha256))
         except FileNotFoundError:
             return False
-        return datetime.now(UTC) - self._stored_at(self._key(sha256), facts) < _FRESH
+        return facts["size"] == size and datetime.now(UTC) - self._stored_at(self._key(sha256), facts) < _FRESH
 
     def _key(self, sha256: str) -> str:
         return f"{self._root}/{_place_of(sha256)}"
@@ -201,9 +198,16 @@ class BlobStore:
     def _adopt(self, temporary: Path, sha256: str) -> None:
         if self._is_local:
             _place(temporary, Path(self._key(sha256)))
-        elif not self._is_fresh(sha256):  # an object store shows an object when it is whole
+        elif not self._is_fresh(sha256, temporary.stat().st_size):  # an object store shows an object when it is whole
             self._fs.makedirs(f"{self._root}/{sha256[:2]}", exist_ok=True)
             self._fs.put_file(str(temporary), self._key(sha256))
+
+
+def _older(paths: Iterable[Path], before: datetime) -> Iterator[Path]:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if datetime.fromtimestamp(path.stat().st_mtime, UTC) < before:
+                yield path
 
 
 def _place_of(sha256: str) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from post_server.blob_names import drop_unnamed
 from post_server.database import guard
 from post_server.dataset_store import name_is_free
-from post_server.prompt_store import blob_is_used
 from post_server.records import ApiKeyRow, UploadRow, now
 from post_server.settings import Settings
 from post_server.storage import BlobStore
@@ -78,7 +78,7 @@ def add_part(
     part = UploadPart(number=number, sha256=store.adopt(file, sha256), size_bytes=size)
     row.parts = sorted([*others, part.model_dump()], key=lambda each: int(each["number"]))
     session.flush()
-    _drop_blobs(session, store, replaced)
+    drop_unnamed(session, store, _hashes(replaced))
 
 
 def check_whole(row: UploadRow) -> None:
@@ -115,13 +115,11 @@ def remove_upload(session: Session, store: BlobStore, row: UploadRow) -> None:
     guard(session)
     session.delete(row)
     session.flush()
-    _drop_blobs(session, store, row.parts)
+    drop_unnamed(session, store, _hashes(row.parts))
 
 
-def _drop_blobs(session: Session, store: BlobStore, parts: Iterable[dict[str, Any]]) -> None:
-    for sha256 in {part["sha256"] for part in parts}:
-        if not blob_is_used(session, sha256):
-            store.delete(sha256)
+def _hashes(parts: Iterable[dict[str, Any]]) -> list[str]:
+    return [part["sha256"] for part in parts]
 
 
 def upload_document(row: UploadRow, settings: Settings) -> Upload:

@@ -122,6 +122,18 @@ def test_a_database_that_is_away_is_worth_another_try(front: Front) -> None:
     assert "SELECT" not in answer.text
 
 
+def test_a_store_that_is_away_is_worth_another_try(front: Front) -> None:
+    def away() -> None:
+        raise ConnectionResetError("bucket of alice")
+
+    front.app.router.routes.clear()
+    front.app.add_api_route("/away", away)
+    answer = front(None, "GET", "/away")
+    assert code(answer) == (503, "unavailable")
+    assert answer.headers["retry-after"]
+    assert "alice" not in answer.text
+
+
 def test_every_answer_has_a_request_id(front: Front) -> None:
     given = front("alice", "GET", "/v1/models", headers={"X-Request-Id": "abc-123-def"})
     assert given.headers["x-request-id"] == "abc-123-def"

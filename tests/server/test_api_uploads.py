@@ -11,10 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from post_client import Client
 from post_server import database
 from post_server.api import dataset_uploads
+from post_server.api.idempotency import Once
+from post_server.clean import clean
 from post_server.keys import create_key
 from post_server.records import UploadRow, now
 from post_server.storage import BlobStore
@@ -72,6 +75,41 @@ def test_bytes_are_sent_before_other_writers_are_held_off(
         assert send().status_code in (200, 201)
         assert done[0] == "ahead"
         assert done.index("hold") < done.index("adopt")
+
+
+def test_a_store_that_removes_nothing_costs_no_upload(
+    front: Front, upload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dataset stands before its parts are removed; what is left is for a clean-up."""
+
+    def fails(self: BlobStore, sha256: str) -> None:
+        raise PermissionError("no")
+
+    put(front, upload, 1, PARTS[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "delete", fails)
+        for number in (1, 2, 3):
+            assert put(front, upload, number, PARTS[number - 1]).status_code == 200
+        made = finish(front, upload)
+        assert made.status_code == 201
+    assert front.store.read(made.json()["sha256"]) == ROWS
+    assert len(front.store.list()) == 4
+    clean(front.database, front.store, front.settings, grace=timedelta(0))
+    assert front.store.list() == [made.json()["sha256"]]
+
+
+def test_a_change_that_fails_has_removed_no_bytes(front: Front, upload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(front, upload, 1, ROWS + b'{"text": "x", "label": "negative"}')
+
+    def fails(*given: object) -> None:
+        raise OperationalError("COMMIT", {}, Exception("connection lost"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Once, "_remember", fails)
+        headers = {"Idempotency-Key": "k"}
+        lost = front("provider", "POST", f"/v1/uploads/{upload}/finish", json={}, headers=headers)
+        assert code(lost) == (503, "unavailable")
+    assert finish(front, upload).status_code == 201
 
 
 def test_parts_may_come_at_once_and_a_look_waits_for_none(

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from post_server import clean as cleaning
 from post_server.audit_log import lines
+from post_server.blob_names import blobs_in_use
 from post_server.clean import clean
 from post_server.jobs import states
 from post_server.model_store import add_model
-from post_server.prompt_store import add_prompt, blobs_in_use, delete_prompt
+from post_server.prompt_store import add_prompt, delete_prompt
 from post_server.records import Base, IdempotencyRow, JobRow, PromptRow, UploadRow, now
 from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
@@ -64,7 +66,7 @@ def test_what_is_young_stays(filled: Front) -> None:
 
 
 def test_every_column_that_names_blobs_is_known() -> None:
-    """A new one has to be added to the two that prompt_store looks at."""
+    """A new one has to be added to the two that blob_names looks at."""
     names = {"sha256", "files", "parts"}
     found = {f"{table.name}.{column.name}" for table in Base.metadata.sorted_tables for column in table.columns}
     assert {each for each in found if each.split(".")[1] in names or "blob" in each} == {
@@ -181,10 +183,12 @@ def test_files_of_uploads_that_were_given_up(front: Front) -> None:
 
 def test_copies_of_remote_blobs_that_nothing_names(tmp_path: Path, backstage: Backstage) -> None:
     store = BlobStore("memory://clean-up", cache=tmp_path / "cache")
-    path = store.local_path(store.put(b"a copy"))
+    path, young = (store.local_path(store.put(each)) for each in (b"a copy", b"one that a worker has just made"))
+    os.utime(path, (0, 0))
     found = clean(backstage.database, store, backstage.settings, grace=DAY)
     assert {each.what: each.count for each in found}["cached copies"] == 1
     assert not path.exists()
+    assert young.exists()
     assert store.list(), "its blob is too young to go"
 
 
@@ -205,6 +209,32 @@ def test_folders_of_ended_jobs_and_expired_answers(backstage: Backstage) -> None
     assert not work_folder(backstage.settings, ended).exists()
     with backstage.database.read() as session:
         assert [row.key for row in session.scalars(select(IdempotencyRow))] == ["new"]
+
+
+def test_the_folder_of_a_job_that_is_ordered_again_meanwhile_stays(
+    backstage: Backstage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = backstage.add_job(JobKind.TRANSFER, {})
+    folder = work_folder(backstage.settings, job_id)
+    folder.mkdir(parents=True)
+    with backstage.database.write() as session:
+        states.request_cancel(session, job_id)
+
+    def again(path: Path) -> int:
+        with backstage.database.write() as session:
+            states.requeue(session, job_id)
+        return 0
+
+    monkeypatch.setattr(cleaning, "_size", again)
+    cleaned(backstage)
+    assert folder.exists()
+
+
+def test_a_file_that_another_clean_up_took_is_no_defect(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = front.store.new_file()
+    gone.unlink()
+    monkeypatch.setattr(BlobStore, "abandoned", lambda self, before: iter([gone]))
+    assert cleaned(front)["temporary files"] == 1
 
 
 # --- jobs ---------------------------------------------------------------------------------------------

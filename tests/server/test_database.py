@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from sqlalchemy.exc import IntegrityError, StatementError
 from post_server.database import Database, alembic_config, guard
 from post_server.keys import authenticate, create_key, key_document, list_keys, revoke_key
 from post_server.records import ApiKeyRow, Base, JobRow
-from post_shared.errors import NotFound, Unauthenticated
+from post_shared.errors import NotFound, Unauthenticated, Unavailable
 from post_shared.schemas import JobKind, Role
 from tests.server.backing import Backing
 
@@ -72,6 +73,31 @@ def test_sqlite_is_made_durable(tmp_path: Path) -> None:
     with Database(f"sqlite:///{tmp_path}/post.db").read() as session:
         assert session.scalar(text("PRAGMA journal_mode")) == "wal"
         assert session.scalar(text("PRAGMA foreign_keys")) == 1
+
+
+def test_a_file_that_is_switched_to_wal_waits_for_its_writer(tmp_path: Path) -> None:
+    path = tmp_path / "post.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN IMMEDIATE")
+    threading.Timer(0.5, lambda: other.execute("COMMIT")).start()
+    with Database(f"sqlite:///{path}").read() as session:
+        assert session.scalar(text("PRAGMA journal_mode")) == "wal"
+    other.close()
+
+
+def test_records_of_a_newer_version_are_left_alone(database: Database) -> None:
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(Unavailable, match="newer version of POST"):
+        database.migrate()
+
+
+def test_a_schema_that_is_up_to_date_waits_for_no_writer(database: Database) -> None:
+    with database.write() as session:
+        guard(session)
+        session.execute(text("UPDATE alembic_version SET version_num = version_num"))
+        Database(database.engine.url.render_as_string(hide_password=False)).migrate()
 
 
 def test_connections_are_opened_once(database: Database) -> None:

@@ -174,6 +174,14 @@ def test_what_was_sent_ahead_and_cleared_away_is_sent_again(tmp_path: Path) -> N
     assert store.read(SHA256) == DATA
 
 
+def test_half_a_blob_is_sent_again(tmp_path: Path) -> None:
+    """A store that is no object store may keep half of what was cut off."""
+    store = BlobStore(f"memory://{secrets.token_hex(8)}", cache=tmp_path / "cache")
+    store._fs.pipe_file(store._key(SHA256), DATA[:5])
+    store.put(DATA)
+    assert store.read(SHA256) == DATA
+
+
 def test_a_folder_needs_nothing_ahead(tmp_path: Path) -> None:
     store = BlobStore(f"file://{tmp_path}")
     file = store.new_file()

@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from post_server.api.metrics import Metrics
-from post_server.api.problems import respond, unexpected
+from post_server.api.problems import failed, respond
 from post_server.logs import where
+from post_server.outages import is_away
 from post_shared.errors import PayloadTooLarge
 
 log = structlog.get_logger("post.api")
@@ -70,10 +71,11 @@ class RequestMiddleware:
         except ClientDisconnect:  # in the middle of its body: nobody's defect, and nobody reads an answer
             status = status or _LEFT
         except Exception as error:
-            log.error("defect", error=type(error).__name__, where=where(error))
+            away = is_away(error)
+            log.error("store away" if away else "defect", error=type(error).__name__, where=where(error))
             if status:  # too late for another answer: cut the connection, so that nobody takes half for all
                 raise ConnectionAbortedError(f"answer {request_id} was cut off") from None
-            await unexpected(request_id)(scope, receive, send_marked)
+            await failed(request_id, away=away)(scope, receive, send_marked)
         finally:
             self._note(scope, status, time.perf_counter() - started)
 

@@ -102,8 +102,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OSError, _disk_full)
 
 
-def unexpected(request_id: str | None) -> Response:
-    """What a user hears of a defect: where to find it in the log, and nothing of what it was."""
+def failed(request_id: str | None, *, away: bool) -> Response:
+    """What a user hears of a store that is away, or of a defect: where the log has it, and nothing of what it was."""
+    if away:
+        return respond(Unavailable("The store of files can't be reached now; try again."), request_id)
     detail = f"The server made a mistake; its log has the details under request {request_id}."
     return respond(PostError(detail), request_id)
 

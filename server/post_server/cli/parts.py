@@ -16,16 +16,25 @@ if TYPE_CHECKING:
 
 @contextmanager
 def parts() -> Iterator[tuple[Settings, Database, BlobStore]]:
-    """The store that the settings name, its schema up to date."""
+    """The store that the settings name, its schema up to date.
+
+    Raises:
+        Unavailable: the database can't be used, or not now.
+    """
+    from sqlalchemy.exc import OperationalError
+
     from post_server.database import Database
+    from post_server.serve.checks import away, migrate
     from post_server.settings import get_settings
     from post_server.storage import BlobStore
 
     settings = get_settings()
+    migrate(settings)
     database = Database.from_settings(settings)
     try:
-        database.migrate()
         yield settings, database, BlobStore.from_settings(settings)
+    except OperationalError as error:
+        raise away(settings, error) from error
     finally:
         database.dispose()
 

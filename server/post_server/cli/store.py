@@ -93,9 +93,11 @@ def add_dataset_(
         try:
             copy_as_dataset(source, kind, copy)
             summary = summarise(copy, kind)
+            store.send_ahead(copy, summary.sha256)
             with database.write() as session:
-                row, _ = add_dataset(session, store, copy, summary, name=name, kind=kind, licence=licence)
-                record(session, local_user(), "dataset.add", row.id)
+                row, is_new = add_dataset(session, store, copy, summary, name=name, kind=kind, licence=licence)
+                if is_new:
+                    record(session, local_user(), "dataset.add", row.id)
         finally:
             copy.unlink(missing_ok=True)
     labels = "no labels" if row.labels is None else ", ".join(row.labels[:12]) or "free answers"

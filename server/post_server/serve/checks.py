@@ -28,7 +28,7 @@ def migrate(settings: Settings) -> None:
         Unavailable: the database can't be used.
     """
     try:
-        shown = make_url(settings.database_url).render_as_string(hide_password=True)
+        make_url(settings.database_url)
     except ArgumentError as error:
         raise Unavailable(
             "POST_DATABASE_URL can't be read; it looks like postgresql+psycopg://user@host/name"
@@ -40,10 +40,19 @@ def migrate(settings: Settings) -> None:
         finally:
             database.dispose()
     except (NoSuchModuleError, ImportError) as error:
-        raise Unavailable(f"no driver for the database {shown}: {error}") from error
+        raise Unavailable(f"no driver for the database {_shown(settings)}: {error}") from error
     except (SQLAlchemyError, OSError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise Unavailable(f"the database {shown} can't be used: {reason}") from error
+        raise away(settings, error) from error
+
+
+def away(settings: Settings, error: Exception) -> Unavailable:
+    """That the database can't be used, and the first line of why."""
+    reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+    return Unavailable(f"the database {_shown(settings)} can't be used: {reason}")
+
+
+def _shown(settings: Settings) -> str:
+    return make_url(settings.database_url).render_as_string(hide_password=True)
 
 
 def await_redis(url: str, child: Child | None, stopping: Stopping) -> None:

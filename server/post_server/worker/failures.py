@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
+from post_server.outages import causes
 from post_shared.errors import DiskFull, OutOfMemory, PostError
 
-_NETWORK_LIBRARIES = {"aiohttp", "botocore", "aiobotocore", "urllib3"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ROOM_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
-
-
-def is_away(error: BaseException) -> bool:
-    """Whether a server that the job needs could not be reached, which says nothing about the job."""
-    return any(
-        isinstance(each, ConnectionError | TimeoutError) or type(each).__module__.split(".")[0] in _NETWORK_LIBRARIES
-        for each in _chain(error)
-    )
 
 
 def known_failure(error: Exception) -> PostError | None:
@@ -26,7 +17,7 @@ def known_failure(error: Exception) -> PostError | None:
         return error
     if _is_out_of_memory(error):
         return OutOfMemory("memory ran out; use a smaller model, batch or sequence length")
-    if any(_is_no_room(each) for each in _chain(error)):
+    if any(_is_no_room(each) for each in causes(error)):
         return DiskFull("the worker's disk is full; make room under its POST_HOME and its store, then order again")
     return None
 
@@ -42,10 +33,3 @@ def _is_no_room(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return True
     return any(text in str(error) for text in _NO_ROOM_TEXTS)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and what caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -25,12 +25,13 @@ from post_server.database import Database
 from post_server.jobs import states
 from post_server.jobs.states import Lease, LeaseLost
 from post_server.logs import configure_logs
+from post_server.outages import is_away
 from post_server.records import JobRow
 from post_server.settings import Settings, get_settings
 from post_server.storage import BlobStore
 from post_server.worker import lifeline
 from post_server.worker.exits import DATABASE_AWAY, ENDED, INTERRUPTED, LOST, STORAGE_AWAY
-from post_server.worker.failures import is_away, known_failure
+from post_server.worker.failures import known_failure
 from post_server.worker.quiet import quiet_models
 from post_server.worker.reporter import JobReporter
 from post_server.worker.supervisor import work_folder
