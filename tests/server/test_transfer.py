@@ -126,7 +126,10 @@ def test_the_target_is_asked_as_it_is_and_in_every_wording(pair: tuple[LanguageM
     prompts = [target.embed(torch.tensor(each)) for each in ids]
     with torch.no_grad():
         said = [words.of(target.answer_logits(batch, prompt)) for prompt in (None, *prompts)]
-    found = opinion(target, encoded, words, TASK)
+    seen: list[Progress] = []
+    found = opinion(target, encoded, words, TASK, report=seen.append)
+    assert [each.step for each in seen] == list(range(1, len(seen) + 1)), "one bar for all"
+    assert {each.steps for each in seen} == {len(seen)}
     torch.testing.assert_close(found, together(said), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(standard(found), standard(said[0]), atol=0.05)
 

@@ -15,7 +15,8 @@ from post_bench.speed.bench import Bench, Race, fresh, tokens_of
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
 from post_bench.speed.serving import mixed, mixed_generation
 from post_client.privacy import PrivacyConfig
-from post_server.ml.constants import constants
+from post_server.ml.asking import asked, opinion
+from post_server.ml.constants import constants, student_answers
 from post_server.ml.corpus import prepare_corpus
 from post_server.ml.descent import HEAD_SHARE, Descent, Student, predictions
 from post_server.ml.distillation import DistilConfig
@@ -61,12 +62,15 @@ def transfer_constants(bench: Bench, rows: int = CONSTANT_ROWS) -> Race[Batch]:
 
     def way(batch: Batch) -> None:
         some = EncodedRows(tuple(batch.encoded.rows[at] for at in batch.index))
-        constants(target, student, prompt, some, words)
+        student_answers(student, prompt, some, words)
+        opinion(target, some, words, bench.task)
+
+    said = [0, *(each.length for each in asked(target, bench.public_rows, bench.task))]
 
     def flop(batch: Batch) -> float:
         tokens, heads = tokens_of(batch), len(batch)
         prompted = Arithmetic.of(student).forward(tokens + bench.length, heads)
-        return prompted + Arithmetic.of(target).forward(tokens, heads)
+        return prompted + sum(Arithmetic.of(target).forward(tokens + length, heads) for length in said)
 
     return Race({"post": way}, ShuffledBatches(bench.public_rows, rows, seed=0), flop, tokens_of)
 

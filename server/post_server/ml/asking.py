@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from post_server.ml.constants import answers
+from post_server.ml.constants import answers, in_turn
 from post_server.ml.ensemble import standard
 from post_shared.batches import EncodedRows
 from post_shared.label_words import LabelWords
@@ -49,10 +49,18 @@ def opinion(
     """
     if words is None:
         return answers(target, encoded, None, report=report)
-    most = min(MOST_TOKENS, target.max_length - encoded.whole.longest)
-    asked = [prompt for text in wordings(task) if (prompt := _said(target, text, most))]
-    said = [answers(target, encoded, words, prompt, report=report) for prompt in (None, *asked)]
+    prompts = (None, *asked(target, encoded, task))
+    said = [
+        answers(target, encoded, words, prompt, report=in_turn(report, at, len(prompts)))
+        for at, prompt in enumerate(prompts)
+    ]
     return together(said)
+
+
+def asked(target: LanguageModel, encoded: EncodedRows, task: Task) -> list[SoftPrompt]:
+    """The wordings as prompts, as far as they fit before the longest text."""
+    most = min(MOST_TOKENS, target.max_length - encoded.whole.longest)
+    return [prompt for text in wordings(task) if (prompt := _said(target, text, most))]
 
 
 def together(said: Sequence[Tensor]) -> Tensor:

@@ -53,8 +53,15 @@ def student_answers(
     report: Reporter = ignore,
 ) -> tuple[Tensor, Tensor]:
     """Φs(p_s + x) and Φs(x); the latter, which only Eq. 5 looks at, is left empty with class scores."""
-    prompted = answers(student, encoded, words, prompt, report=report)
-    return prompted, torch.empty(0) if words else answers(student, encoded, words, report=report)
+    passes = 1 if words else 2
+    prompted = answers(student, encoded, words, prompt, report=in_turn(report, 0, passes, "student"))
+    plain = None if words else answers(student, encoded, words, report=in_turn(report, 1, passes, "student"))
+    return prompted, torch.empty(0) if plain is None else plain
+
+
+def in_turn(report: Reporter, at: int, passes: int, stage: str = "constants") -> Reporter:
+    """For pass number ``at`` of so many alike, which together are one stage."""
+    return lambda each: report(Progress(at * each.steps + each.step, passes * each.steps, stage))
 
 
 @torch.no_grad()

@@ -24,8 +24,9 @@ SPANS = {
     "search": (0.01, 0.05),
     "start": (0.05, 0.08),
     "distil": (0.08, 0.98),
-    "constants": (0.0, 0.15),
-    "transfer": (0.15, 0.98),
+    "student": (0.0, 0.04),
+    "constants": (0.04, 0.25),
+    "transfer": (0.25, 0.98),
     "evaluate": (0.0, 0.98),
 }
 """The part of a whole job that each stage takes, for one bar that doesn't jump."""
