@@ -7,14 +7,16 @@ but room, which ``post admin clean`` makes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 
-from post_server.database import guard
+from post_server.database import Database, guard
 from post_server.logs import where
 from post_server.records import DatasetRow, ModelRow, PromptRow, UploadRow
 from post_server.storage import BlobStore
@@ -42,6 +44,19 @@ def drop_unnamed(session: Session, store: BlobStore, hashes: Iterable[str]) -> N
     left = sorted(set(hashes))
     if left:
         event.listen(session, "after_commit", lambda _: _drop(session.get_bind(), store, left), once=True)
+
+
+@contextmanager
+def sent_ahead(database: Database, store: BlobStore, file: Path, sha256: str) -> Iterator[None]:
+    """For the transaction that will adopt the file: its bytes are sent before that, and removed if it fails."""
+    sent = store.send_ahead(file, sha256)
+    try:
+        yield
+    except Exception:
+        if sent:
+            with database.write() as session:
+                drop_unnamed(session, store, [sha256])
+        raise
 
 
 def batches(items: Iterable[T]) -> Iterator[list[T]]:

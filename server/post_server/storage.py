@@ -84,13 +84,15 @@ class BlobStore:
             temporary.unlink(missing_ok=True)
         return sha256
 
-    def send_ahead(self, temporary: Path, sha256: str) -> None:
+    def send_ahead(self, temporary: Path, sha256: str) -> bool:
         """Send a file to a store that is far away, so that :meth:`adopt`, which others may wait for, has nothing to do.
 
-        For the time before a transaction. What isn't adopted then is a blob that nothing names, for a clean-up.
+        Returns:
+            Whether there was anything to do. What isn't adopted then is a blob that nothing names.
         """
         if not self._is_local:
             self._adopt(temporary, sha256)
+        return not self._is_local
 
     def sweep(self, seconds: float = _FORGOTTEN_SECONDS) -> None:
         """Remove temporary files older than that, which processes that were killed have left."""

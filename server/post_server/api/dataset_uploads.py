@@ -17,6 +17,7 @@ from post_server.api.problems import problems
 from post_server.api.routes import Route
 from post_server.api.uploads import raw_body, received_file
 from post_server.audit_log import record
+from post_server.blob_names import sent_ahead
 from post_server.database import guard
 from post_server.dataset_store import add_dataset, dataset_document, summarise
 from post_server.records import ApiKeyRow, UploadRow, now
@@ -118,8 +119,7 @@ def _look(app: Context, caller: ApiKeyRow, upload: str) -> UploadRow:
 
 def _put(app: Context, caller: ApiKeyRow, upload: str, number: int, path: FilePath) -> Upload:
     sha256 = sha256_of(path)
-    app.store.send_ahead(path, sha256)
-    with app.database.write() as session:
+    with sent_ahead(app.database, app.store, path, sha256), app.database.write() as session:
         guard(session)
         row = visible_upload(session, caller, upload)
         add_part(session, app.store, row, number, path, sha256, app.settings)
@@ -135,7 +135,6 @@ def _finish(once: Once, upload: str, order: UploadFinish) -> Response:
     try:
         join_parts(app.store, seen.parts, order.sha256, path)
         summary = summarise(path, seen.kind)
-        app.store.send_ahead(path, summary.sha256)
 
         def create(session: Session) -> tuple[int, Dataset]:
             row, is_new = add_dataset(
@@ -146,6 +145,7 @@ def _finish(once: Once, upload: str, order: UploadFinish) -> Response:
             remove_upload(session, app.store, visible_upload(session, caller, upload))
             return 201 if is_new else 200, dataset_document(row)
 
-        return once.run(f"finish {upload}", document_hash(order), create)
+        with sent_ahead(app.database, app.store, path, summary.sha256):
+            return once.run(f"finish {upload}", document_hash(order), create)
     finally:
         path.unlink(missing_ok=True)

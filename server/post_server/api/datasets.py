@@ -17,6 +17,7 @@ from post_server.api.problems import problems
 from post_server.api.routes import Route
 from post_server.api.uploads import raw_body, received_file
 from post_server.audit_log import record
+from post_server.blob_names import sent_ahead
 from post_server.dataset_store import add_dataset, dataset_document, find_dataset, first_rows, summarise
 from post_server.records import DatasetRow
 from post_shared.dataset_schemas import DatasetPreview, LicenceName
@@ -83,7 +84,6 @@ async def create_dataset(
 
 def _create(once: Once, path: FilePath, name: str, kind: DatasetKind, licence: str | None) -> Response:
     summary = summarise(path, kind)
-    once.app.store.send_ahead(path, summary.sha256)
 
     def create(session: Session) -> tuple[int, Dataset]:
         row, is_new = add_dataset(session, once.app.store, path, summary, name=name, kind=kind, licence=licence)
@@ -91,4 +91,5 @@ def _create(once: Once, path: FilePath, name: str, kind: DatasetKind, licence: s
             record(session, once.caller.id, "dataset.add", row.id)
         return 201 if is_new else 200, dataset_document(row)
 
-    return once.run(f"dataset {name} {kind} {licence}", summary.sha256, create)
+    with sent_ahead(once.app.database, once.app.store, path, summary.sha256):
+        return once.run(f"dataset {name} {kind} {licence}", summary.sha256, create)

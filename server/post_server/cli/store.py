@@ -83,6 +83,7 @@ def add_dataset_(
 ) -> None:
     """Add public data. Never add private data: it stays with its owner."""
     from post_server.audit_log import local_user, record
+    from post_server.blob_names import sent_ahead
     from post_server.dataset_store import add_dataset, copy_as_dataset, summarise
 
     _check_name(name)
@@ -93,8 +94,7 @@ def add_dataset_(
         try:
             copy_as_dataset(source, kind, copy)
             summary = summarise(copy, kind)
-            store.send_ahead(copy, summary.sha256)
-            with database.write() as session:
+            with sent_ahead(database, store, copy, summary.sha256), database.write() as session:
                 row, is_new = add_dataset(session, store, copy, summary, name=name, kind=kind, licence=licence)
                 if is_new:
                     record(session, local_user(), "dataset.add", row.id)
