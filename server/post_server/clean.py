@@ -47,10 +47,10 @@ def clean(
     ]
 
 
-def ended_work(settings: Settings, database: Database) -> list[Path]:
-    """The work folders on this machine whose jobs have ended."""
+def ended_work(settings: Settings, database: Database) -> Iterator[Path]:
+    """The work folders on this machine whose jobs have ended, each asked about as its turn comes."""
     folder = settings.home / "work"
-    return [path for path in (folder.iterdir() if folder.is_dir() else ()) if _has_ended(database, path.name)]
+    yield from (path for path in (folder.iterdir() if folder.is_dir() else ()) if _has_ended(database, path.name))
 
 
 def _has_ended(database: Database, job_id: str) -> bool:

@@ -110,9 +110,17 @@ def test_a_defect_tells_the_user_where_to_look_and_nothing_else(front: Front, lo
     assert SECRET not in log.getvalue()
 
 
-def test_a_database_that_is_away_is_worth_another_try(front: Front) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("SELECT secret of alice", {}, Exception("no route to host")),
+        ConnectionResetError("bucket with a SELECT secret of alice"),
+    ],
+    ids=["database", "store"],
+)
+def test_what_is_away_is_worth_another_try(front: Front, error: Exception) -> None:
     def away() -> None:
-        raise OperationalError("SELECT secret", {}, Exception("no route to host"))
+        raise error
 
     front.app.router.routes.clear()
     front.app.add_api_route("/away", away)
@@ -120,17 +128,6 @@ def test_a_database_that_is_away_is_worth_another_try(front: Front) -> None:
     assert code(answer) == (503, "unavailable")
     assert answer.headers["retry-after"]
     assert "SELECT" not in answer.text
-
-
-def test_a_store_that_is_away_is_worth_another_try(front: Front) -> None:
-    def away() -> None:
-        raise ConnectionResetError("bucket of alice")
-
-    front.app.router.routes.clear()
-    front.app.add_api_route("/away", away)
-    answer = front(None, "GET", "/away")
-    assert code(answer) == (503, "unavailable")
-    assert answer.headers["retry-after"]
     assert "alice" not in answer.text
 
 

@@ -318,7 +318,7 @@ def test_two_weak_views_together_are_better_than_each() -> None:
 
 
 def test_what_the_student_says_about_the_texts_as_a_whole_counts_half() -> None:
-    """0.8 and 0.2 lie halfway from 2/3 and 1/3 to even, as a geometric mean."""
+    """2/3 and 1/3 lie halfway from even to 0.8 and 0.2, as a geometric mean."""
     student = torch.tensor([0.8, 0.2]).log() + torch.zeros(50, 1)
     torch.testing.assert_close(believed_shares(student), torch.tensor([2 / 3, 1 / 3]))
     generator = torch.Generator().manual_seed(0)
