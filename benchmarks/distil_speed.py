@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--slice", type=float, default=15.0, help="seconds of a turn")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of all processors")
     given = parser.parse_args()
-    target = LanguageModel.load(given.target)
+    target = LanguageModel.load(given.target, teaches=True)
     about = {
         "target": Path(given.target).name,
         "device": str(target.device),

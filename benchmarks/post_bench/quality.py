@@ -60,7 +60,10 @@ class QualityConfig:
 
 
 class Bench:
-    """One run. Models and prompts that were made stay in ``work``, so that a run stopped anywhere goes on."""
+    """One run. Models and prompts that were made stay in ``work``, so that a run stopped anywhere goes on.
+
+    ``teacher`` is the target as a worker loads it for distillations and transfers, maybe in another type.
+    """
 
     def __init__(
         self,
@@ -73,11 +76,12 @@ class Bench:
         public: Sequence[str],
         tasks: Mapping[str, str] | None = None,
         student: LanguageModel | None = None,
+        teacher: LanguageModel | None = None,
         report: Callable[[str, Progress], None] = lambda what, progress: None,
     ) -> None:
         self.target, self.data, self.work, self.config, self.results = target, data, work, config, results
         self.public, self.tasks = tuple(dict.fromkeys(public)), tasks or {}
-        self.given = student
+        self.given, self.teacher = student, teacher or target
         self.tell = report
         self._set = lru_cache(maxsize=None)(lambda name: read_set(data, name))
         self._student_of = lru_cache(maxsize=1)(self._make_student)
@@ -158,11 +162,11 @@ class Bench:
 
         def make(report: Reporter, checkpoint: Path) -> Tensor:
             moved = transfer(
-                self.target, student, task, SoftPrompt(prompt), texts, config, report=report, checkpoint=checkpoint
+                self.teacher, student, task, SoftPrompt(prompt), texts, config, report=report, checkpoint=checkpoint
             )
             return moved.prompt.embeddings
 
-        work = fingerprint(config, prompt, self.target.model, student.model, _plain(task, ()), texts)
+        work = fingerprint(config, prompt, self.teacher.model, student.model, _plain(task, ()), texts)
         return self._once(name, work, make)
 
     def _once(self, name: str, work: str, make: Callable[[Reporter, Path], Tensor]) -> tuple[Tensor, float]:
@@ -193,7 +197,7 @@ class Bench:
         corpus = some_prose(read_prose(self.data), max(PROSE, sum(map(len, texts)))) + texts
         config = replace(self.config.distil, answer_forms=self._forms(public))
         name = "-".join(("student", *public))
-        folder = self.work / f"{name}-{fingerprint(config, self.target.model, corpus)[:12]}"
+        folder = self.work / f"{name}-{fingerprint(config, self.teacher.model, corpus)[:12]}"
         if not (folder / "model.safetensors").exists():
             began = time.monotonic()
             last: dict[str, float] = {}
@@ -202,7 +206,7 @@ class Bench:
                 last.update(progress.metrics)
                 self.tell(name, progress)
 
-            student = distil(self.target, corpus, config, report=report, checkpoint=folder.with_suffix(".checkpoint"))
+            student = distil(self.teacher, corpus, config, report=report, checkpoint=folder.with_suffix(".checkpoint"))
             aside = folder.with_suffix(".part")
             shutil.rmtree(aside, ignore_errors=True)
             student.save(aside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from platformdirs import user_data_path
 from pydantic import Field, ValidationError, model_validator
@@ -41,6 +41,11 @@ class Settings(BaseSettings):
         pattern=rf"^({_ROOM}(,{_ROOM})*)?$",
         description="With `spread`, what weights may take, such as `0=20GiB,1=20GiB,cpu=60GiB`; default: 70 % of what "
         "is free.",
+    )
+    precision: Literal["auto", "float32"] = Field(
+        default="auto",
+        description="`auto`: bfloat16 on a GPU, and for a target that is distilled or gets a prompt also on a CPU with "
+        "matrix units for it (AMX).",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of a job; 0: the cores there are.")
     job_nice: int = Field(

@@ -10,6 +10,8 @@ from post_shared.errors import InvalidInput
 
 SPREAD = "spread"
 """The device of a model that is larger than any: see :mod:`post_shared.offload`."""
+WIDE = 256
+"""Hidden size from which matrices, not all that is around them, take most of the time."""
 _UNITS = {"": 1}
 for _at, _letter in enumerate("KMGT", 1):
     _UNITS |= {f"{_letter}B": 1000**_at, f"{_letter}iB": 1024**_at}
@@ -32,6 +34,18 @@ def choose_device(device: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInput(f"{device!r} was asked for, but torch sees no CUDA device; use cpu or auto")
     return place
+
+
+def usual_dtype(place: torch.device) -> torch.dtype:
+    """What a model computes in: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.float32 if place.type == "cpu" else torch.bfloat16
+
+
+def training_dtype(place: torch.device, width: int) -> torch.dtype:
+    """What a frozen model of that hidden size computes in, where others learn from it: bfloat16 also on a CPU with
+    matrix units for it (AMX), which multiplies several times as fast in it. Narrow models gain nothing there."""
+    units = place.type == "cpu" and width >= WIDE and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if units else usual_dtype(place)
 
 
 def parse_memory(text: str) -> Memory:

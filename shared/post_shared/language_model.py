@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from post_shared.attention import install
-from post_shared.devices import SPREAD, Memory, choose_device
+from post_shared.devices import SPREAD, Memory, choose_device, training_dtype, usual_dtype
 from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.gated import keep_less
 from post_shared.head import Head
@@ -65,15 +65,16 @@ class LanguageModel:
         *,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        teaches: bool = False,
         gguf_file: str | None = None,
         memory: Memory | None = None,
         offload_folder: Path | None = None,
     ) -> LanguageModel:
         """Load from a folder, a ``.gguf`` file, or a hub id. Only safetensors or GGUF weights; never remote code.
 
-        ``dtype`` defaults to float32 on CPU and bfloat16 on CUDA. The device ``spread`` is all GPUs, then memory, then
-        the disk, each up to what ``memory`` allows (default: most of what is free). On the disk weights stay in the
-        model's own files; those that can't are written to ``offload_folder``.
+        ``dtype`` defaults to float32 on CPU and bfloat16 on CUDA; if it ``teaches``, see :func:`training_dtype`. The
+        device ``spread`` is all GPUs, then memory, then the disk, each up to what ``memory`` allows (default: most of
+        what is free). On the disk weights stay in the model's own files; others are written to ``offload_folder``.
 
         Raises:
             InvalidInput: there is no such folder or file, or it holds no language model.
@@ -83,12 +84,13 @@ class LanguageModel:
             path = Path(source)
             source, gguf_file = str(path.parent), path.name
         place = choose_device("auto" if device == SPREAD else device)
-        dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
         options: dict[str, Any] = {"trust_remote_code": False}
         if gguf_file:
             options["gguf_file"] = gguf_file
         try:
             config = AutoConfig.from_pretrained(source, **options)
+            width = config.get_text_config().hidden_size
+            dtype = dtype or (training_dtype(place, width) if teaches else usual_dtype(place))
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             auto = AutoModelForMaskedLM if kind_of(config) == "masked" else AutoModelForCausalLM
             if gguf_file:  # kept quantised, the model could be neither saved nor differentiated

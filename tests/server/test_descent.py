@@ -118,7 +118,7 @@ def led(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def order(folder: Path, config: DistilConfig) -> Path:
     path = folder / "order.json"
-    write_order(path, folder / "target", config, checkpoint=None, cache_bytes=0, cpu=True)
+    write_order(path, folder / "target", config, dtype=torch.float32, checkpoint=None, cache_bytes=0, cpu=True)
     return path
 
 

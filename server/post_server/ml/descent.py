@@ -114,8 +114,8 @@ class Descent:
 
     def losses(self, part: Part) -> dict[str, Tensor]:
         """The part's share of the objective's losses and, as "loss", what is minimised."""
-        place = self.objective.target.device.type
-        with torch.autocast(place, torch.bfloat16, enabled=place == "cuda"):
+        target = self.objective.target
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
             losses = self.objective.losses(part)
         return {**losses, "loss": self.objective.total(losses)}
 

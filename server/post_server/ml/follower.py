@@ -22,10 +22,18 @@ GRACE = 5.0
 
 
 def write_order(
-    path: Path, target: Path, config: DistilConfig, *, checkpoint: Path | None, cache_bytes: int, cpu: bool
+    path: Path,
+    target: Path,
+    config: DistilConfig,
+    *,
+    dtype: torch.dtype,
+    checkpoint: Path | None,
+    cache_bytes: int,
+    cpu: bool,
 ) -> None:
-    """What a follower has to know: where the model lies and how it is distilled."""
+    """What a follower has to know: where the model lies, what it computes in and how it is distilled."""
     order = {"target": str(target), "config": asdict(config), "cache_bytes": cache_bytes, "cpu": cpu}
+    order["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps({**order, "checkpoint": None if checkpoint is None else str(checkpoint)}))
 
 
@@ -34,7 +42,8 @@ def main(order_path: str) -> None:
     lifeline.die_with_parent(GRACE)
     quiet_models()
     order = json.loads(Path(order_path).read_text("utf-8"))
-    target = LanguageModel.load(order["target"], device="cpu" if order["cpu"] else f"cuda:{os.environ['LOCAL_RANK']}")
+    device = "cpu" if order["cpu"] else f"cuda:{os.environ['LOCAL_RANK']}"
+    target = LanguageModel.load(order["target"], device=device, dtype=getattr(torch, order["dtype"]))
     options: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in order["config"].items()}
     config = DistilConfig(**options)
     checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])

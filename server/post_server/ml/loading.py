@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from post_server.records import ModelRow
 from post_server.settings import Settings
 from post_shared.devices import parse_memory
@@ -14,15 +16,22 @@ from post_shared.language_model import LanguageModel
 log = logging.getLogger("post.models")
 
 
-def load_stored(row: ModelRow, folder: Path, settings: Settings) -> LanguageModel:
-    """The model whose files were laid out in ``folder``.
+def load_stored(row: ModelRow, folder: Path, settings: Settings, *, teaches: bool = False) -> LanguageModel:
+    """The model whose files were laid out in ``folder``; see :meth:`LanguageModel.load` for what it computes in.
 
     Raises:
         IntegrityError: it can't be loaded; owners read this, so neither the folder nor the cause is in it.
     """
     try:
         memory = parse_memory(settings.device_memory)
-        return LanguageModel.load(folder, device=settings.device, memory=memory, offload_folder=folder / "offload")
+        return LanguageModel.load(
+            folder,
+            device=settings.device,
+            dtype=torch.float32 if settings.precision == "float32" else None,
+            teaches=teaches,
+            memory=memory,
+            offload_folder=folder / "offload",
+        )
     except InvalidInput as error:
         log.error("model can't be loaded: %s", error.detail, extra={"model": row.id})
         raise IntegrityError(f"The model {row.name} can't be loaded; the provider's log says why.") from error

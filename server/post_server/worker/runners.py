@@ -66,12 +66,12 @@ class Work:
     checkpoint: Path
     scratch: Path
 
-    def load(self, row: ModelRow) -> LanguageModel:
-        """A stored model, memory-mapped from links to its blobs."""
+    def load(self, row: ModelRow, *, teaches: bool = False) -> LanguageModel:
+        """A stored model, memory-mapped from links to its blobs; one that ``teaches`` computes in the fastest type."""
         folder = self.scratch / row.id
         if not folder.exists():
             materialise_model(self.store, row, folder)
-        return load_stored(row, folder, self.settings)
+        return load_stored(row, folder, self.settings, teaches=teaches)
 
     def texts(self, row: DatasetRow) -> list[str]:
         """The texts of a public dataset."""
@@ -95,8 +95,8 @@ def run_distil(work: Work) -> Outcome:
             raise Conflict(f"There already is a model named {request.name!r}; choose another name.")
     paragraphs = [text for corpus in corpora for text in work.texts(corpus)]
     config, choices = DistilConfig.from_request(request), list[LayerChoice]()
-    target = work.load(source)
-    with _group(work, source, config) as group:
+    target = work.load(source, teaches=True)
+    with _group(work, source, target.dtype, config) as group:
         student = distil(
             target,
             paragraphs,
@@ -121,7 +121,7 @@ def run_distil(work: Work) -> Outcome:
     return save
 
 
-def _group(work: Work, target: ModelRow, config: DistilConfig) -> AbstractContextManager[Group]:
+def _group(work: Work, target: ModelRow, dtype: torch.dtype, config: DistilConfig) -> AbstractContextManager[Group]:
     """All GPUs that the job may use, each with a process of its own; else this process alone."""
     gpus = torch.cuda.device_count() if work.settings.device in {"auto", "cuda"} else 0
     size = min(gpus, config.rows // (config.accumulate or 1))
@@ -132,6 +132,7 @@ def _group(work: Work, target: ModelRow, config: DistilConfig) -> AbstractContex
         order,
         work.scratch / target.id,
         config,
+        dtype=dtype,
         checkpoint=work.checkpoint,
         cache_bytes=work.settings.teacher_cache_bytes,
         cpu=False,
@@ -156,7 +157,7 @@ def run_transfer(work: Work) -> Outcome:
         student_row = _student_of(session, source, target_row)
     file, task = _read(work, source)
     prompt = SoftPrompt(torch.from_numpy(file.embeddings))
-    target, load_student = work.load(target_row), partial(work.load, student_row)
+    target, load_student = work.load(target_row, teaches=True), partial(work.load, student_row)
     alpha = request.alpha
     if alpha == "auto":
         alpha = choose_alpha(target, load_student(), task, prompt, work.rows(dataset)[: request.max_rows])
