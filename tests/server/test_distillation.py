@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,32 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     for ours, theirs in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not any(weight.requires_grad for weight in resumed.model.parameters())
+
+
+def test_a_target_in_bfloat16_teaches_nearly_the_same_and_resumes_exactly(tmp_path: Path) -> None:
+    """As on a CPU with matrix units for it: the pass is in bfloat16, the student's weights are float32."""
+    target, exact = tiny_model("llama"), tiny_model("llama")
+    target.model.to(torch.bfloat16)
+    config = DistilConfig(keep_layers=2, steps=8, batch_tokens=64, sequence_length=32)
+    losses: dict[str, list[float]] = {}
+
+    def watch(name: str) -> Callable[[Progress], None]:
+        return lambda p: losses.setdefault(name, []).append(p.metrics["loss"]) if p.stage == "distil" else None
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "distil" and progress.step == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        distil(target, PARAGRAPHS, config, report=stop, checkpoint=tmp_path)
+    resumed = distil(target, PARAGRAPHS, config, checkpoint=tmp_path)
+    undisturbed = distil(target, PARAGRAPHS, config, report=watch("bfloat16"))
+    distil(exact, PARAGRAPHS, config, report=watch("float32"))
+    assert undisturbed.dtype == torch.float32
+    for ours, theirs in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert losses["bfloat16"] != losses["float32"]  # or the pass wasn't in bfloat16
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 def test_a_checkpoint_of_another_target_is_not_gone_on_from(tmp_path: Path) -> None:

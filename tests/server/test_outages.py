@@ -113,7 +113,9 @@ def test_a_ring_that_redis_gives_to_another_worker_too_does_no_harm(ready: Backs
 @pytest.mark.slow
 def test_a_job_that_hangs_is_found_out_and_tried_again(ready: Backstage) -> None:
     """Its process is alive and its worker keeps the lease, but nothing moves."""
-    ready.settings = ready.settings.model_copy(update={"progress_seconds": 30.0, "max_attempts": 2})
+    ready.settings = ready.settings.model_copy(
+        update={"progress_seconds": 30.0, "max_attempts": 2, "lease_seconds": 60.0}  # a busy machine is no lost worker
+    )
     job_id = ready.add_distil(steps=ENDLESS)
     doorbell.ring(job_id, ready.settings)
     worker = ready.start_worker()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def published_loop(
 
         total = total + (1 - alpha) * divergence(right, ours) + alpha * divergence(right - right_plain, ours - plain)
     return total
+
+
+@pytest.mark.parametrize("method", ["ensemble", "paper"])
+def test_a_target_in_bfloat16_gets_nearly_the_same_prompt(
+    pair: tuple[LanguageModel, LanguageModel], method: Literal["ensemble", "paper"]
+) -> None:
+    target, student = pair
+    prompt, config = SoftPrompt.random(target, 4, seed=1), TransferConfig(method=method, steps=5, batch_size=4)
+    exact = transfer(target, student, TASK, prompt, TEXTS, config)
+    target.model.to(torch.bfloat16)
+    rounded = transfer(target, student, TASK, prompt, TEXTS, config)
+    assert rounded.prompt.embeddings.dtype == torch.float32
+    assert rounded.first_loss != exact.first_loss  # or nothing was computed in bfloat16
+    assert rounded.first_loss == pytest.approx(exact.first_loss, rel=0.05, abs=1e-3)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])

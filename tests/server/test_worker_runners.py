@@ -114,6 +114,26 @@ def test_jobs_run_on_a_target_that_is_larger_than_the_memory(backstage: Backstag
     assert spread.result["last_loss"] == pytest.approx(plain.result["last_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(("precision", "rounded"), [("auto", True), ("float32", False)])
+def test_a_cpu_made_for_bfloat16_is_used_so_unless_told_not_to(
+    backstage: Backstage, monkeypatch: pytest.MonkeyPatch, precision: str, rounded: bool
+) -> None:
+    target = backstage.add_target()
+    backstage.add_rows()
+    backstage.add_corpus()
+    transfer_job = add_transfer(backstage, backstage.add_source_prompt(add_student(backstage, target)))
+    _, plain = run(backstage, transfer_job)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr("post_shared.devices.WIDE", 1)
+    backstage.settings = backstage.settings.model_copy(update={"precision": precision})
+    _, again = run(backstage, backstage.add_job(JobKind.TRANSFER, plain.request, backstage.owner))
+    _, student = run(backstage, backstage.add_distil(steps=2))
+    assert (plain.error, again.error, student.error) == (None, None, None)
+    assert plain.result is not None
+    assert again.result is not None
+    assert (again.result["last_loss"] != plain.result["last_loss"]) is rounded
+
+
 @pytest.mark.parametrize("pattern", ["even", "search"])
 def test_a_distillation_says_which_layers_it_kept_and_what_it_tried(backstage: Backstage, pattern: str) -> None:
     backstage.add_target()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from post_shared.batches import encode_rows
-from post_shared.devices import choose_device
+from post_shared.devices import WIDE, choose_device, training_dtype
 from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
@@ -128,3 +130,20 @@ def test_wrong_width_missing_folder_and_unknown_device_are_said(tmp_path) -> Non
     with pytest.raises(InvalidInput, match="masked"):
         tiny_model("bert").prefix(torch.zeros(3, 32))
     assert len(LABELS) == len(TEXTS)
+
+
+def test_who_teaches_computes_in_bfloat16_where_a_cpu_is_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    tiny_model().save(tmp_path)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    assert training_dtype(cpu, WIDE) is torch.float32
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
+    assert training_dtype(cpu, WIDE) is torch.bfloat16
+    assert training_dtype(cpu, WIDE - 1) is torch.float32
+    assert training_dtype(torch.device("cuda"), 1) is torch.bfloat16
+    monkeypatch.setattr("post_shared.devices.WIDE", 1)
+    assert LanguageModel.load(tmp_path, device="cpu", teaches=True).dtype is torch.bfloat16
+    assert LanguageModel.load(tmp_path, device="cpu").dtype is torch.float32
+    assert LanguageModel.load(tmp_path, device="cpu", dtype=torch.float32, teaches=True).dtype is torch.float32
