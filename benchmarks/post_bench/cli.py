@@ -138,11 +138,14 @@ def _models(
     worker trains with it, and the student that was named."""
     from post_client.demo import fetch
     from post_client.student_checks import load_student
+    from post_shared.devices import training_dtype
     from post_shared.language_model import LanguageModel
 
     source = target or fetch.model_file(fetch.fetch())
-    model, teacher = (LanguageModel.load(source, device=device, teaches=teaches) for teaches in (False, True))
-    return model, model if teacher.dtype == model.dtype else teacher, load_student(student, device) if student else None
+    model = teacher = LanguageModel.load(source, device=device)
+    if training_dtype(model.device, model.hidden_size) != model.dtype:
+        teacher = LanguageModel.load(source, device=device, teaches=True)
+    return model, teacher, load_student(student, device) if student else None
 
 
 def _about(

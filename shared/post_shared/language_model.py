@@ -89,8 +89,8 @@ class LanguageModel:
             options["gguf_file"] = gguf_file
         try:
             config = AutoConfig.from_pretrained(source, **options)
-            width = config.get_text_config().hidden_size
-            dtype = dtype or (training_dtype(place, width) if teaches else usual_dtype(place))
+            usual = training_dtype(place, config.get_text_config().hidden_size) if teaches else usual_dtype(place)
+            dtype = dtype or usual
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             auto = AutoModelForMaskedLM if kind_of(config) == "masked" else AutoModelForCausalLM
             if gguf_file:  # kept quantised, the model could be neither saved nor differentiated
