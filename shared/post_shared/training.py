@@ -141,7 +141,8 @@ def fingerprint(*parts: Any) -> str:
         if isinstance(part, Tensor):
             digest.update(part.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         elif isinstance(part, nn.Module):  # a taste of each weight tells models apart; all of them take minutes
-            digest.update(fingerprint(*(weight.flatten()[:256] for weight in weights_of(part))).encode())
+            tastes = [weight.flatten()[:256] for weight in weights_of(part)]
+            digest.update(fingerprint(*tastes, [str(taste.dtype) for taste in tastes]).encode())
         else:
             plain = asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
             digest.update(json.dumps(plain, sort_keys=True, default=str).encode())

@@ -132,6 +132,10 @@ def test_the_schedule_rises_then_falls_to_zero() -> None:
 def test_fingerprints_differ_when_anything_differs() -> None:
     marks = {fingerprint(*parts) for parts in [(1, "a"), (1, "b"), (torch.ones(2),), (torch.zeros(2),)]}
     assert len(marks) == 4
+    exact = torch.nn.Linear(4, 4)
+    rounded = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    exact.load_state_dict(rounded.state_dict())  # the same numbers, and other results of what is computed with them
+    assert fingerprint(exact) != fingerprint(rounded)
     assert fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
 
 
