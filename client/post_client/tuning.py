@@ -17,7 +17,7 @@ from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.language_model import LanguageModel
-from post_shared.memory import MemoryPlan, plan_step
+from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.prompt_tuning import (
     PLAIN,
     TuneConfig,
@@ -110,7 +110,8 @@ def tune(
     check_vocabulary(student)
     encoded = encode_private(student, task, rows, config)
     tuning_objective(student, task)  # what can't be tuned on is found out before anything is charged
-    memory = plan_step(student, longest=config.length + encoded.whole.longest)
+    longest = config.length + encoded.whole.longest
+    split = plan_step(student, longest=longest).cut(config.length, packed=runs_prompt_once(student, longest))
     lean = lean_for(student, task, rows, public, config, private=privacy is not None)
     prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
     plan = _plan(rows, config, privacy)
@@ -122,7 +123,7 @@ def tune(
         run = reserve(rows, charge_of(rows, config, privacy), work)
         work = fingerprint(work, run.name)  # a checkpoint of a finished run is not gone on from
         plan = None if plan is None else plan.drawing_from(run.key)
-    parts = _plain(encoded, prompt, config, memory) if plan is None else _private(plan, rows, encoded, prompt, config)
+    parts = _plain(encoded, prompt, config, split) if plan is None else _private(plan, rows, encoded, prompt, config)
     tuned = train_on_task(
         student,
         task,
@@ -188,8 +189,10 @@ def _plan(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None
     return privacy.plan(units, batch_size=config.batch_size, steps=config.steps)
 
 
-def _plain(encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig, memory: MemoryPlan) -> _Parts:
-    optimizer = PromptAdam(prompt, config.learning_rate, memory.cut(config.length))
+def _plain(
+    encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig, split: Callable[[Batch], list[Batch]]
+) -> _Parts:
+    optimizer = PromptAdam(prompt, config.learning_rate, split)
     batches = ShuffledBatches(encoded, config.batch_size, config.seed)
     return _Parts(optimizer, batches, config.steps, lambda step: {})
 

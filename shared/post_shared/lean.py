@@ -19,6 +19,7 @@ from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.losses import divergence, label_word_loss
+from post_shared.packing import logits_behind
 from post_shared.tasks import Task
 
 LEAST_TEXTS = 16
@@ -92,7 +93,7 @@ class LeanFreeLoss:
     def __call__(self, prompt: Tensor, batch: Batch) -> Tensor:
         if self.lean is None:
             raise RuntimeError("look() comes before the first loss")
-        scores = self.words.scores(self.model.answer_logits(batch, prompt, self.words.token_ids))  # (B, C)
+        scores = self.words.scores(logits_behind(self.model, batch, prompt, self.words.token_ids))  # (B, C)
         return lean_free(scores, self.lean.of(prompt), batch.labels.to(scores.device))
 
 

@@ -81,6 +81,12 @@ def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) ->
     return MemoryPlan(min(fits, wanted), per_position, free)
 
 
+def runs_prompt_once(model: LanguageModel, longest: int) -> bool:
+    """Whether texts of up to ``longest`` positions, prompt included, share one run of their prompt in a step, so that
+    :meth:`MemoryPlan.cut` may count it once. A GPU may run it for each."""
+    return longest <= model.packs and model.device.type != "cuda"
+
+
 def plan_pass(model: LanguageModel, *, longest: int, kept: int = 0) -> MemoryPlan:
     """The most positions that a pass without gradients can run at a time in the free memory.
 

@@ -146,6 +146,16 @@ def pays(batch: Batch, prompts: Tensor, device: torch.device) -> bool:
     return len(batch) * (length + batch.longest) > 2 * (prompts.shape[:-1].numel() + texts)
 
 
+def logits_behind(model: LanguageModel, batch: Batch, prompts: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Logits (P, V), or (P, K) with ``tokens``, behind one prompt (l, d), or behind one for each row (B, l, d).
+
+    One is run once for all rows where that pays. Of its own prompt each row has its own gradient.
+    """
+    if prompts.dim() == 3:
+        return model.answer_logits(batch, prompts, tokens)
+    return model.answer_logits_shared(batch, prompts, tokens=tokens)
+
+
 def packed_answers(model: LanguageModel, batch: Batch, prompts: Tensor, owner: Tensor | None) -> Tensor:
     """Hidden states (P, d) at the answer positions of rows behind ``prompts`` (K, l, d): row i has ``owner[i]``."""
     places = batch.places(len(batch), cost=GROUP)

@@ -19,6 +19,7 @@ from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.lean import LEAST_TEXTS, LeanFreeLoss
 from post_shared.losses import answer_loss, label_word_loss
+from post_shared.packing import logits_behind
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import MASK, TEXT, Task
 from post_shared.training import Checkpoint, Loss, PromptOptimizer, Reporter, ignore, train_prompt
@@ -64,7 +65,7 @@ def tuning_objective(model: LanguageModel, task: Task) -> Loss:
     if task.is_generation:
 
         def generation(prompt: Tensor, batch: Batch) -> Tensor:
-            logits = model.answer_logits(batch, prompt)  # (P, V)
+            logits = logits_behind(model, batch, prompt)  # (P, V)
             place = logits.device
             return answer_loss(logits, batch.tokens.to(place), batch.rows.to(place), len(batch))
 
@@ -72,7 +73,7 @@ def tuning_objective(model: LanguageModel, task: Task) -> Loss:
     words = label_words(model, task)
 
     def classification(prompt: Tensor, batch: Batch) -> Tensor:
-        scores = words.scores(model.answer_logits(batch, prompt, words.token_ids))  # (B, C)
+        scores = words.scores(logits_behind(model, batch, prompt, words.token_ids))  # (B, C)
         return label_word_loss(scores, batch.labels.to(scores.device))
 
     return classification

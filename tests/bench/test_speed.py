@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from post_bench.speed import cli, curves, machine, results
-from post_bench.speed.arithmetic import Arithmetic, distillation_step, transfer_step, tuning_step
+from post_bench.speed.arithmetic import Arithmetic, distillation_step, prompt_step
 from post_bench.speed.bench import Bench, Race
 from post_bench.speed.machine import Peak, matrix_rate
 from post_bench.speed.memory import transfer_memory
@@ -88,8 +88,7 @@ def test_operations_are_counted_as_by_hand() -> None:
     kept = width * width * 2 + 2 * width * heads * (width // config.num_attention_heads) + 3 * width * inner
     one = Arithmetic.of(model)
     assert (one.layers, one.head) == (2 * 2 * kept, 2 * config.vocab_size * width)
-    assert transfer_step(model, 30, 2, 5) == 2 * (35 * one.layers + 2 * one.head)
-    assert tuning_step(model, 30, 2, 5) == 2 * (40 * one.layers + 2 * one.head)
+    assert prompt_step(model, 30, 2, 5) == 2 * (35 * one.layers + 2 * one.head)
     assert distillation_step(model, model, 30, 4) == 4 * 30 * one.layers + 3 * 4 * one.head
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from post_client.privacy import PrivacyConfig
-from post_client.tuning import TuneConfig, starting_prompt, tune
+from post_client.tuning import TuneConfig, encode_private, starting_prompt, tune
 from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
 from post_shared.evaluation import evaluate
+from post_shared.language_model import LanguageModel
+from post_shared.memory import TASTE
 from post_shared.tasks import Task
 from post_shared.training import Progress
 from tests.models import LABELS, TEXTS, tiny_model
@@ -118,3 +120,22 @@ def test_bad_input_is_refused_before_anything_is_trained() -> None:
     for change in ({"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"start": "zeros"}):
         with pytest.raises(InvalidInput):
             TuneConfig(**change)  # type: ignore[arg-type]
+
+
+def test_a_plain_step_runs_the_prompt_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only with a prompt of its own has a row a gradient of its own; without privacy that would be work for nothing."""
+    model, rows, config = tiny_model(), ROWS[:8], TuneConfig(length=8, steps=1, batch_size=8)
+    seen: list[torch.Size] = []
+    body = LanguageModel.last_hidden
+
+    def watched(self: LanguageModel, **inputs: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(inputs["inputs_embeds"].shape[:2])
+        return body(self, **inputs)
+
+    monkeypatch.setattr(LanguageModel, "last_hidden", watched)
+    tune(model, TASK, rows, config, privacy=None)
+    encoded = encode_private(model, TASK, rows, config)
+    (step,) = [shape for shape in seen if shape[1] > TASTE + 1]  # the memory plan's own taste is no step
+    assert step[0] == 1
+    assert step[1] <= config.length + len(rows) * encoded.whole.longest

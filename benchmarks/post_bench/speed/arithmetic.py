@@ -36,14 +36,10 @@ class Arithmetic:
         return self.to_prompt(tokens, heads) + tokens * self.layers
 
 
-def transfer_step(target: LanguageModel, tokens: int, rows: int, length: int) -> float:
-    """One pass of Φt forward and back over ``rows`` texts of ``tokens`` in all, and its prompt once."""
-    return Arithmetic.of(target).to_prompt(tokens + length, rows)
-
-
-def tuning_step(student: LanguageModel, tokens: int, rows: int, length: int) -> float:
-    """As above on Φs, with the prompt run for each row: a private step needs each row's own gradient."""
-    return Arithmetic.of(student).to_prompt(tokens + rows * length, rows)
+def prompt_step(model: LanguageModel, tokens: int, rows: int, length: int) -> float:
+    """A step of tuning (Φs) or of the transfer (Φt): one pass forward and back over ``rows`` texts of ``tokens`` in all,
+    and their prompt once."""
+    return Arithmetic.of(model).to_prompt(tokens + length, rows)
 
 
 def distillation_step(target: LanguageModel, student: LanguageModel, tokens: int, heads: int) -> float:

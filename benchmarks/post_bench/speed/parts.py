@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from post_bench.speed.arithmetic import Arithmetic, distillation_step, transfer_step, tuning_step
+from post_bench.speed.arithmetic import Arithmetic, distillation_step, prompt_step
 from post_bench.speed.bench import Bench, Race, fresh, tokens_of
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
 from post_bench.speed.serving import mixed, mixed_generation
@@ -27,7 +27,7 @@ from post_server.ml.transfer import TransferConfig, ensemble_objective, most_kep
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
-from post_shared.memory import plan_step
+from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.prompt_tuning import PLAIN, lean_for, tuning_objective
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.training import Loss, PromptAdam, PromptOptimizer
@@ -42,7 +42,7 @@ def transfer(bench: Bench) -> Race[Batch]:
     prompt, words = bench.prompt(target), label_words(target, bench.task)
     known = constants(target, bench.student, SoftPrompt(bench.prompt(bench.student)), bench.public_rows, words)
     loss = ensemble_objective(target, known, config.alpha, words)
-    optimizer = _adam(prompt, target, shared=True)
+    optimizer = _adam(prompt, target, most=most_kept(target))
     theirs = PublishedTransfer(target, bench.student, prompt, alpha=config.alpha, temperature=config.temperature)
     return Race(
         {
@@ -50,7 +50,7 @@ def transfer(bench: Bench) -> Race[Batch]:
             "published": lambda batch: theirs.step(fresh(batch)),
         },
         bench.batches(bench.public_rows, config.batch_size),
-        lambda batch: transfer_step(target, tokens_of(batch), len(batch), bench.length),
+        lambda batch: prompt_step(target, tokens_of(batch), len(batch), bench.length),
         tokens_of,
     )
 
@@ -97,7 +97,7 @@ def _tune(bench: Bench, model: LanguageModel) -> Race[Batch]:
     return Race(
         {**ways, "peft": peft.seconds},
         bench.batches(bench.private_rows, size),
-        lambda batch: tuning_step(model, tokens_of(batch), len(batch), bench.length),
+        lambda batch: prompt_step(model, tokens_of(batch), len(batch), bench.length),
         tokens_of,
     )
 
@@ -116,7 +116,7 @@ def tune_whole(bench: Bench) -> Race[Batch]:
     return Race(
         {"post": way},
         bench.batches(bench.private_rows, PLAIN.batch_size),
-        lambda batch: tuning_step(student, tokens_of(batch), len(batch), bench.length),
+        lambda batch: prompt_step(student, tokens_of(batch), len(batch), bench.length),
         tokens_of,
     )
 
@@ -212,11 +212,10 @@ def generate(bench: Bench, *, count: int = 8, length: int = 100, tokens: int = 3
     )
 
 
-def _adam(start: Tensor, model: LanguageModel, *, shared: bool = False) -> PromptAdam:
-    """As the loops make it, in micro-batches; ``shared`` where one pass runs the prompt once."""
-    plan = plan_step(model, longest=1, most=most_kept(model) if shared else None)
-    prompt = nn.Parameter(start.clone().to(model.device))
-    return PromptAdam(prompt, 0.01, plan.cut(len(start), packed=shared and model.packs > 0))
+def _adam(start: Tensor, model: LanguageModel, *, most: int | None = None) -> PromptAdam:
+    """As the loops make it, in micro-batches."""
+    split = plan_step(model, longest=1, most=most).cut(len(start), packed=runs_prompt_once(model, 1))
+    return PromptAdam(nn.Parameter(start.clone().to(model.device)), 0.01, split)
 
 
 def _update(optimizer: PromptOptimizer, loss: Loss, batch: Batch) -> None:

@@ -29,7 +29,7 @@ from post_shared.evaluation import check_labels, evaluate
 from post_shared.label_words import LabelWords, label_words
 from post_shared.language_model import LanguageModel
 from post_shared.losses import alpha_heuristic, divergence, soften, transfer_loss
-from post_shared.memory import plan_step
+from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.prompt_tuning import template_words
 from post_shared.schemas import TransferCreate
 from post_shared.soft_prompt import SoftPrompt
@@ -229,7 +229,7 @@ def _adam(
     longest = prompt.length + encoded.whole.longest
     plan = plan_step(target, longest=longest, most=most_kept(target))
     start = nn.Parameter(prompt.embeddings.clone().to(target.device))
-    packed = longest <= target.packs and target.device.type != "cuda"  # a GPU may run a prompt for each row
+    packed = runs_prompt_once(target, longest)
     cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, packed=packed)
     if group.size > 1:
         return SharedAdam(start, learning_rate, cut, group)
