@@ -40,11 +40,13 @@ class Lean:
     """(l, d)"""
     scores: Tensor
     """(C,), centred over the classes"""
-    gradient: Tensor
-    """(C, l, d)"""
+    gradient: Tensor | None
+    """(C, l, d); None if it is gone back through once, by :meth:`LeanFreeLoss.settle`"""
 
     def of(self, prompts: Tensor) -> Tensor:
         """The lean at other prompts: (l, d) -> (1, C) or, one per row, (B, l, d) -> (B, C)."""
+        if self.gradient is None:
+            return self.scores[None]
         moved = (prompts - self.prompt).reshape(-1, self.prompt.numel())
         return self.scores + moved @ self.gradient.flatten(1).T
 
@@ -57,9 +59,19 @@ class LeanFreeLoss:
     """
 
     def __init__(
-        self, model: LanguageModel, task: Task, texts: Sequence[str], *, batch_size: int, max_length: int, room: int
+        self,
+        model: LanguageModel,
+        task: Task,
+        texts: Sequence[str],
+        *,
+        batch_size: int,
+        max_length: int,
+        room: int,
+        per_row: bool = True,
     ) -> None:
-        """
+        """``per_row``: rows' gradients are looked at one by one, so that each needs the lean's own. Else one pass
+        backward through the lean does for all rows and all classes.
+
         Raises:
             InvalidInput: a generation task.
             DataInvalid: fewer than :data:`LEAST_TEXTS` public texts.
@@ -68,33 +80,46 @@ class LeanFreeLoss:
             raise InvalidInput("public texts help with classes; a generation task has none: leave them out")
         check_public(texts)
         chosen = list(dict.fromkeys(texts))
-        self.model, self.words = model, label_words(model, task)
+        self.model, self.words, self.per_row = model, label_words(model, task), per_row
         encoded = encode_rows(model, task, chosen, max_length, room=room)
         self.batches = ShuffledBatches(encoded, batch_size, seed=0)
         self.lean: Lean | None = None
+        self._mean: Tensor | None = None
 
     def look(self, step: int, prompt: Tensor) -> None:
-        """Measure the lean of ``prompt`` (l, d) on the public texts of ``step``: C - 1 backward passes of one batch.
+        """Measure the lean of ``prompt`` (l, d) on the public texts of ``step``: one pass, and ``per_row`` C - 1 back.
 
         Raises:
             InvalidInput: the answers to public texts are no numbers.
         """
-        leaf = prompt.detach().clone().requires_grad_()
+        leaf = prompt.detach().clone().requires_grad_() if self.per_row else prompt
         scores = self.words.scores(
             self.model.answer_logits_shared(self.batches(step), leaf, tokens=self.words.token_ids)
         )  # (B, C)
         mean = (scores - scores.mean(1, keepdim=True)).mean(0)  # (C,)
-        known = torch.stack([torch.autograd.grad(each, leaf, retain_graph=True)[0] for each in mean[:-1]])
-        if not (torch.isfinite(mean).all() and torch.isfinite(known).all()):  # says nothing of private rows
+        gradient = _gradient(mean, leaf) if self.per_row else None
+        if not all(torch.isfinite(each).all() for each in (mean, gradient) if each is not None):
             raise InvalidInput("the student's answers to the public texts are no numbers; leave those texts out")
-        last = -known.sum(0, keepdim=True)  # centred scores add up to 0
-        self.lean = Lean(leaf.detach(), mean.detach(), torch.cat([known, last]))
+        self.lean = Lean(leaf.detach(), mean.detach().requires_grad_(not self.per_row), gradient)
+        self._mean = None if self.per_row else mean
+
+    def settle(self) -> None:
+        """Add to the prompt's gradient what came back to the lean since :meth:`look`."""
+        if self.lean is not None and self._mean is not None:
+            self._mean.backward(self.lean.scores.grad)  # type: ignore[no-untyped-call]
+            self._mean = None
 
     def __call__(self, prompt: Tensor, batch: Batch) -> Tensor:
         if self.lean is None:
             raise RuntimeError("look() comes before the first loss")
         scores = self.words.scores(logits_behind(self.model, batch, prompt, self.words.token_ids))  # (B, C)
         return lean_free(scores, self.lean.of(prompt), batch.labels.to(scores.device))
+
+
+def _gradient(mean: Tensor, prompt: Tensor) -> Tensor:
+    """(C, l, d) of centred scores (C,), which add up to 0."""
+    known = torch.stack([torch.autograd.grad(each, prompt, retain_graph=True)[0] for each in mean[:-1]])
+    return torch.cat([known, -known.sum(0, keepdim=True)])
 
 
 def lean_free(scores: Tensor, lean: Tensor, labels: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from post_shared.training import Checkpoint, Loss, PromptOptimizer, Reporter, ig
 STARTS = ("task", "random")
 ITERATES = ("last", "average")
 PUBLIC_BATCH = 32
-"""Texts on which the lean is measured in each step."""
+"""Texts on which the lean is measured in each step of a private run."""
+OWN_BATCH = 16
+"""The same where nothing is private: what a lean of few texts lacks only tells in the next steps."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,12 @@ def lean_for(
     config: TuneConfig,
     *,
     private: bool,
+    per_row: bool | None = None,
 ) -> LeanFreeLoss | None:
     """The loss that is free of the lean which shows on ``public`` texts.
 
     Without these, where no privacy is promised, the rows' own texts stand in their place; None if they can't help.
+    ``per_row`` as in :class:`post_shared.lean.LeanFreeLoss`; by default it is as ``private``.
 
     Raises:
         DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
@@ -165,7 +169,15 @@ def lean_for(
     texts = public if public is not None or private else _own_texts(task, rows)
     if texts is None:
         return None
-    return LeanFreeLoss(model, task, texts, batch_size=PUBLIC_BATCH, max_length=config.max_length, room=config.length)
+    return LeanFreeLoss(
+        model,
+        task,
+        texts,
+        batch_size=PUBLIC_BATCH if private else OWN_BATCH,
+        max_length=config.max_length,
+        room=config.length,
+        per_row=private if per_row is None else per_row,
+    )
 
 
 def _own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,6 +59,13 @@ class Trainable(Protocol):
     def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
+@runtime_checkable
+class Settles(Protocol):
+    """A loss that keeps something to go back through once, after all parts of a step."""
+
+    def settle(self) -> None: ...
+
+
 class PromptOptimizer(Trainable, Protocol):
     """Moves a prompt by one step on one batch: plainly (:class:`PromptAdam`) or with differential privacy."""
 
@@ -92,6 +99,8 @@ class PromptAdam:
             losses = loss(self.prompt, part)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             total, count = total + float(losses.detach().sum()), count + len(losses)
+        if isinstance(loss, Settles):
+            loss.settle()
         if self.prompt.grad is not None:
             self.prompt.grad /= count
         self.optimizer.step()

@@ -32,8 +32,8 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny_model(request.param)
 
 
-def lean_free(model: LanguageModel, prompt: torch.Tensor) -> LeanFreeLoss:
-    loss = LeanFreeLoss(model, TASK, PUBLIC, batch_size=len(PUBLIC), max_length=64, room=4)
+def lean_free(model: LanguageModel, prompt: torch.Tensor, *, per_row: bool = True) -> LeanFreeLoss:
+    loss = LeanFreeLoss(model, TASK, PUBLIC, batch_size=len(PUBLIC), max_length=64, room=4, per_row=per_row)
     loss.look(0, prompt)
     return loss
 
@@ -59,11 +59,15 @@ def test_the_lean_and_its_gradient_are_those_of_public_text(model: LanguageModel
     )
 
 
-def test_gradients_are_those_of_the_loss_written_out(model: LanguageModel) -> None:
+@pytest.mark.parametrize("per_row", [True, False])
+def test_gradients_are_those_of_the_loss_written_out(model: LanguageModel, *, per_row: bool) -> None:
     """Cross-entropy of scores less the public mean, plus KL(uniform || mean), differentiated through both."""
     batch = encode_rows(model, TASK, TEXTS, 64, labels=LABELS, room=4).batch(range(8))
     ours, slow = (SoftPrompt.random(model, 4, seed=1).embeddings.clone().requires_grad_() for _ in range(2))
-    lean_free(model, ours)(ours, batch).sum().backward()
+    loss = lean_free(model, ours, per_row=per_row)
+    for part in batch.split(3):  # the lean is gone back through once, whatever a step is cut into
+        loss(ours, part).sum().backward()
+    loss.settle()
     mean = mean_scores(model, slow)
     scores = label_words(model, TASK).of(model.answer_logits(batch, slow)) - mean
     uniform = torch.nn.functional.kl_div(mean.log_softmax(0), torch.full((3,), 1 / 3), reduction="sum")

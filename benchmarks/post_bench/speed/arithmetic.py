@@ -37,8 +37,8 @@ class Arithmetic:
 
 
 def prompt_step(model: LanguageModel, tokens: int, rows: int, length: int) -> float:
-    """A step of tuning (Φs) or of the transfer (Φt): one pass forward and back over ``rows`` texts of ``tokens`` in all,
-    and their prompt once."""
+    """A step of tuning (Φs) or of the transfer (Φt): one pass forward and back over ``rows`` texts of ``tokens`` in
+    all, and their prompt once."""
     return Arithmetic.of(model).to_prompt(tokens + length, rows)
 
 

@@ -97,7 +97,9 @@ def tune_shadows(
         plan, optimizer, draw = _private(start, chosen, config, privacy, nominal or len(chosen[0]), inserted)
     every = ManyRows(encoded, len(chosen))
     leans = [
-        lean_for(student, task, [rows[at] for at in own.tolist()], public, config, private=privacy is not None)
+        lean_for(
+            student, task, [rows[at] for at in own.tolist()], public, config, private=privacy is not None, per_row=True
+        )
         for own in chosen
     ]  # as in ``tune``
     loss = ManyLoss(student, task, leans)
