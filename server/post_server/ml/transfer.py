@@ -37,8 +37,8 @@ from post_shared.tasks import Task
 from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
 STEP_SHARE = 0.35
-"""Of the target's own size: what a step keeps for the way back. Less would cost time: small matrices are slow. A GPU
-is filled by no less than a batch, and has memory of its own: there only what is free is a limit."""
+"""Of the target's size in float32: what a step keeps for the way back. Less would cost time: small matrices are slow. A
+GPU is filled by no less than a batch, and has memory of its own: there only what is free is a limit."""
 RATES = {"task": 0.003, "source": 0.03}
 """Learning rate by where p_t starts: what words that state the task already say is lost in large steps."""
 
@@ -219,7 +219,7 @@ def _objective(target: LanguageModel, known: Constants, words: LabelWords | None
 
 def most_kept(target: LanguageModel) -> int | None:
     """Bytes that a step may keep for the way back; None: what is free is the limit."""
-    return None if target.device.type == "cuda" else int(STEP_SHARE * target.nbytes)
+    return None if target.device.type == "cuda" else int(STEP_SHARE * 4 * target.parameters)
 
 
 def _adam(
