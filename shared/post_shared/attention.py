@@ -27,6 +27,7 @@ PLAIN = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "u
 """What a call may say besides, without any more being done than is done here: the mask holds the rest."""
 
 
+NARROW = (torch.bfloat16, torch.float16)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -94,9 +95,11 @@ class _Widened(torch.autograd.Function):
 
 
 def _goes_back_slowly(*inputs: Tensor) -> bool:
-    """Whether 16-bit numbers on a CPU want gradients."""
-    slow = all(each.device.type == "cpu" and each.dtype in (torch.bfloat16, torch.float16) for each in inputs)
-    return slow and torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    """Whether 16-bit numbers on a CPU, or those that autocast will make of others, want gradients."""
+    if not torch.is_grad_enabled() or not any(each.requires_grad for each in inputs):
+        return False
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") in NARROW
+    return all(each.device.type == "cpu" and (cast or each.dtype in NARROW) for each in inputs)
 
 
 def _says_no_more(said: dict[str, Any]) -> bool:

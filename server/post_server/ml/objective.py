@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,14 +12,13 @@ from torch import Tensor
 from post_server.ml.corpus import Prediction
 from post_server.ml.layers import layer_inputs
 from post_server.ml.teacher_cache import TeacherCache
+from post_server.ml.vocabulary import vocabulary_losses
 from post_shared.language_model import LanguageModel
 from post_shared.losses import (
     DISTILLATION_WEIGHTS,
     OPEN,
     cosine_loss,
     distillation_loss,
-    language_model_loss,
-    softened_cross_entropy,
 )
 
 ANSWER_WEIGHT = 1.0
@@ -96,11 +96,11 @@ class Objective:
             teacher = self.target.head(right[rows, positions])  # (n, V)
         with layer_inputs(self.student, range(1, 1 + len(self._entered))) as got:
             hidden = self.student.hidden(asked.inputs)  # (B, T, d)
-        logits = self.student.head(hidden[rows, positions])  # (n, V)
-        each = softened_cross_entropy(teacher, logits, self.temperature)  # (n,)
+        logits = self._head(hidden[rows, positions])  # (n, V)
+        each, lm = vocabulary_losses(teacher, logits, asked.tokens.to(device), self.temperature)  # (n,)
         losses = {
             "ce": each.sum() / part.positions,
-            "lm": language_model_loss(logits, asked.tokens.to(device)).sum() / part.positions,
+            "lm": lm.sum() / part.positions,
             "cos": cosine_loss(right, hidden).sum() / part.tokens,
         }
         if part.answers:
@@ -109,6 +109,11 @@ class Objective:
             apart = [alignment_loss(wanted[layer], got[at]).sum() for at, layer in enumerate(self._entered, 1)]
             losses["align"] = torch.stack(apart).mean() / part.tokens
         return losses
+
+    @cached_property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        """The student's. A frozen one is the target's, rounded alike: then the target's does, which no step rounds."""
+        return (self.target if _same_head(self.target, self.student) else self.student).head
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """What is minimised."""
@@ -122,6 +127,25 @@ class Objective:
         if self._cache is None:
             return self.target.hidden(part.prediction.inputs)
         return self._cache.hidden(part.blocks, part.prediction.inputs)
+
+
+def _same_head(target: LanguageModel, student: LanguageModel) -> bool:
+    """Whether the student's head is frozen and, in the target's type, the target's."""
+
+    def weights(model: LanguageModel) -> dict[str, Tensor]:
+        body = f"{model.model.base_model_prefix}."
+        every = model.model.named_parameters(remove_duplicate=False)  # a tied head's are the body's
+        return {name: weight for name, weight in every if not name.startswith(body)}
+
+    ours, theirs = weights(student), weights(target)
+    return (
+        bool(ours)
+        and ours.keys() == theirs.keys()
+        and all(
+            not mine.requires_grad and not theirs[name].is_meta and torch.equal(mine.to(theirs[name]), theirs[name])
+            for name, mine in ours.items()
+        )
+    )
 
 
 def distillation_losses(
