@@ -96,12 +96,10 @@ def tune_shadows(
         check_rows_are_apart(student, start, config.max_length)
         plan, optimizer, draw = _private(start, chosen, config, privacy, nominal or len(chosen[0]), inserted)
     every = ManyRows(encoded, len(chosen))
-    leans = [
-        lean_for(
-            student, task, [rows[at] for at in own.tolist()], public, config, private=privacy is not None, per_row=True
-        )
-        for own in chosen
-    ]  # as in ``tune``
+    own = ([rows[at] for at in some.tolist()] for some in chosen)
+    leans = [  # as in ``tune``
+        lean_for(student, task, some, public, config, private=privacy is not None, per_row=True) for some in own
+    ]
     loss = ManyLoss(student, task, leans)
     steps = config.steps if plan is None else plan.steps
 
