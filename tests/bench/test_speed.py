@@ -14,14 +14,16 @@ from torch import nn
 from post_bench.speed import cli, curves, machine, results
 from post_bench.speed.arithmetic import Arithmetic, distillation_step, prompt_step
 from post_bench.speed.bench import Bench, Race
+from post_bench.speed.journey import journey
 from post_bench.speed.machine import Peak, matrix_rate
 from post_bench.speed.memory import transfer_memory
-from post_bench.speed.parts import PARTS, Requests
+from post_bench.speed.parts import PARTS, TEACHING, Requests
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
 from post_server.ml.constants import constants
 from post_server.ml.layers import copy_student
-from post_server.ml.transfer import paper_objective
+from post_server.ml.transfer import TransferConfig, paper_objective
 from post_shared.data import Row
+from post_shared.prompt_tuning import PLAIN
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from tests.client.terminal import Captured, post
@@ -107,6 +109,18 @@ def test_the_machine_is_measured() -> None:
     with Peak() as peak:
         block = torch.ones(32 * 2**20)  # so large that no freed memory is used for it
     assert peak.bytes > 0.9 * block.nbytes
+
+
+def test_the_journey_is_made_in_the_type_that_a_worker_takes(bench: Bench) -> None:
+    teacher = tiny_model(layers=4)
+    teacher.model.to(torch.bfloat16)
+    names, device = ("transfer", "transfer_constants", "tune_whole", "tune_target"), torch.device("cpu")
+    parts = {name: PARTS[name](replace(bench, teacher=teacher)).run(1, device) for name in names}
+    assert TEACHING in parts["transfer"].ways
+    legs = journey(parts)
+    assert legs["transfer"] == TransferConfig().steps * parts["transfer"].ways[TEACHING].seconds
+    assert legs["tune"] == PLAIN.steps * parts["tune_whole"].ways["post"].seconds
+    assert TEACHING not in PARTS["transfer"](bench).ways
 
 
 @pytest.mark.slow

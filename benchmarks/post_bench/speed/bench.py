@@ -40,6 +40,8 @@ class Bench:
     max_length: int = 128
     batch_size: int | None = None
     """Instead of each part's own default."""
+    teacher: LanguageModel | None = None
+    """The target as a worker loads it to distil or transfer, where that is in another type."""
 
     @property
     def device(self) -> torch.device:

@@ -91,7 +91,8 @@ def _bench(
     files = fetch.fetch()
     settings = DemoSettings()
     texts = make_texts(fetch.snippets(files), fetch.news(files), settings)
-    large = LanguageModel.load(target or fetch.model_file(files), device=device)
+    source = target or fetch.model_file(files)
+    large, teacher = LanguageModel.load(source, device=device), LanguageModel.load(source, device=device, teaches=True)
     small = (
         LanguageModel.load(student, device=device)
         if student
@@ -99,7 +100,9 @@ def _bench(
     )
     public = [row.text for row in texts.public[: settings.transfer_rows]]
     task = Task.preset(settings.task)
-    return Bench(large, small, task, texts.train, public, texts.corpus, length=length, batch_size=batch_size)
+    own = teacher if teacher.dtype != large.dtype else None
+    every = (large, small, task, texts.train, public, texts.corpus)
+    return Bench(*every, length=length, batch_size=batch_size, teacher=own)
 
 
 def _about(bench: Bench, target: str | None, rounds: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from post_bench.speed.bench import Part
-from post_bench.speed.parts import CONSTANT_ROWS
+from post_bench.speed.parts import CONSTANT_ROWS, TEACHING
 from post_server.ml.transfer import TransferConfig
 from post_shared.prompt_tuning import PLAIN
 
@@ -17,11 +17,13 @@ from post_shared.prompt_tuning import PLAIN
 def journey(parts: Mapping[str, Part]) -> dict[str, float]:
     """Seconds of each leg and of the references, and how many times longer these take.
 
+    The transfer is timed as a worker on this machine makes it.
+
     ``vs_target`` compares with PEFT and the Trainer on the target model, as one would do without POST; ``vs_own``
     with POST's own tuning step on the target model.
     """
     config = TransferConfig()
-    of = {name: part.ways["post"].seconds for name, part in parts.items()}
+    of = {name: part.ways.get(TEACHING, part.ways["post"]).seconds for name, part in parts.items()}
     legs = {
         "tune": PLAIN.steps * of["tune_whole"],
         "constants": config.max_rows / CONSTANT_ROWS * of["transfer_constants"],

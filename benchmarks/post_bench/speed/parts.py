@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from post_bench.speed.arithmetic import Arithmetic, distillation_step, prompt_step
-from post_bench.speed.bench import Bench, Race, fresh, tokens_of
+from post_bench.speed.bench import Bench, Case, Race, Way, fresh, tokens_of
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
 from post_bench.speed.serving import mixed, mixed_generation
 from post_client.privacy import PrivacyConfig
@@ -32,6 +32,8 @@ from post_shared.prompt_tuning import PLAIN, lean_for, tuning_objective
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.training import Loss, PromptAdam, PromptOptimizer
 
+TEACHING = "teaching"
+"""The way in which a worker on this machine makes a step, where the target then computes in another type."""
 CONSTANT_ROWS = 32
 """Texts of one measurement of a transfer's constants."""
 
@@ -41,14 +43,14 @@ def transfer(bench: Bench) -> Race[Batch]:
     target, config = bench.target, TransferConfig()
     prompt, words = bench.prompt(target), label_words(target, bench.task)
     known = constants(target, bench.student, SoftPrompt(bench.prompt(bench.student)), bench.public_rows, words)
-    loss = ensemble_objective(target, known, config.alpha, words)
-    optimizer = _adam(prompt, target, most=most_kept(target))
+
+    def step(model: LanguageModel) -> Callable[[Batch], None]:
+        loss = ensemble_objective(model, known, config.alpha, words)
+        return partial(_update, _adam(prompt, model, most=most_kept(model)), loss)
+
     theirs = PublishedTransfer(target, bench.student, prompt, alpha=config.alpha, temperature=config.temperature)
     return Race(
-        {
-            "post": partial(_update, optimizer, loss),
-            "published": lambda batch: theirs.step(fresh(batch)),
-        },
+        {**_ways(bench, step), "published": lambda batch: theirs.step(fresh(batch))},
         bench.batches(bench.public_rows, config.batch_size),
         lambda batch: prompt_step(target, tokens_of(batch), len(batch), bench.length),
         tokens_of,
@@ -60,10 +62,13 @@ def transfer_constants(bench: Bench, rows: int = CONSTANT_ROWS) -> Race[Batch]:
     target, student, words = bench.target, bench.student, label_words(bench.target, bench.task)
     prompt = SoftPrompt(bench.prompt(student))
 
-    def way(batch: Batch) -> None:
-        some = EncodedRows(tuple(batch.encoded.rows[at] for at in batch.index))
-        student_answers(student, prompt, some, words)
-        opinion(target, some, words, bench.task)
+    def way(model: LanguageModel) -> Callable[[Batch], None]:
+        def compute(batch: Batch) -> None:
+            some = EncodedRows(tuple(batch.encoded.rows[at] for at in batch.index))
+            student_answers(student, prompt, some, words)
+            opinion(model, some, words, bench.task)
+
+        return compute
 
     said = [0, *(each.length for each in asked(target, bench.public_rows, bench.task))]
 
@@ -72,7 +77,7 @@ def transfer_constants(bench: Bench, rows: int = CONSTANT_ROWS) -> Race[Batch]:
         prompted = Arithmetic.of(student).forward(tokens + bench.length, heads)
         return prompted + sum(Arithmetic.of(target).forward(tokens + length, heads) for length in said)
 
-    return Race({"post": way}, ShuffledBatches(bench.public_rows, rows, seed=0), flop, tokens_of)
+    return Race(_ways(bench, way), ShuffledBatches(bench.public_rows, rows, seed=0), flop, tokens_of)
 
 
 def tune(bench: Bench) -> Race[Batch]:
@@ -127,10 +132,10 @@ def distil(bench: Bench) -> Race[int]:
     corpus = prepare_corpus(target, bench.corpus, config.sequence_length, None)
     kept = chosen_layers(bench.student.layers, target.layers, config.layer_pattern)
 
-    def descent(share: float) -> Callable[[int], None]:
+    def descent(teacher: LanguageModel, share: float = HEAD_SHARE) -> Callable[[int], None]:
         model = copy_student(target, kept)
         student = Student(model, learning_rate=1e-4, freeze_head=True, freeze_embeddings=True)
-        run = Descent(student, Objective(target, model, config.temperature), corpus, ALONE, config.rows, 1, 0, share)
+        run = Descent(student, Objective(teacher, model, config.temperature), corpus, ALONE, config.rows, 1, 0, share)
 
         def step(number: int) -> None:
             run.gradients(number)
@@ -143,7 +148,7 @@ def distil(bench: Bench) -> Race[int]:
 
     size = config.rows * config.sequence_length
     return Race(
-        {"post": descent(HEAD_SHARE), "every_position": descent(1.0)},
+        {**_ways(bench, descent), "every_position": descent(target, 1.0)},
         int,
         lambda step: distillation_step(target, bench.student, size, heads(step)),
         lambda step: size,
@@ -210,6 +215,11 @@ def generate(bench: Bench, *, count: int = 8, length: int = 100, tokens: int = 3
         lambda _: Arithmetic.of(model).forward(asked.tokens + made, count * new),
         lambda _: count * new,
     )
+
+
+def _ways(bench: Bench, way: Callable[[LanguageModel], Way[Case]]) -> dict[str, Way[Case]]:
+    """POST's way with the target in the type that everything else is timed in, and as it teaches if that differs."""
+    return {"post": way(bench.target)} | ({TEACHING: way(bench.teacher)} if bench.teacher else {})
 
 
 def _adam(start: Tensor, model: LanguageModel, *, most: int | None = None) -> PromptAdam:
