@@ -61,6 +61,8 @@ def _attention(
 def _mixed(
     module: nn.Module, mask: Tensor | None, said: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)  # the way back takes the inputs in another type
     if not _shares(query, key, value, mask, said):
         made: Tensor = sdpa_attention_forward(module, query, key, value, mask, **said)[0]
         return made

@@ -43,7 +43,7 @@ def test_logits_beyond_an_exponential_s_reach_give_numbers() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_head_is_the_target_s_and_says_the_same(monkeypatch: pytest.MonkeyPatch, *, frozen: bool) -> None:
+def test_a_frozen_head_is_the_target_s_and_says_the_same(*, frozen: bool) -> None:
     """Autocast rounds a frozen matrix in every step, that of the vocabulary too; the target's is rounded already."""
     target, student = tiny_model(), tiny_model()
     target.model.to(torch.bfloat16)

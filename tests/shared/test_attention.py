@@ -89,3 +89,18 @@ def test_sixteen_bit_numbers_go_back_in_float32(
     with torch.no_grad():
         attention.attention(module, *inputs, mask, scaling=0.3)
     assert seen[2:] == [(given, False)]  # nothing is widened for a pass that isn't gone back through
+
+
+def test_a_mask_that_is_added_goes_back_as_one_that_hides() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 6, 8).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    seen = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    added = torch.zeros(1, 1, 6, 6, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    hides, adds = (
+        torch.autograd.grad(attention.attention(module, *inputs, mask, scaling=0.3)[0].sum(), inputs)
+        for mask in (seen, added)
+    )
+    for one, other in zip(hides, adds, strict=True):
+        torch.testing.assert_close(one, other)
