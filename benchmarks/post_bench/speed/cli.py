@@ -80,6 +80,7 @@ def _bench(
     target: str | None, student: str | None, keep_layers: int, device: str, length: int, batch_size: int | None
 ) -> Bench:
     """Real models, and film reviews, product reviews and prose, fetched once as the demo's are."""
+    from post_bench.models import target_and_teacher
     from post_bench.speed.bench import Bench
     from post_client.demo import fetch
     from post_client.demo.settings import DemoSettings
@@ -91,8 +92,7 @@ def _bench(
     files = fetch.fetch()
     settings = DemoSettings()
     texts = make_texts(fetch.snippets(files), fetch.news(files), settings)
-    source = target or fetch.model_file(files)
-    large, teacher = LanguageModel.load(source, device=device), LanguageModel.load(source, device=device, teaches=True)
+    large, teacher = target_and_teacher(target or fetch.model_file(files), device)
     small = (
         LanguageModel.load(student, device=device)
         if student
@@ -100,7 +100,7 @@ def _bench(
     )
     public = [row.text for row in texts.public[: settings.transfer_rows]]
     task = Task.preset(settings.task)
-    own = teacher if teacher.dtype != large.dtype else None
+    own = teacher if teacher is not large else None
     every = (large, small, task, texts.train, public, texts.corpus)
     return Bench(*every, length=length, batch_size=batch_size, teacher=own)
 
