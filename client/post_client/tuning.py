@@ -17,19 +17,18 @@ from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.language_model import LanguageModel
-from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.prompt_tuning import (
     PLAIN,
     TuneConfig,
     check_rows,
-    lean_for,
+    planned,
     starting_prompt,
     train_on_task,
     tuning_objective,
 )
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
-from post_shared.training import Checkpoint, PromptAdam, PromptOptimizer, Reporter, fingerprint, ignore
+from post_shared.training import Checkpoint, PromptAdam, PromptOptimizer, Reporter, Split, fingerprint, ignore
 
 __all__ = [
     "PLAIN",
@@ -110,9 +109,7 @@ def tune(
     check_vocabulary(student)
     encoded = encode_private(student, task, rows, config)
     tuning_objective(student, task)  # what can't be tuned on is found out before anything is charged
-    longest = config.length + encoded.whole.longest
-    split = plan_step(student, longest=longest).cut(config.length, packed=runs_prompt_once(student, longest))
-    lean = lean_for(student, task, rows, public, config, private=privacy is not None)
+    split, lean = planned(student, task, rows, public, encoded, config, private=privacy is not None)
     prompt = nn.Parameter(starting_prompt(student, task, config).embeddings.clone().to(student.device))
     plan = _plan(rows, config, privacy)
     if plan is not None:
@@ -189,9 +186,7 @@ def _plan(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None
     return privacy.plan(units, batch_size=config.batch_size, steps=config.steps)
 
 
-def _plain(
-    encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig, split: Callable[[Batch], list[Batch]]
-) -> _Parts:
+def _plain(encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig, split: Split) -> _Parts:
     optimizer = PromptAdam(prompt, config.learning_rate, split)
     batches = ShuffledBatches(encoded, config.batch_size, config.seed)
     return _Parts(optimizer, batches, config.steps, lambda step: {})

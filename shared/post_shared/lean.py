@@ -68,9 +68,11 @@ class LeanFreeLoss:
         max_length: int,
         room: int,
         per_row: bool = True,
+        most: int | None = None,
     ) -> None:
         """``per_row``: rows' gradients are looked at one by one, so that each needs the lean's own. Else one pass
-        backward through the lean does for all rows and all classes.
+        backward through the lean does for all rows and all classes, at the end of the step. ``most`` are the positions
+        that texts with their prompts may take, one text at least.
 
         Raises:
             InvalidInput: a generation task.
@@ -82,7 +84,11 @@ class LeanFreeLoss:
         chosen = list(dict.fromkeys(texts))
         self.model, self.words, self.per_row = model, label_words(model, task), per_row
         encoded = encode_rows(model, task, chosen, max_length, room=room)
-        self.batches = ShuffledBatches(encoded, batch_size, seed=0)
+        each = room + encoded.whole.longest
+        fits = batch_size if most is None else max(1, most // each)
+        self.batches = ShuffledBatches(encoded, min(batch_size, fits), seed=0)
+        self.held = 0 if per_row else each * self.batches.batch_size
+        """Positions that :meth:`look` keeps for the way back until :meth:`settle`."""
         self.lean: Lean | None = None
         self._mean: Tensor | None = None
 

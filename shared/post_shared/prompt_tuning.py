@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from torch import Tensor
 
 from post_shared.averaging import Averaged
-from post_shared.batches import Batch
+from post_shared.batches import Batch, EncodedRows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.evaluation import check_labels
@@ -19,10 +19,11 @@ from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.lean import LEAST_TEXTS, LeanFreeLoss
 from post_shared.losses import answer_loss, label_word_loss
+from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.packing import logits_behind
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import MASK, TEXT, Task
-from post_shared.training import Checkpoint, Loss, PromptOptimizer, Reporter, ignore, train_prompt
+from post_shared.training import Checkpoint, Loss, PromptOptimizer, Reporter, Split, ignore, train_prompt
 
 STARTS = ("task", "random")
 ITERATES = ("last", "average")
@@ -157,11 +158,12 @@ def lean_for(
     *,
     private: bool,
     per_row: bool | None = None,
+    most: int | None = None,
 ) -> LeanFreeLoss | None:
     """The loss that is free of the lean which shows on ``public`` texts.
 
     Without these, where no privacy is promised, the rows' own texts stand in their place; None if they can't help.
-    ``per_row`` as in :class:`post_shared.lean.LeanFreeLoss`; by default it is as ``private``.
+    ``per_row`` and ``most`` as in :class:`post_shared.lean.LeanFreeLoss`; the former is by default as ``private``.
 
     Raises:
         DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
@@ -177,7 +179,34 @@ def lean_for(
         max_length=config.max_length,
         room=config.length,
         per_row=private if per_row is None else per_row,
+        most=most,
     )
+
+
+def planned(
+    model: LanguageModel,
+    task: Task,
+    rows: Sequence[Row],
+    public: Sequence[str] | None,
+    encoded: EncodedRows,
+    config: TuneConfig,
+    *,
+    private: bool,
+) -> tuple[Split, LeanFreeLoss | None]:
+    """How a plain step on ``encoded`` is cut so that it fits the free memory, and the loss free of the lean, if any.
+
+    The lean's texts stay until the end of a plain step, in half of the memory at most. Of a private run nothing may
+    depend on what is free: its micro-batches are given, and the lean's texts are gone before they come.
+
+    Raises:
+        OutOfMemory: a step on a single row doesn't fit.
+        DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
+    """
+    longest = config.length + encoded.whole.longest
+    plan = plan_step(model, longest=longest)
+    lean = lean_for(model, task, rows, public, config, private=private, most=None if private else plan.positions // 2)
+    left = replace(plan, positions=max(longest, plan.positions - (lean.held if lean else 0)))
+    return left.cut(config.length, packed=runs_prompt_once(model, longest)), lean
 
 
 def _own_texts(task: Task, rows: Sequence[Row]) -> list[str] | None:

@@ -43,6 +43,8 @@ class Progress:
 Reporter = Callable[[Progress], None]
 Loss = Callable[[Tensor, Batch], Tensor]
 """``loss(prompt, batch) -> (B,)``: one value per row; the prompt is (l, d) or (B, l, d)."""
+Split = Callable[[Batch], list[Batch]]
+"""Cuts a batch into what runs at a time."""
 
 
 def ignore(_: Progress) -> None:
@@ -86,9 +88,7 @@ class PromptAdam:
     ``split`` cuts a batch into what runs at a time: memory depends on it, the result doesn't.
     """
 
-    def __init__(
-        self, prompt: nn.Parameter, learning_rate: float, split: Callable[[Batch], list[Batch]] = whole
-    ) -> None:
+    def __init__(self, prompt: nn.Parameter, learning_rate: float, split: Split = whole) -> None:
         self.prompt, self.split = prompt, split
         self.optimizer = torch.optim.Adam([prompt], lr=learning_rate)
 

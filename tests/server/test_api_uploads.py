@@ -57,6 +57,14 @@ def test_parts_in_any_order_are_the_dataset(front: Front, upload: str) -> None:
     assert code(front("provider", "GET", f"/v1/uploads/{upload}")) == (404, "not_found")
 
 
+def test_an_upload_is_finished_without_a_body(front: Front, upload: str) -> None:
+    for number in (1, 2, 3):
+        put(front, upload, number, PARTS[number - 1])
+    made = front("provider", "POST", f"/v1/uploads/{upload}/finish")
+    assert made.status_code == 201
+    assert front.store.read(made.json()["sha256"]) == ROWS
+
+
 def test_bytes_are_sent_before_other_writers_are_held_off(
     front: Front, upload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from post_server.ml.min_k import SHARES, text_scores
 from post_server.ml.report_figures import measured_loss
 from post_server.ml.report_texts import attacked_texts, split_task
 from post_server.ml.trade_off import TradeOff, trade_off
 from post_server.records import JobRow, ModelRow
-from post_shared import estimates
+from post_shared import estimates, memory
+from post_shared.batches import Batch
 from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
+from post_shared.memory import saved_per_position
 from post_shared.report_schemas import ReportCreate, TradeOffReport
 from post_shared.schemas import DatasetKind, JobKind, JobState
 from post_shared.tasks import Task
@@ -88,6 +91,25 @@ def test_the_figures_are_those_of_the_plain_functions() -> None:
     lengths = lengths.clamp(max=31).double()
     assert found.loss.tokens == int(lengths.sum())
     assert found.loss.lm == pytest.approx(-float((likelihood * lengths).sum() / lengths.sum()), rel=1e-4)
+
+
+def test_tuning_for_a_report_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, student = tiny_model(layers=4), tiny_model()
+    sizes: list[int] = []
+    run = LanguageModel.answer_logits_shared
+
+    def noted(self: LanguageModel, batch: Batch, *inputs: Any, **more: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            sizes.append(len(batch))
+        return run(self, batch, *inputs, **more)
+
+    monkeypatch.setattr(LanguageModel, "answer_logits_shared", noted)
+    measure(student, target)
+    assert max(sizes) > REQUEST.batch_size  # the lean's
+    sizes.clear()
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(45 * saved_per_position(target) / memory.SHARE))
+    measure(student, target)
+    assert 0 < max(sizes) < REQUEST.batch_size
 
 
 def test_a_masked_pair_is_measured_too() -> None:

@@ -12,13 +12,14 @@ from torch import nn
 
 from post_shared import evaluation, memory
 from post_shared.batches import PASS, EncodedRow, EncodedRows, encode_rows
+from post_shared.data import Row
 from post_shared.decoding import continuations as continued
 from post_shared.errors import OutOfMemory
 from post_shared.evaluation import generate
 from post_shared.language_model import LanguageModel
 from post_shared.live_memory import peak_bytes
 from post_shared.memory import free_bytes, held_per_position, plan_pass, plan_step, saved_per_position
-from post_shared.prompt_tuning import tuning_objective
+from post_shared.prompt_tuning import OWN_BATCH, PUBLIC_BATCH, TuneConfig, planned, tuning_objective
 from post_shared.serving import ServedPrompt, classify_mixed
 from post_shared.tasks import Task
 from post_shared.training import PromptAdam
@@ -89,6 +90,28 @@ def test_a_plan_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _: 10**12)
     assert plan_step(model, longest=20, most=50 * each).positions == 50
     assert plan_step(model, longest=900, most=50 * each).positions == 900
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_a_plain_step_and_its_lean_fit_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = tiny_model(family), TuneConfig(length=4, max_length=32)
+    task = TASK if model.kind == "causal" else Task("{text}, it was {mask}", TASK.label_words)
+    rows = [Row(f"{text} {at}", LABELS[0]) for at, text in enumerate(TEXTS * 9)]
+    encoded = encode_rows(model, task, [row.text for row in rows], 32, room=4)
+    longest, each = 4 + encoded.whole.longest, saved_per_position(model)
+    for several in (1, 8):
+        room = several * longest
+        monkeypatch.setattr(memory, "free_bytes", lambda _, room=room: int((room + 0.5) * each / memory.SHARE))
+        split, lean = planned(model, task, rows, None, encoded, config, private=False)
+        assert lean is not None
+        assert 1 <= lean.batches.batch_size < OWN_BATCH
+        for part in split(encoded.whole):
+            texts = sum(map(encoded.length, part.index))
+            assert config.length + texts <= max(longest, room - lean.held), "one text at least"
+    _, private = planned(model, task, rows, [row.text for row in rows], encoded, config, private=True)
+    assert private is not None
+    assert private.batches.batch_size == PUBLIC_BATCH, "of a private run nothing depends on what is free"
+    assert private.held == 0
 
 
 def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ router = APIRouter(route_class=Route, prefix="/v1/uploads", tags=["datasets"])
 
 UploadId = Annotated[str, Path(min_length=1, max_length=64)]
 PartNumber = Annotated[int, Path(ge=1, le=MAX_PARTS)]
+UNCHECKED = UploadFinish(sha256=None)
+"""What a request without a body asks for."""
 
 
 @router.get("", responses=problems(403))
@@ -88,7 +90,11 @@ async def put_upload_part(request: Request, app: App, caller: Provider, upload: 
     responses=problems(403, 404, 409, 413) | {200: {"model": Dataset, "description": "It was there already"}},
 )
 def finish_upload(
-    order: UploadFinish, app: App, caller: Provider, upload: UploadId, idempotency_key: IdempotencyKey = None
+    app: App,
+    caller: Provider,
+    upload: UploadId,
+    order: UploadFinish = UNCHECKED,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Make the dataset of all parts (provider). Every line is checked first; with a mistake the upload stays."""
     once = Once(app, caller, idempotency_key)

@@ -18,7 +18,7 @@ from post_server.ml.report_texts import PublicTask
 from post_server.ml.stages import Stages
 from post_shared.batches import ShuffledBatches, encode_rows
 from post_shared.language_model import LanguageModel
-from post_shared.prompt_tuning import TuneConfig, lean_for, starting_prompt, train_on_task
+from post_shared.prompt_tuning import TuneConfig, planned, starting_prompt, train_on_task
 from post_shared.report_schemas import Leakage, MeasuredLoss, ReportCreate, TaskFigures
 from post_shared.training import Checkpoint, Progress, PromptAdam, Reporter, fingerprint, ignore
 
@@ -99,14 +99,15 @@ def _tuned(model: LanguageModel, task: PublicTask, request: ReportCreate, kept: 
         texts, labels = [row.text for row in task.tune], [row.label for row in task.tune]
         encoded = encode_rows(model, task.task, texts, config.max_length, labels=labels, room=config.length)
         start = starting_prompt(model, task.task, config).embeddings
+        split, lean = planned(model, task.task, task.tune, None, encoded, config, private=False)
         prompt = train_on_task(
             model,
             task.task,
-            PromptAdam(nn.Parameter(start.clone().to(model.device)), config.learning_rate),
+            PromptAdam(nn.Parameter(start.clone().to(model.device)), config.learning_rate, split),
             ShuffledBatches(encoded, config.batch_size, config.seed),
             config,
             steps=config.steps,
-            lean=lean_for(model, task.task, task.tune, None, config, private=False),
+            lean=lean,
             report=tell,
             checkpoint=kept,
         )
