@@ -44,6 +44,7 @@ def recipes(length: int, layers: int, pattern: str, forms: Sequence[str]) -> dic
     """name -> (configuration, share of the positions at which the vocabulary losses are taken)."""
     paper = DistilConfig(
         keep_layers=layers,
+        layer_pattern="ends",
         start="copy",
         minutes=1.0,
         learning_rate=2.5e-4,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,11 +17,14 @@ from post_client._http import LONGEST_WAIT
 from post_client.privacy import PrivacyConfig
 from post_client.student_checks import check_rows_are_apart, load_student
 from post_client.tuning import TuneConfig, encode_private, tune
+from post_shared import memory
+from post_shared.batches import EncodedRows
 from post_shared.cli import build_app, print_error, run
 from post_shared.data import Row
-from post_shared.errors import InvalidInput, ModelUnsafe, Unavailable, from_problem
+from post_shared.errors import InvalidInput, ModelUnsafe, OutOfMemory, Unavailable, from_problem
 from post_shared.language_model import LanguageModel
 from post_shared.model_files import check_safe
+from post_shared.prompt_tuning import tuning_objective
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
@@ -99,6 +104,57 @@ def test_a_student_whose_rows_are_not_apart_is_refused_in_private_runs(
     config = TuneConfig(length=4, steps=1, batch_size=8, max_length=36)
     with pytest.raises(ModelUnsafe, match="depends on the texts beside it"):
         tune(student, TASK, ROWS, config, privacy=PRIVACY)
+
+
+@pytest.mark.parametrize("change", SHIFTY.values(), ids=SHIFTY)
+@pytest.mark.parametrize("unit", ["row", "user"])
+def test_a_row_moves_the_sum_by_c_even_where_weights_hide_what_the_check_looks_for(
+    change: dict[str, object], unit: str, tmp_path: Path
+) -> None:
+    """Rows share passes with rows of their own shape alone, whatever a student does with padding and lengths."""
+    tiny_model("llama", layers=2).save(tmp_path)
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | change))
+    student = LanguageModel.load(tmp_path, device="cpu")
+    prompt = SoftPrompt.random(student, 4, seed=1).embeddings
+    privacy = PrivacyConfig(seed=0, unit=unit, clip_norm=0.1)
+    many = [
+        Row(" ".join(["plot", text] * (1 + at % 3)), label)
+        for at, (text, label) in enumerate(zip(TEXTS, LABELS, strict=True))
+    ]
+    for more in range(1, 30, 4):
+        rows = [*many, Row("plot " * (8 + more), "positive")]
+        encoded = encode_private(student, TASK, rows, TuneConfig(length=4, max_length=64))
+
+        def summed(count: int, encoded: EncodedRows = encoded) -> torch.Tensor:
+            plan = privacy.plan(100, batch_size=8, steps=1)
+            tuned = plan.optimizer(nn.Parameter(prompt.clone()), 0.1, range(len(encoded)), longest=64)
+            tuned.update(tuning_objective(student, TASK), encoded.batch(range(count)))
+            return tuned.summed_gradient.clone()
+
+        assert float((summed(len(rows)) - summed(len(many))).norm()) <= 0.1 * 1.001
+
+
+def test_positions_that_remember_the_longest_row_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama", layers=2).save(tmp_path)
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | _rope("dynamic", factor=2.0)))
+    with pytest.raises(ModelUnsafe, match="dynamic rope scaling"):
+        tune(LanguageModel.load(tmp_path, device="cpu"), TASK, ROWS, CONFIG, privacy=PRIVACY)
+
+
+def test_whether_a_private_run_begins_does_not_depend_on_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_model("llama", layers=2)
+    each = memory.saved_per_position(student)
+    for room, begins in ((40, True), (30, False)):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, room=room: int((room + 0.5) * each / memory.SHARE))
+        for rows in (ROWS, [*ROWS, Row("plot " * 100, "positive")]):
+            run = partial(tune, student, TASK, rows, replace(CONFIG, max_length=36), privacy=PRIVACY)
+            if begins:
+                run()
+            else:
+                with pytest.raises(OutOfMemory):
+                    run()
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *MASKED])

@@ -51,7 +51,7 @@ def quality(
     plot: Annotated[Path | None, typer.Option(help="Picture; by default beside the JSON file.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of models and prompts; by default FILE.work.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="SET=PRESET or SET=FILE; may be repeated.")] = None,
-    test_rows: Annotated[int | None, typer.Option(help="Measure on the first so many test rows only.")] = None,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many test rows only.")] = None,
     epsilon: Annotated[float, typer.Option(help="Budget of the DP methods.")] = 8.0,
     max_length: Annotated[int, typer.Option(help="Longest text in tokens; longer ones are cut.")] = 128,
     target: Annotated[
@@ -63,31 +63,41 @@ def quality(
     minutes: Annotated[float, typer.Option(help="Of distillation.", rich_help_panel=STUDENT)] = 20.0,
     keep_layers: Annotated[int, typer.Option(help="Layers of the student.", rich_help_panel=STUDENT)] = 8,
     tune_steps: Annotated[
-        int | None, typer.Option(help="Of tuning on the student without DP.", rich_help_panel=TRAINING)
+        int | None, typer.Option(min=1, help="Of tuning on the student without DP.", rich_help_panel=TRAINING)
     ] = None,
-    dp_steps: Annotated[int | None, typer.Option(help="Of tuning with DP.", rich_help_panel=TRAINING)] = None,
-    transfer_steps: Annotated[int | None, typer.Option(help="Of every transfer.", rich_help_panel=TRAINING)] = None,
+    dp_steps: Annotated[int | None, typer.Option(min=1, help="Of tuning with DP.", rich_help_panel=TRAINING)] = None,
+    transfer_steps: Annotated[
+        int | None, typer.Option(min=1, help="Of every transfer.", rich_help_panel=TRAINING)
+    ] = None,
     upper_steps: Annotated[
-        int | None, typer.Option(help="Of tuning on the target itself.", rich_help_panel=TRAINING)
+        int | None, typer.Option(min=1, help="Of tuning on the target itself.", rich_help_panel=TRAINING)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Accuracy of every method over private × public pairs and seeds: JSON, a Markdown table and a picture."""
     from post_bench import results as figures
     from post_bench.quality import Bench, QualityConfig, wanted
-    from post_bench.sets import pairs, read_set
-    from post_client.cli.console import check_writable, quiet_libraries
+    from post_bench.sets import pairs, read_prose, read_set
+    from post_client.cli.console import check_writable, quiet_libraries, usage_error
+    from post_client.privacy import PrivacyConfig
 
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        usage_error("--methods names none")
     table, plot = table or json.with_suffix(".md"), plot or json.with_suffix(".png")
     for path in (json, table, plot):
         check_writable(path)
-    keys = wanted(pairs(private, public), [name.strip() for name in methods.split(",") if name.strip()], seeds)
+    keys = wanted(pairs(private, public), names, seeds)
     config = QualityConfig(epsilon=epsilon, test_rows=test_rows, max_length=max_length)
     config = _with_steps(config, tune_steps, dp_steps, transfer_steps, upper_steps)
     config = replace(config, distil=replace(config.distil, minutes=minutes, keep_layers=keep_layers))
     tasks = dict(_assignment(each) for each in task or [])
+    PrivacyConfig(epsilon=epsilon)  # what is wrong or missing is said before a model is loaded
     for name in (*private, *public):
-        read_set(data, name)  # what is missing is said before a model is loaded
+        read_set(data, name)
+    if student is None:
+        read_prose(data)
+    figures.check_picture(plot)
     quiet_libraries()
     model, teacher, small = _models(target, student, device)
     about = _about(config, model, teacher.dtype, target, small, data, private, public, tasks)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from post_client.cli.console import write_file
-from post_shared.errors import DataInvalid
+from post_shared.errors import DataInvalid, InvalidInput
 
 METHODS: dict[str, str] = {
     "zero_shot": "large model, no prompt",
@@ -153,6 +153,15 @@ def _cell(each: dict[str, Any]) -> str:
     spread = f" ± {each['deviation']:.3f}" if each["deviation"] is not None else ""
     gap = f" ({each['gap_share']:.2f})" if each["gap_share"] is not None and "post" in each["method"] else ""
     return f"{each['accuracy']:.3f}{spread}{gap}"
+
+
+def check_picture(path: Path) -> None:
+    """Raise :class:`InvalidInput` if no picture can be written under that name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in kinds:
+        raise InvalidInput(f"{path} is no kind of picture that can be drawn; there are: {', '.join(sorted(kinds))}")
 
 
 def draw(rows: Sequence[Figure], path: Path) -> None:

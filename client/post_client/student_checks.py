@@ -17,6 +17,8 @@ from post_shared.language_model import LanguageModel
 
 SHORT = 4
 """Tokens of the row whose answer is watched."""
+REMEMBERS = {"dynamic"}
+"""Kinds of rope scaling that keep something of earlier texts."""
 TOLERANCE = 1e-3
 """Largest share of the logits' spread that rounding may move; what a configuration does is far above it."""
 
@@ -59,6 +61,7 @@ def check_rows_are_apart(student: LanguageModel, prompt: Tensor, max_length: int
             f"a private run needs a student in float32, not {str(student.dtype).removeprefix('torch.')}: in 16 bits "
             "the texts beside a row change its answer; load it with dtype=torch.float32"
         )
+    _check_rows_leave_no_trace(student.config.to_dict())
     rows = [_row(student, SHORT), *(_row(student, length) for length in range(SHORT, max_length + 1))]
     encoded = EncodedRows(tuple(rows))
 
@@ -76,6 +79,22 @@ def check_rows_are_apart(student: LanguageModel, prompt: Tensor, max_length: int
                 "would change the gradients of others and differential privacy would not hold; ask the provider for a "
                 "sound student"
             )
+
+
+def _check_rows_leave_no_trace(config: object) -> None:
+    """Raise :class:`ModelUnsafe` on positions that stretch to the longest row seen so far."""
+    if isinstance(config, dict):
+        if REMEMBERS & {str(config.get(name)) for name in ("rope_type", "type")}:
+            raise ModelUnsafe(
+                "the student's positions follow the longest text that it has seen (dynamic rope scaling), so one row "
+                "would change the gradients of others and differential privacy would not hold; ask the provider for "
+                "another student"
+            )
+        for each in config.values():
+            _check_rows_leave_no_trace(each)
+    elif isinstance(config, list | tuple):
+        for each in config:
+            _check_rows_leave_no_trace(each)
 
 
 def _row(student: LanguageModel, length: int) -> EncodedRow:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import post_client
+import post_shared
 from post_client.ledger import Charge, Reserve, Run
 from post_client.privacy import PrivacyConfig, PrivacyPlan, PrivacyStatement, default_delta
 from post_client.privacy.statement import library_versions
@@ -149,9 +153,17 @@ def work_of(
     Runs of one name draw the same noise, so whatever else moves a gradient, be it by rounding, has to be in it.
     """
     model = student.config.to_dict() | {"_name_or_path": ""}, student.tokenizer.backend_tokenizer.to_str()
-    machinery = str(student.device), str(student.dtype), torch.get_num_threads(), library_versions()
+    machinery = str(student.device), str(student.dtype), torch.get_num_threads(), library_versions(), _sources()
     every = list(map(asdict, rows))
     return fingerprint(config, privacy, repr(task), public, every, model, machinery, *student.model.parameters())
+
+
+@cache
+def _sources() -> str:
+    """A digest of the code that makes a gradient: of one version there are many."""
+    folders = [Path(str(package.__file__)).parent for package in (post_client, post_shared)]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def charge_of(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None) -> Charge:
@@ -204,5 +216,5 @@ def _private(
     def batch(step: int) -> Batch:
         return encoded.batch([row for unit in sampler.draw(step) for row in members[unit]])
 
-    optimizer = plan.optimizer(prompt, config.learning_rate, users)
+    optimizer = plan.optimizer(prompt, config.learning_rate, users, longest=config.max_length)
     return _Parts(optimizer, batch, plan.steps, lambda step: {"epsilon": plan.epsilon_after(step)})

@@ -37,10 +37,11 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows ``index`` of ``encoded``. B rows, T tokens in the longest, P answer positions."""
+    """Rows ``index`` of ``encoded``. B rows, T tokens in the longest (``least`` at least), P answer positions."""
 
     encoded: EncodedRows
     index: tuple[int, ...]
+    least: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -86,8 +87,8 @@ class Batch:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(row.token_ids) for row in self._rows)
+        """Tokens to which rows are padded: those of the longest row, ``least`` at least."""
+        return max(self.least, max(len(row.token_ids) for row in self._rows))
 
     @cached_property
     def token_ids(self) -> Tensor:
@@ -131,7 +132,6 @@ class EncodedRows:
         return len(self.rows)
 
     def length(self, row: int) -> int:
-        """Tokens of a row."""
         return len(self.rows[row].token_ids)
 
     def batch(self, index: Sequence[int]) -> Batch:

@@ -88,5 +88,13 @@ class _Body(nn.Module):
         """Some families reach into their body for its decoder."""
         return self
 
-    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+    def forward(self, *_: object, **__: object) -> _Output:
+        return _Output(last_hidden_state=self.hidden)
+
+
+class _Output(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
+    """What a body hands over; of all that only some families ask for (such as a router's logits), nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)

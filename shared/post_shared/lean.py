@@ -46,6 +46,8 @@ class Lean:
     def of(self, prompts: Tensor) -> Tensor:
         """The lean at other prompts: (l, d) -> (1, C) or, one per row, (B, l, d) -> (B, C)."""
         if self.gradient is None:
+            if prompts.dim() == 3:
+                raise RuntimeError("a row's own gradient needs the lean's: per_row")
             return self.scores[None]
         moved = (prompts - self.prompt).reshape(-1, self.prompt.numel())
         return self.scores + moved @ self.gradient.flatten(1).T
@@ -68,11 +70,9 @@ class LeanFreeLoss:
         max_length: int,
         room: int,
         per_row: bool = True,
-        most: int | None = None,
     ) -> None:
         """``per_row``: rows' gradients are looked at one by one, so that each needs the lean's own. Else one pass
-        backward through the lean does for all rows and all classes, at the end of the step. ``most`` are the positions
-        that texts with their prompts may take, one text at least.
+        backward through the lean does for all rows and all classes, at the end of the step.
 
         Raises:
             InvalidInput: a generation task.
@@ -84,10 +84,8 @@ class LeanFreeLoss:
         chosen = list(dict.fromkeys(texts))
         self.model, self.words, self.per_row = model, label_words(model, task), per_row
         encoded = encode_rows(model, task, chosen, max_length, room=room)
-        each = room + encoded.whole.longest
-        fits = batch_size if most is None else max(1, most // each)
-        self.batches = ShuffledBatches(encoded, min(batch_size, fits), seed=0)
-        self.held = 0 if per_row else each * self.batches.batch_size
+        self.batches = ShuffledBatches(encoded, batch_size, seed=0)
+        self.held = 0 if per_row else self.batches.batch_size * (room + encoded.whole.longest)
         """Positions that :meth:`look` keeps for the way back until :meth:`settle`."""
         self.lean: Lean | None = None
         self._mean: Tensor | None = None
@@ -113,7 +111,7 @@ class LeanFreeLoss:
         """Add to the prompt's gradient what came back to the lean since :meth:`look`."""
         if self.lean is not None and self._mean is not None:
             self._mean.backward(self.lean.scores.grad)  # type: ignore[no-untyped-call]
-            self._mean = None
+            self._mean = self.lean = None
 
     def __call__(self, prompt: Tensor, batch: Batch) -> Tensor:
         if self.lean is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,8 @@ class MemoryPlan:
     positions: int
     per_position: int
     free: int
+    copied: float = 0.0
+    """What each text of a packed row keeps of its prompt (keys and values), in positions for each of its vectors."""
 
     @property
     def bytes(self) -> int:
@@ -46,13 +49,14 @@ class MemoryPlan:
         """How to cut a batch so that each part fits, behind a prompt of ``length`` vectors that runs for each row or,
         with ``packed``, once for all rows of a part."""
         if packed:
-            return lambda batch: filled(batch, self.positions - length)
+            return lambda batch: filled(batch, self.positions - length, each=ceil(length * self.copied))
         return lambda batch: batch.split(len(batch), tokens=self.positions, room=length)
 
 
-def filled(batch: Batch, tokens: int) -> list[Batch]:
-    """Micro-batches of at most ``tokens`` each, padding not counted, or of one row; together the same rows."""
-    lengths = [batch.encoded.length(row) for row in batch.index]
+def filled(batch: Batch, tokens: int, *, each: int = 0) -> list[Batch]:
+    """Micro-batches of at most ``tokens``, padding not counted but ``each`` for every row, or of one row; together the
+    same rows."""
+    lengths = [batch.encoded.length(row) + each for row in batch.index]
     parts: list[list[int]] = []
     for at in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not parts or sum(lengths[some] for some in parts[-1]) + lengths[at] > tokens:
@@ -78,7 +82,8 @@ def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) ->
             "(max_length), a shorter prompt, or a machine with more memory"
         )
     wanted = fits if most is None else max(longest, most // per_position)
-    return MemoryPlan(min(fits, wanted), per_position, free)
+    copied = model.prefix(torch.zeros(1, model.hidden_size)).nbytes / per_position if model.packs else 0.0
+    return MemoryPlan(min(fits, wanted), per_position, free, copied)
 
 
 def runs_prompt_once(model: LanguageModel, longest: int) -> bool:

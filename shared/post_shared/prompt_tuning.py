@@ -158,12 +158,11 @@ def lean_for(
     *,
     private: bool,
     per_row: bool | None = None,
-    most: int | None = None,
 ) -> LeanFreeLoss | None:
     """The loss that is free of the lean which shows on ``public`` texts.
 
     Without these, where no privacy is promised, the rows' own texts stand in their place; None if they can't help.
-    ``per_row`` and ``most`` as in :class:`post_shared.lean.LeanFreeLoss`; the former is by default as ``private``.
+    ``per_row`` as in :class:`post_shared.lean.LeanFreeLoss`; by default it is as ``private``.
 
     Raises:
         DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
@@ -179,7 +178,6 @@ def lean_for(
         max_length=config.max_length,
         room=config.length,
         per_row=private if per_row is None else per_row,
-        most=most,
     )
 
 
@@ -195,17 +193,18 @@ def planned(
 ) -> tuple[Split, LeanFreeLoss | None]:
     """How a plain step on ``encoded`` is cut so that it fits the free memory, and the loss free of the lean, if any.
 
-    The lean's texts stay until the end of a plain step, in half of the memory at most. Of a private run nothing may
-    depend on what is free: its micro-batches are given, and the lean's texts are gone before they come.
+    The lean's texts stay until the end of a plain step, so the rows get what these leave. Of a private run nothing may
+    depend on what is free, nor whether it begins on how long one row is: its micro-batches are given, its check is for
+    the longest row that there may be.
 
     Raises:
-        OutOfMemory: a step on a single row doesn't fit.
+        OutOfMemory: a step on a single row, with the lean's texts, doesn't fit.
         DataInvalid, InvalidInput: as :class:`post_shared.lean.LeanFreeLoss`.
     """
-    longest = config.length + encoded.whole.longest
-    plan = plan_step(model, longest=longest)
-    lean = lean_for(model, task, rows, public, config, private=private, most=None if private else plan.positions // 2)
-    left = replace(plan, positions=max(longest, plan.positions - (lean.held if lean else 0)))
+    lean = lean_for(model, task, rows, public, config, private=private)
+    held, longest = lean.held if lean else 0, config.length + (config.max_length if private else encoded.whole.longest)
+    plan = plan_step(model, longest=longest + held)
+    left = replace(plan, positions=plan.positions - held)
     return left.cut(config.length, packed=runs_prompt_once(model, longest)), lean
 
 

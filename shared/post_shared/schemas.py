@@ -245,7 +245,7 @@ class TransferCreate(Document):
     steps: int = Field(default=250, ge=1, le=100_000)
     batch_size: int = Field(default=16, ge=1, le=1024)
     learning_rate: float | None = Field(None, gt=0, description="None: 0.003 from words, 0.03 from the source prompt.")
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0, description="Of the paper's method; the ensemble has none.")
     max_rows: int = Field(default=512, ge=1, le=2**24)
     max_length: int = Field(default=128, ge=8, le=2**16)
     seed: Seed = 0

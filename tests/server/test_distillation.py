@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +11,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    SmolLM3Config,
+)
 
 from post_server.ml.corpus import Corpus, _order, in_answer_forms, masked_tokens, next_token, prepare_corpus
 from post_server.ml.descent import Plateau, Student, Training
 from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.layers import chosen_layers, copy_student
+from post_server.ml.layers import check_loads, chosen_layers, copy_student
 from post_server.ml.objective import distillation_losses
 from post_server.ml.start import TargetStates, fold
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
 from post_shared.language_model import LanguageModel
 from post_shared.losses import OPEN, language_model_loss
 from post_shared.training import Progress
-from tests.models import CAUSAL, MASKED, TEXTS, tiny_model
+from tests.models import CAUSAL, MASKED, TEXTS, tiny_model, tokenizer
 
 PARAGRAPHS = [" ".join(TEXTS)] * 40
 
@@ -59,6 +67,81 @@ def test_a_student_is_a_plain_model_of_the_same_architecture(family: str, tmp_pa
         assert plain.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 9
 
 
+def wrapped(config: PreTrainedConfig) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(AutoModelForCausalLM.from_config(config), tokenizer(masked=False))
+
+
+SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "expected"),
+    [
+        (
+            SmolLM3Config(**SIZES, num_key_value_heads=2, num_hidden_layers=6, no_rope_layers=[1, 0, 1, 1, 0, 1]),
+            "no_rope_layers",
+            [1, 1, 0],
+        ),
+        (
+            GPTNeoConfig(
+                vocab_size=400,
+                hidden_size=32,
+                num_layers=6,
+                num_heads=4,
+                window_size=4,
+                attention_types=[[["global", "local"], 3]],
+            ),
+            "attention_layers",
+            ["global", "global", "global"],
+        ),
+    ],
+    ids=["smollm3", "gpt_neo"],
+)
+def test_what_a_layer_is_said_to_do_goes_with_it(
+    config: PreTrainedConfig, setting: str, expected: list[object], tmp_path: Path
+) -> None:
+    """Some layers have no positions, or see a window only: lists in the configuration, one entry a layer."""
+    student = copy_student(wrapped(config), [0, 2, 4])
+    assert list(getattr(student.config, setting)) == expected
+    check_loads(student)
+    student.save(tmp_path)
+    ids = torch.randint(5, 100, (2, 9))
+    torch.testing.assert_close(LanguageModel.load(tmp_path, device="cpu").hidden(ids), student.hidden(ids))
+
+
+def test_a_student_that_would_not_load_as_it_is_is_refused() -> None:
+    places = {"n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 400, "scale_attn_by_inverse_layer_idx": True}
+    config = DistilConfig(keep_layers=(0, 3), start="copy", steps=1, sequence_length=16, batch_tokens=64)
+    target = wrapped(GPT2Config(**places, initializer_range=0.5))
+    with pytest.raises(InvalidInput, match="depend on its place"):
+        distil(target, PARAGRAPHS, config)
+
+
+def test_a_mixture_of_experts_is_read_and_copied() -> None:
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=3, num_local_experts=4)
+    target, ids = wrapped(config), torch.randint(5, 100, (2, 9))
+    torch.testing.assert_close(target.head(target.hidden(ids)), target.model(ids).logits.float())
+    short = DistilConfig(keep_layers=(0, 2), start="copy", steps=1, sequence_length=16, batch_tokens=64)
+    assert distil(target, PARAGRAPHS, short).layers == 2
+
+
+def test_sequences_longer_than_the_model_has_positions_are_refused() -> None:
+    target = tiny_model("gpt2")
+    long = target.max_length + 1
+    with pytest.raises(InvalidInput, match=f"{long} tokens don't fit the model's {target.max_length} positions"):
+        distil(target, PARAGRAPHS, DistilConfig(keep_layers=2, steps=1, sequence_length=long, batch_tokens=long))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"minutes": -1.0}, {"minutes": math.nan}, {"steps": 0}, {"temperature": 0.0}, {"learning_rate": math.inf}],
+)
+def test_lengths_and_rates_that_are_none_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(InvalidInput, match=r"above 0|at least 1"):
+        DistilConfig(**{"steps": 2, **change})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
 def test_the_fold_brings_the_student_closer_than_the_copy(family: str) -> None:
     target = tiny_model(family, layers=6)
@@ -92,6 +175,16 @@ def test_a_model_whose_layers_normalise_after_adding_says_that_it_cannot_fold() 
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 4, 0)
     with pytest.raises(InvalidInput, match="start='copy'"):
         fold(copy_student(target, [0, 3]), [0, 3], TargetStates(target, [block]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_target_in_16_bits_is_measured_against_outside_autocast_too(dtype: torch.dtype) -> None:
+    target = tiny_model()
+    student = copy_student(target, [0, 3])
+    target.model.to(dtype)
+    block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 8, 0)
+    losses = distillation_losses(target, student, next_token(block, 0.5, torch.Generator().manual_seed(0)), 2.0)
+    assert all(torch.isfinite(each) for each in losses.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])

@@ -105,11 +105,11 @@ def test_tuning_for_a_report_fits_the_free_memory(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(LanguageModel, "answer_logits_shared", noted)
     measure(student, target)
-    assert max(sizes) > REQUEST.batch_size  # the lean's
+    ample = len(sizes)
     sizes.clear()
-    monkeypatch.setattr(memory, "free_bytes", lambda _: int(45 * saved_per_position(target) / memory.SHARE))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(500 * saved_per_position(target) / memory.SHARE))
     measure(student, target)
-    assert 0 < max(sizes) < REQUEST.batch_size
+    assert len(sizes) > ample
 
 
 def test_a_masked_pair_is_measured_too() -> None:

@@ -15,11 +15,19 @@ from post_server.ml.constants import answers, constants
 from post_server.ml.ensemble import balanced, believed_shares, ensemble, standard
 from post_server.ml.held_out import BestStep, hold_out
 from post_server.ml.layers import copy_student
-from post_server.ml.transfer import TransferConfig, choose_alpha, ensemble_objective, paper_objective, transfer
+from post_server.ml.transfer import (
+    TransferConfig,
+    choose_alpha,
+    ensemble_objective,
+    paper_objective,
+    some_of,
+    transfer,
+)
 from post_shared import losses
 from post_shared.batches import ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, PromptMismatch
+from post_shared.evaluation import evaluate
 from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
@@ -281,6 +289,32 @@ def test_alpha_is_chosen_from_public_labels_by_eq_6_or_refused() -> None:
         choose_alpha(target, student, TASK, prompt, [Row("x", "sports")])
     with pytest.raises(InvalidInput, match="give a number"):
         choose_alpha(target, student, Task("{text} Answer:"), prompt, ROWS)
+
+
+def test_public_rows_are_drawn_not_taken_from_the_top() -> None:
+    """A file that is sorted by its labels would otherwise show one class alone."""
+    every = list(range(1000))
+    some = some_of(every, 100, seed=1)
+    assert some == sorted(set(some))
+    assert len(some) == 100
+    assert 30 < sum(at < 500 for at in some) < 70
+    assert some == some_of(every, 100, seed=1)
+    assert some != some_of(every, 100, seed=2)
+    assert some_of(every, 1000) == some_of(every, 5000) == every
+
+
+def test_alpha_does_not_depend_on_how_a_file_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_model()
+    student, prompt = copy_student(target, [0, 3]), SoftPrompt.random(target, 4)
+    seen: list[set[str]] = []
+    noted = lambda model, task, rows, *more, **options: (  # noqa: E731
+        seen.append({str(row.label) for row in rows}) or evaluate(model, task, rows, *more, **options)
+    )
+    monkeypatch.setattr("post_server.ml.transfer.evaluate", noted)
+    many = [Row(f"{row.text} {at}", row.label) for at, row in enumerate(ROWS * 5)]
+    rows = sorted(many, key=lambda row: str(row.label))
+    choose_alpha(target, student, TASK, prompt, rows, max_rows=len(rows) // 3, max_length=32)
+    assert seen == [set(TASK.labels)] * 2
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

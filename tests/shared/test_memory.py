@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,19 +100,35 @@ def test_a_plain_step_and_its_lean_fit_together(family: str, monkeypatch: pytest
     rows = [Row(f"{text} {at}", LABELS[0]) for at, text in enumerate(TEXTS * 9)]
     encoded = encode_rows(model, task, [row.text for row in rows], 32, room=4)
     longest, each = 4 + encoded.whole.longest, saved_per_position(model)
-    for several in (1, 8):
-        room = several * longest
+    for several in (1, 3):
+        room = (OWN_BATCH + several) * longest
         monkeypatch.setattr(memory, "free_bytes", lambda _, room=room: int((room + 0.5) * each / memory.SHARE))
         split, lean = planned(model, task, rows, None, encoded, config, private=False)
         assert lean is not None
-        assert 1 <= lean.batches.batch_size < OWN_BATCH
+        assert lean.batches.batch_size == OWN_BATCH, "what is learnt doesn't depend on the memory"
         for part in split(encoded.whole):
-            texts = sum(map(encoded.length, part.index))
-            assert config.length + texts <= max(longest, room - lean.held), "one text at least"
+            assert config.length + sum(map(encoded.length, part.index)) <= room - lean.held
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(OWN_BATCH * longest * each / memory.SHARE))
+    with pytest.raises(OutOfMemory):
+        planned(model, task, rows, None, encoded, config, private=False)
     _, private = planned(model, task, rows, [row.text for row in rows], encoded, config, private=True)
     assert private is not None
     assert private.batches.batch_size == PUBLIC_BATCH, "of a private run nothing depends on what is free"
     assert private.held == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_packed_step_with_a_long_prompt_keeps_what_was_planned(family: str) -> None:
+    model = tiny_model(family)
+    encoded, loss = encode_rows(model, TASK, TEXTS * 8, labels=LABELS * 8, room=40), tuning_objective(model, TASK)
+    plan, batch = plan_step(model, longest=60), encoded.whole
+    positions = 40 + sum(encoded.length(row) for row in batch.index)
+    prompt = torch.randn(40, model.hidden_size).mul(0.1).requires_grad_()
+    kept = memory.kept_bytes(lambda: loss(prompt, batch), model.model.parameters())
+    texts = len(batch) * 40 * plan.copied
+    assert kept <= 1.15 * (positions + texts) * plan.per_position
+    cut = replace(plan, positions=positions).cut(40, packed=True)
+    assert len(cut(batch)) > 1, "each text's own keys and values of the prompt count"
 
 
 def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,9 @@ def transfer(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Public rows in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At the start; falls to 0. [default: by start]")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Softens the answers that are imitated; above 0.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --method paper: softens what is imitated; above 0.")
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Public rows to use.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Draws the public rows that are left out, and the order of the others.")

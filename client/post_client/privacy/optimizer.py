@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from post_client.privacy.noise import gaussian
 from post_client.privacy.sampling import Randomness
+from post_client.privacy.shapes import alike
 from post_shared.batches import Batch
 from post_shared.errors import InvalidInput
 from post_shared.training import Loss, load_optimizer_state, optimizer_state, set_learning_rate
@@ -49,6 +50,7 @@ class PromptDPSGD:
         expected_batch_size: sampling rate times number of rows. Sums are divided by it, never by a batch's
             real size, which is a secret.
         micro_batch_size: rows per forward and backward pass. Memory depends on it, the result doesn't.
+        longest: tokens beyond which no row is padded; None: no such limit. See :mod:`post_client.privacy.shapes`.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class PromptDPSGD:
         expected_batch_size: float,
         micro_batch_size: int,
         randomness: Randomness,
+        longest: int | None = None,
     ) -> None:
         self.prompt = prompt
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.longest = micro_batch_size, longest
         self.master: Any = nn.Parameter(prompt.detach().double())  # sums, noise and Adam live in float64
         self.optimizer = SecureDPOptimizer(
             torch.optim.Adam([self.master], lr=learning_rate),
@@ -98,12 +101,16 @@ class PromptDPSGD:
 
     def accumulate(self, loss: Loss, batch: Batch) -> Iterator[Tensor]:
         """Add the clipped gradients of a batch to the sum, micro-batch by micro-batch; yields their losses (B,)."""
-        parts = batch.split(self.micro_batch_size)[::-1]
+        parts = self.parts(batch)
         while parts:  # a part keeps its tensors as long as it lives, so none may outlive its turn
             losses, gradients = self.per_row_gradients(loss, parts.pop())
             self.clip_and_accumulate(gradients)
             del gradients
             yield losses
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """Micro-batches; the last one is to be taken first."""
+        return alike(batch, self.micro_batch_size, self.longest)
 
     def per_row_gradients(self, loss: Loss, part: Batch) -> tuple[Tensor, Tensor]:
         """Losses (B,) of a micro-batch and their gradients (B, l, d), one row per example."""

@@ -81,19 +81,27 @@ class PrivacyPlan:
         """The batches: exactly ``steps`` of them may be drawn for one result."""
         return PoissonSampler(self.examples, self.rate, self.randomness)
 
-    def optimizer(self, prompt: nn.Parameter, learning_rate: float, users: Sequence[int] | None = None) -> PromptDPSGD:
-        """``users`` is the user of each row, by number; needed where the unit is a user."""
+    def optimizer(
+        self,
+        prompt: nn.Parameter,
+        learning_rate: float,
+        users: Sequence[int] | None = None,
+        *,
+        longest: int | None = None,
+    ) -> PromptDPSGD:
+        """``users`` is the user of each row, by number; needed where the unit is a user. No row is padded beyond
+        ``longest`` tokens."""
         settings = {
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.config.clip_norm,
             "expected_batch_size": self.rate * self.examples,
         }
-        micro, randomness = self.config.micro_batch_size, self.randomness
+        more = {"micro_batch_size": self.config.micro_batch_size, "randomness": self.randomness, "longest": longest}
         if self.config.unit == "row":
-            return PromptDPSGD(prompt, learning_rate, micro_batch_size=micro, randomness=randomness, **settings)
+            return PromptDPSGD(prompt, learning_rate, **settings, **more)  # type: ignore[arg-type]
         if users is None:
             raise PrivacyInvalid("privacy per user needs the user of each row")
-        return UserDPSGD(prompt, learning_rate, users=users, micro_batch_size=micro, randomness=randomness, **settings)
+        return UserDPSGD(prompt, learning_rate, users=users, **settings, **more)
 
     @cached_property
     def _running(self) -> RunningEpsilon:

@@ -52,7 +52,7 @@ class UserDPSGD(PromptDPSGD):
         for several in self._packs(batch):
             sums = self.master.new_zeros(len(several), *self.master.shape, requires_grad=False)  # (U, l, d)
             place = {row: at for at, rows in enumerate(several) for row in rows}
-            parts = Batch(batch.encoded, tuple(place)).split(self.micro_batch_size)[::-1]
+            parts = self.parts(Batch(batch.encoded, tuple(place)))
             while parts:
                 owner = torch.tensor([place[row] for row in parts[-1].index], device=sums.device)
                 losses, gradients = self.per_row_gradients(loss, parts.pop())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from post_server.ml.corpus import Corpus, prepare_corpus
 from post_server.ml.descent import Descent, Plateau, Student, Training
 from post_server.ml.distil_memory import check_student, plan_parts
 from post_server.ml.layer_search import LayerChoice, LayerSearch, SearchNotes, search_layers
-from post_server.ml.layers import PATTERNS, chosen_layers, copy_student
+from post_server.ml.layers import PATTERNS, check_loads, chosen_layers, copy_student
 from post_server.ml.objective import Objective
 from post_server.ml.processes import ALONE, Group
 from post_server.ml.start import STARTS, TargetStates
@@ -57,6 +58,11 @@ class DistilConfig:
             raise InvalidInput(f"there is no start {self.start!r}; there are: {', '.join(STARTS)}")
         if self.steps is None and self.minutes is None:
             raise InvalidInput("say how long to distil: steps, minutes or both")
+        numbers = (self.minutes, self.learning_rate, self.temperature)
+        if any(each is not None and not (isfinite(each) and each > 0) for each in numbers):
+            raise InvalidInput("minutes, learning rate and temperature are finite numbers above 0")
+        if min(self.sequence_length, 1 if self.steps is None else self.steps) < 1:
+            raise InvalidInput("steps and the length of a sequence are at least 1")
         if self.sequence_length > self.batch_tokens:
             raise InvalidInput("batch_tokens holds at least one sequence")
         if self.accumulate is not None and not 1 <= self.accumulate <= self.rows:
@@ -149,6 +155,11 @@ def distil(
         OutOfMemory: the student's weights, gradients and AdamW's state, with one sequence's pass, don't fit.
         Cancelled: raised by ``report``; the state is kept first.
     """
+    if config.sequence_length > target.max_length:
+        raise InvalidInput(
+            f"sequences of {config.sequence_length} tokens don't fit the model's {target.max_length} positions; "
+            "lower sequence_length"
+        )
     report(Progress(0, 1, "corpus"))
     corpus = prepare_corpus(
         target, paragraphs, config.sequence_length, checkpoint, answer_forms=config.answer_forms, seed=config.seed
@@ -160,6 +171,7 @@ def distil(
     check_student(target, choice.kept)
     begun = kept is not None and kept.begun()  # its weights replace whatever the student would start from
     model = start_student(target, corpus, config, "copy" if begun else config.start, report, choice.kept)
+    check_loads(model)
     cache = _cache(target, corpus, config, checkpoint, room)
     descent, plateau = _descent(target, model, choice.kept, corpus, config, group, cache), Plateau()
     descent = replace(descent, accumulate=plan_parts(descent, config.accumulate))

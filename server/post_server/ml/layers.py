@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from post_shared.errors import InvalidInput
@@ -13,6 +14,8 @@ from post_shared.language_model import LanguageModel
 from post_shared.offload import copy_whole
 
 FRONT_POWER = 1.95
+RELOADED = 1e-3
+"""Largest share of the hidden states' norm by which a loaded student may differ: rounding is far below."""
 
 
 def ends(count: int, layers: int) -> list[int]:
@@ -89,14 +92,39 @@ def copy_student(target: LanguageModel, kept: Sequence[int]) -> LanguageModel:
     finally:
         setattr(owner, name, every)
     model.config.num_hidden_layers = len(kept)
-    types = getattr(model.config, "layer_types", None)
-    if types is not None:
-        model.config.layer_types = [types[at] for at in kept]
+    for setting, value in vars(model.config).items():  # which layers slide, which have no positions, ...
+        if isinstance(value, list | tuple) and len(value) == target.layers:
+            setattr(model.config, setting, [value[at] for at in kept])
     for at, layer in enumerate(getattr(*layers_of(_wrapped(model, target)))):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = at
     return _wrapped(model.float(), target)
+
+
+@torch.no_grad()
+def check_loads(student: LanguageModel) -> None:
+    """Raise :class:`InvalidInput` if a model of the student's configuration and weights isn't the student.
+
+    A family may say by settings of its own what each layer does, or take a layer's place into account.
+    """
+    tokens = torch.arange(8)[None] % student.vocabulary
+    try:
+        with torch.device(student.device):
+            config = type(student.config).from_dict(student.config.to_dict())
+            loaded = type(student.model)(config).float()
+        loaded.load_state_dict(student.model.state_dict())
+        found = _wrapped(loaded, student).hidden(tokens)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidInput(
+            f"a {student.architecture} model of fewer layers could not be loaded again: {error}"
+        ) from error
+    expected = student.hidden(tokens)
+    if not float((found - expected).norm()) <= RELOADED * float(expected.norm()):
+        raise InvalidInput(
+            f"a {student.architecture} model of these layers would compute something else once it is loaded again: "
+            "the family makes what a layer does depend on its place; keep layers 0, 1, 2, … or use another target"
+        )
 
 
 def _wrapped(model: Any, target: LanguageModel) -> LanguageModel:

@@ -113,7 +113,8 @@ class Objective:
     @cached_property
     def _head(self) -> Callable[[Tensor], Tensor]:
         """The student's. A frozen one is the target's, rounded alike: then the target's does, which no step rounds."""
-        return (self.target if _same_head(self.target, self.student) else self.student).head
+        rounds = self.target.dtype == self.student.dtype or torch.is_autocast_enabled(self.target.device.type)
+        return (self.target if rounds and _same_head(self.target, self.student) else self.student).head
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """What is minimised."""

@@ -8,10 +8,12 @@ with the head at the answer positions only.
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,9 @@ from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporte
 STEP_SHARE = 0.35
 """Of the target's size in float32: what a step keeps for the way back. Less would cost time: small matrices are slow. A
 GPU is filled by no less than a batch, and has memory of its own: there only what is free is a limit."""
+Item = TypeVar("Item")
+ALPHA_ROWS = 200
+"""Public rows on which alpha='auto' is found."""
 RATES = {"task": 0.003, "source": 0.03}
 """Learning rate by where p_t starts: what words that state the task already say is lost in large steps."""
 
@@ -64,8 +69,9 @@ class TransferConfig:
             raise InvalidInput(f"alpha weighs Eq. 5 against Eq. 4 and lies in 0..1, not {self.alpha}")
         if min(self.steps, self.batch_size, self.max_rows, self.max_length) < 1:
             raise InvalidInput("steps, batch size, rows and length are at least 1")
-        if (self.learning_rate is not None and self.learning_rate <= 0) or self.temperature <= 0:
-            raise InvalidInput("learning rate and temperature are above 0")
+        rates = (self.learning_rate, self.temperature)
+        if any(each is not None and not (isfinite(each) and each > 0) for each in rates):
+            raise InvalidInput("learning rate and temperature are finite numbers above 0")
 
     @classmethod
     def from_request(cls, request: TransferCreate, alpha: float) -> TransferConfig:
@@ -166,7 +172,7 @@ def transfer(
     """
     small = student if isinstance(student, LanguageModel) else student()
     check_pair(target, small, prompt)
-    chosen = list(dict.fromkeys(texts))[: config.max_rows]
+    chosen = some_of(list(dict.fromkeys(texts)), config.max_rows, config.seed)
     if not chosen:
         raise DataInvalid("the public dataset has no texts")
     encoded = encode_rows(target, task, chosen, config.max_length, room=prompt.length)
@@ -206,6 +212,12 @@ def transfer(
     return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last, step, held_out_loss)
 
 
+def some_of(every: Sequence[Item], most: int, seed: int = 0) -> list[Item]:
+    """Drawn by the seed, in their order: a file may be sorted by its labels."""
+    drawn = random.Random(f"public rows/{seed}").sample(range(len(every)), min(most, len(every)))  # noqa: S311
+    return [every[at] for at in sorted(drawn)]
+
+
 def stated(target: LanguageModel, task: Task, length: int) -> SoftPrompt:
     """The embeddings of words that state the task, as far as an owner says it: its labels and its template."""
     return SoftPrompt.from_text(target, template_words(task) if task.is_generation else wordings(task)[0], length)
@@ -243,7 +255,8 @@ def choose_alpha(
     prompt: SoftPrompt,
     rows: Sequence[Row],
     *,
-    max_rows: int = 200,
+    max_rows: int = ALPHA_ROWS,
+    max_length: int = 128,
 ) -> float:
     """Eq. 6 on public labelled rows: no private figure is needed.
 
@@ -252,13 +265,13 @@ def choose_alpha(
     """
     if task.is_generation:
         raise InvalidInput("alpha='auto' needs classes to guess among; give a number for a generation task")
-    rows = rows[:max_rows]
+    rows = some_of(rows, max_rows)
     try:
         check_labels(task, rows)
     except DataInvalid as error:
         raise InvalidInput(
             f"alpha='auto' needs public rows with the task's labels; give a number. {error.detail}"
         ) from error
-    zero_shot = evaluate(target, task, rows).accuracy
-    compressed = evaluate(student, task, rows, prompt.embeddings).accuracy
+    zero_shot = evaluate(target, task, rows, max_length=max_length).accuracy
+    compressed = evaluate(student, task, rows, prompt.embeddings, max_length=max_length).accuracy
     return alpha_heuristic(zero_shot, compressed, 1.0 / len(task.labels))

@@ -25,7 +25,7 @@ from post_server.ml.processes import ALONE, Group, followers
 from post_server.ml.report_texts import attacked_texts, split_task
 from post_server.ml.teacher_cache import CacheRoom
 from post_server.ml.trade_off import trade_off
-from post_server.ml.transfer import TransferConfig, TransferResult, choose_alpha, transfer
+from post_server.ml.transfer import ALPHA_ROWS, TransferConfig, TransferResult, choose_alpha, transfer
 from post_server.model_store import add_model, find_model, find_model_by_hash, materialise_model, model_facts
 from post_server.prompt_store import add_prompt
 from post_server.records import DatasetRow, JobRow, ModelRow, PromptRow
@@ -160,7 +160,8 @@ def run_transfer(work: Work) -> Outcome:
     target, load_student = work.load(target_row, teaches=True), partial(work.load, student_row)
     alpha = request.alpha
     if alpha == "auto":
-        alpha = choose_alpha(target, load_student(), task, prompt, work.rows(dataset)[: request.max_rows])
+        most = {"max_rows": min(ALPHA_ROWS, request.max_rows), "max_length": request.max_length}
+        alpha = choose_alpha(target, load_student(), task, prompt, work.rows(dataset), **most)
     moved = transfer(
         target,
         load_student,
