@@ -23,9 +23,9 @@ from transformers import (
 from post_server.ml.corpus import Corpus, _order, in_answer_forms, masked_tokens, next_token, prepare_corpus
 from post_server.ml.descent import Plateau, Student, Training
 from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.layers import check_loads, chosen_layers, copy_student
+from post_server.ml.layers import check_loads, chosen_layers, copy_student, layers_of
 from post_server.ml.objective import distillation_losses
-from post_server.ml.start import TargetStates, fold
+from post_server.ml.start import TargetStates, ending_norm, fold
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
 from post_shared.language_model import LanguageModel
 from post_shared.losses import OPEN, language_model_loss
@@ -142,7 +142,7 @@ def test_lengths_and_rates_that_are_none_are_refused(change: dict[str, float]) -
         DistilConfig(**{"steps": 2, **change})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt", *MASKED])
 def test_the_fold_brings_the_student_closer_than_the_copy(family: str) -> None:
     target = tiny_model(family, layers=6)
     corpus = prepare_corpus(target, PARAGRAPHS, 32, None)
@@ -170,8 +170,27 @@ def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
     torch.testing.assert_close(student.hidden(block), target.hidden(block), rtol=0.05, atol=0.05)
 
 
-def test_a_model_whose_layers_normalise_after_adding_says_that_it_cannot_fold() -> None:
-    target = tiny_model("bert")
+@pytest.mark.parametrize("family", MASKED)
+def test_the_fold_where_a_norm_ends_a_layer_takes_that_norm_over(family: str) -> None:
+    """The removed layer adds nothing and only normalises anew, with a gain and an offset of its own."""
+    target = tiny_model(family, layers=3)
+    layer = getattr(*layers_of(target))[1]
+    for name, weight in layer.named_parameters():
+        if weight.dim() == 2 or name.endswith("bias"):
+            weight.data.zero_()
+    norm = layer.get_submodule(ending_norm(target, layer, torch.tensor([[5, 6, 7]])))
+    norm.weight.data.uniform_(0.5, 2.0)
+    norm.bias.data.normal_()
+    block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 16, 0)
+    plain, student = copy_student(target, [0, 2]), copy_student(target, [0, 2])
+    fold(student, [0, 2], TargetStates(target, [block]))
+    apart = [float((each.hidden(block) - target.hidden(block)).norm()) for each in (plain, student)]
+    assert apart[1] < 0.2 * apart[0]
+    check_loads(student)
+
+
+def test_a_model_whose_layers_are_of_another_kind_says_that_it_cannot_fold() -> None:
+    target = tiny_model("gemma2")
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 4, 0)
     with pytest.raises(InvalidInput, match="start='copy'"):
         fold(copy_student(target, [0, 3]), [0, 3], TargetStates(target, [block]))

@@ -2,7 +2,8 @@
 
 ``copy`` is the paper's start (Appendix B.1). ``fold`` closes the gap that the removed layers leave: the last
 kept layer before the gap gets, in its MLP's output matrix, the least-squares map that best predicts the hidden
-state entering the next kept layer. The student stays a plain model of the same architecture.
+state entering the next kept layer. Where a norm ends the layer, as in BERT, it becomes that of the last removed
+layer, and the map predicts what that was given. The student stays a plain model of the same architecture.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from post_shared.language_model import LanguageModel
 from post_shared.training import Progress, Reporter, ignore
 
 RIDGE = 1e-3
+NO_GAIN = 1e-6
+"""Squared gain of a norm below which nothing is read from what it made."""
 SINKS = 2
 """First positions left out of the fit: their states are outliers (attention sinks)."""
 ROWS = 16
@@ -66,10 +69,12 @@ def fold(student: LanguageModel, kept: Sequence[int], states: TargetStates) -> N
 
     With m the MLP output (n, d), r the residual it is added to, and H the hidden state that enters the next kept
     layer in the target, T solves min ‖r + m·T − H‖² + ridge·‖T‖², in float64; then W ← Tᵀ·W (and the bias b ← b·T).
-    One pass of the student does it: a fit sees what the folds before it made.
+    One pass of the student does it: a fit sees what the folds before it made. A layer that ends in a norm takes over
+    that of the last removed layer, with gain γ and offset β; H is then (the hidden state - β) / γ, as large as r + m.
 
     Raises:
-        InvalidInput: the layers aren't of the kind "residual + MLP output", so there is nothing to fold into.
+        InvalidInput: the layers aren't of the kind "residual + MLP output", with or without a norm of it, so there is
+            nothing to fold into.
     """
     if kept[-1] != states.target.layers - 1:
         raise InvalidInput("keep the last layer: the head reads its output")
@@ -79,35 +84,63 @@ def fold(student: LanguageModel, kept: Sequence[int], states: TargetStates) -> N
     entering = states.entering(list(gaps.values()))
     layers = getattr(*layers_of(student))
     matrices = {place: mlp_output(layers[place], student.hidden_size) for place in gaps}
+    names = {place: ending_norm(student, layers[place], states.tokens[:1]) for place in gaps}
     for place, matrix in matrices.items():
-        _check_adds(student, layers[place], matrix, states.tokens[:1])
+        _check_adds(student, layers[place], matrix, names[place], states.tokens[:1])
+    before = getattr(*layers_of(states.target))
     with ExitStack() as hooks, torch.no_grad():
         for place, after in gaps.items():
-            last = place == max(gaps)
-            for hook in _fold_when_run(layers[place], matrices[place], entering[after], last=last):
+            last, wanted, norm = place == max(gaps), entering[after], None
+            if names[place]:
+                norm = layers[place].get_submodule(names[place])
+                wanted = _take_over(norm, before[after - 1].get_submodule(names[place]), wanted)
+            for hook in _fold_when_run(layers[place], matrices[place], norm, wanted, last=last):
                 hooks.callback(hook.remove)
         with suppress(Enough):
             student.hidden(states.tokens)
 
 
-def _fold_when_run(layer: nn.Module, matrix: nn.Module, wanted: Tensor, *, last: bool) -> list[RemovableHandle]:
+def _fold_when_run(
+    layer: nn.Module, matrix: nn.Module, norm: nn.Module | None, wanted: Tensor, *, last: bool
+) -> list[RemovableHandle]:
     """Hooks that fit and fold the layer when it is run, and hand on the output that it has from then on."""
     made: list[Tensor] = []
+    sums: list[Tensor] = []
 
     def note(_: nn.Module, __: Any, output: Tensor) -> None:
         made.append(output)
 
     def fit(_: nn.Module, __: Any, output: Any) -> Any:
         whole = output[0] if isinstance(output, tuple) else output  # (N, T, d)
-        m = made.pop().reshape(whole.shape)  # some families flatten their rows
-        by = _fitted(m, whole - m, wanted)
+        both = sums.pop() if norm is not None else whole  # residual + MLP output
+        m = made.pop().reshape(both.shape)  # some families flatten their rows
+        goal = wanted if norm is None else wanted * _spread(both)
+        by = _fitted(m, both - m, goal)
         _multiply_output(matrix, by)
         if last:
             raise Enough
-        folded = whole - m + m @ by.to(m)
+        folded = both - m + m @ by.to(m)
+        folded = folded if norm is None else norm(folded)
         return (folded, *output[1:]) if isinstance(output, tuple) else folded
 
-    return [matrix.register_forward_hook(note), layer.register_forward_hook(fit)]
+    hooks = [matrix.register_forward_hook(note), layer.register_forward_hook(fit)]
+    if norm is not None:
+        hooks.append(norm.register_forward_pre_hook(lambda _, given: sums.append(given[0])))
+    return hooks
+
+
+def _take_over(norm: nn.Module, other: nn.Module, made: Tensor) -> Tensor:
+    """Give ``norm`` the weights of ``other``; what that made ``made`` (N, T, d) of, up to its scale."""
+    weights = other.state_dict()
+    norm.load_state_dict(weights)
+    gain, offset = weights["weight"].to(made.device).float(), weights.get("bias", torch.zeros(())).to(made.device)
+    given: Tensor = (made.float() - offset.float()) * gain / (gain**2 + NO_GAIN)
+    return given
+
+
+def _spread(states: Tensor) -> Tensor:
+    """The mean deviation within states (N, T, d), the first positions left out."""
+    return states[:, SINKS:].float().std(-1).mean()
 
 
 def _fitted(made: Tensor, residual: Tensor, wanted: Tensor) -> Tensor:
@@ -150,13 +183,41 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _check_adds(student: LanguageModel, layer: nn.Module, matrix: nn.Module, row: Tensor) -> None:
-    """The layer's output must be "residual + what the matrix gives": doubling the one adds it to the other."""
-    output, made = _output_of(student, layer, matrix, row)
+def ending_norm(student: LanguageModel, layer: nn.Module, row: Tensor) -> str:
+    """The name of the norm whose output is the layer's; empty if it ends in a sum."""
+    made: dict[str, Tensor] = {}
+
+    def noted(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, __, output: made.update({name: output})
+
+    whole: list[Tensor] = []
+    with ExitStack() as hooks, suppress(Enough):
+        for name, module in layer.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.shape == (student.hidden_size,):
+                hooks.callback(module.register_forward_hook(noted(name)).remove)
+        hooks.callback(layer.register_forward_hook(_ends_with(whole)).remove)
+        student.hidden(row)
+    same = [name for name, each in made.items() if torch.equal(each.reshape(whole[0].shape), whole[0])]
+    return same[-1] if same else ""
+
+
+@torch.no_grad()
+def _check_adds(student: LanguageModel, layer: nn.Module, matrix: nn.Module, norm: str, row: Tensor) -> None:
+    """What the layer ends in must be "residual + what the matrix gives": doubling the one adds it to the other."""
+    seen: list[Tensor] = []
+    watch = layer.get_submodule(norm).register_forward_pre_hook(lambda _, given: seen.append(given[0].float()))
+
+    def summed() -> tuple[Tensor, Tensor]:
+        output, made = _output_of(student, layer, matrix, row)
+        return (seen[-1] if norm else output), made
+
+    output, made = summed()
     doubled = matrix.register_forward_hook(lambda _, __, value: 2 * value)
     try:
-        output_of_double, _ = _output_of(student, layer, matrix, row)
+        output_of_double, _ = summed()
     finally:
+        watch.remove()
         doubled.remove()
     if not torch.allclose(output_of_double - output, made, rtol=1e-2, atol=1e-3 * float(made.abs().max())):
         raise InvalidInput(
@@ -172,16 +233,22 @@ def _output_of(model: LanguageModel, layer: nn.Module, matrix: nn.Module, row: T
     def note(_: nn.Module, __: Any, output: Tensor) -> None:
         caught.append(output)
 
+    with ExitStack() as hooks, suppress(Enough):
+        hooks.callback(matrix.register_forward_hook(note).remove)
+        hooks.callback(layer.register_forward_hook(_ends_with(caught)).remove)
+        model.hidden(row)
+    made, output = caught
+    return output.float(), made.float()
+
+
+def _ends_with(caught: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that keeps a layer's output and ends the pass."""
+
     def catch(_: nn.Module, __: Any, output: Any) -> None:
         caught.append(output[0] if isinstance(output, tuple) else output)
         raise Enough
 
-    with ExitStack() as hooks, suppress(Enough):
-        hooks.callback(matrix.register_forward_hook(note).remove)
-        hooks.callback(layer.register_forward_hook(catch).remove)
-        model.hidden(row)
-    made, output = caught
-    return output.float(), made.float()
+    return catch
 
 
 @torch.no_grad()
