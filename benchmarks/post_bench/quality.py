@@ -24,6 +24,7 @@ from post_client.privacy import PrivacyConfig
 from post_client.student_checks import load_student
 from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
 from post_server.ml.distillation import DistilConfig, distil
+from post_server.ml.teacher_cache import CACHE_BYTES, CacheRoom
 from post_server.ml.transfer import TransferConfig, transfer
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput
@@ -206,7 +207,8 @@ class Bench:
                 last.update(progress.metrics)
                 self.tell(name, progress)
 
-            student = distil(self.teacher, corpus, config, report=report, checkpoint=folder.with_suffix(".checkpoint"))
+            kept, room = folder.with_suffix(".checkpoint"), CacheRoom(CACHE_BYTES)
+            student = distil(self.teacher, corpus, config, report=report, checkpoint=kept, room=room)
             aside = folder.with_suffix(".part")
             shutil.rmtree(aside, ignore_errors=True)
             student.save(aside)

@@ -89,16 +89,18 @@ class Results:
         return [key for key in wanted if key not in done]
 
     def seconds_left(self, missing: Iterable[tuple[str, str, str, int]]) -> float | None:
-        """What the missing rows will take by the mean of their methods so far; None while a method is unknown."""
+        """What the missing rows will take by the mean of their methods so far; None while nothing is known.
+
+        A method that hasn't been timed yet counts as much as the others do on average.
+        """
         known: dict[str, list[float]] = {}
         for row in self.rows:
             known.setdefault(row.method, []).append(row.seconds)
-        total = 0.0
-        for _, _, method, _ in missing:
-            if method not in known:
-                return None
-            total += statistics.fmean(known[method])
-        return total
+        if not known:
+            return None
+        means = {method: statistics.fmean(seconds) for method, seconds in known.items()}
+        usual = statistics.fmean(means.values())
+        return sum(means.get(method, usual) for _, _, method, _ in missing)
 
 
 def gap_share(accuracy: float, zero_shot: float | None, upper_bound: float | None) -> float | None:

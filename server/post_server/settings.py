@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
 
     teacher_cache_bytes: int = Field(
-        default=2 * 2**30,
+        default=2 * 2**30,  # post_server.ml.teacher_cache.CACHE_BYTES: importing it would load torch
         ge=0,
         description="Disk that a distillation may use for the target's hidden states, for later passes of its corpus.",
     )

@@ -188,6 +188,15 @@ def test_summary_is_the_mean_over_seeds() -> None:
     assert "| POST | 0.750 ± 0.071 (0.62) |" in table(rows)
 
 
+def test_time_left_is_known_once_anything_is(tmp_path: Path) -> None:
+    found = Results(tmp_path / "q.json", {})
+    missing = [("a", "b", method, 1) for method in ("zero_shot", "post", "paper")]
+    assert found.seconds_left(missing) is None
+    for method, seconds in (("zero_shot", 10.0), ("post", 100.0), ("post", 300.0)):
+        found.rows.append(Figure("a", "b", method, 0, 0.5, 10, seconds, None, {}))
+    assert found.seconds_left(missing) == 10 + 200 + (10 + 200) / 2
+
+
 def test_gap_share_needs_a_gap() -> None:
     assert gap_share(0.8, 0.5, 0.9) == pytest.approx(0.75)
     assert gap_share(0.8, None, 0.9) is None

@@ -296,8 +296,11 @@ def test_whatever_moves_a_gradient_makes_it_another_run() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 77)
         others.append(work(same))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("post_client.tuning._sources", lambda: "of another day")
+        others.append(work(same))
     assert work(same) not in others
-    assert len(set(others)) == 6
+    assert len(set(others)) == 7
 
 
 def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(ledger: Ledger) -> None:

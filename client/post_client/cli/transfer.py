@@ -28,6 +28,9 @@ def transfer(
         float | None, typer.Option(help="With --method paper: softens what is imitated; above 0.")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Public rows to use.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest public text in tokens; longer ones are cut.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Draws the public rows that are left out, and the order of the others.")
     ] = None,
@@ -45,6 +48,7 @@ def transfer(
         "learning_rate": learning_rate,
         "temperature": temperature,
         "max_rows": max_rows,
+        "max_length": max_length,
         "seed": seed,
     }
     given = {name: value for name, value in options.items() if value is not None}

@@ -19,6 +19,8 @@ from post_shared.training import fingerprint
 
 log = logging.getLogger("post.distillation")
 
+CACHE_BYTES = 2 * 2**30
+"""Room on the disk, unless more or less is given."""
 _SUM = struct.Struct("<Q")
 _WRITTEN = 1 << 32
 """Set in every checksum that was written, so that a hole in the file is none."""
