@@ -154,7 +154,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[httpx.Response, type[B
         seen.append((answer, document))
         return real(answer, document)
 
-    for module in [each for name, each in sys.modules.items() if name.startswith("post_client")]:
+    for module in [each for name, each in list(sys.modules.items()) if name.startswith("post_client")]:
         if getattr(module, "parse", None) is real:
             monkeypatch.setattr(module, "parse", parse)
     return seen

@@ -110,11 +110,15 @@ class Objective:
             losses["align"] = torch.stack(apart).mean() / part.tokens
         return losses
 
-    @cached_property
+    @property
     def _head(self) -> Callable[[Tensor], Tensor]:
         """The student's. A frozen one is the target's, rounded alike: then the target's does, which no step rounds."""
         rounds = self.target.dtype == self.student.dtype or torch.is_autocast_enabled(self.target.device.type)
-        return (self.target if rounds and _same_head(self.target, self.student) else self.student).head
+        return (self.target if rounds and self._is_the_targets else self.student).head
+
+    @cached_property
+    def _is_the_targets(self) -> bool:
+        return _same_head(self.target, self.student)
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """What is minimised."""
