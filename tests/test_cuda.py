@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from post_server.ml.sharded import shard
 from post_server.ml.teacher_cache import CacheRoom
 from post_server.ml.transfer import TransferConfig, transfer
 from post_shared import language_model, packing
-from post_shared.batches import EncodedRow, EncodedRows, encode_rows
+from post_shared.batches import Batch, EncodedRow, EncodedRows, encode_rows
 from post_shared.data import Row
 from post_shared.decoding import Decoder, Sampling
 from post_shared.decoding import Row as Line
@@ -28,6 +29,7 @@ from post_shared.errors import Cancelled, OutOfMemory
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
 from post_shared.memory import held_per_position, plan_step, saved_per_position
+from post_shared.replays import recorder_of, replays
 from post_shared.serving import ServedPrompt, classify_mixed
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
@@ -83,8 +85,8 @@ def test_few_texts_behind_a_short_prompt_are_not_packed() -> None:
     model = on("cuda")
     batch = encode_rows(model, task_for(model), TEXTS).batch(range(8))
     short, long = (SoftPrompt.random(tiny_model(), length).embeddings for length in (5, 100))
-    assert not packing.pays(batch, short, model.device)
-    assert packing.pays(batch, long, model.device)
+    assert not packing.pays(model, batch, short)
+    assert packing.pays(model, batch, long)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -96,6 +98,50 @@ def test_a_packed_row_under_one_mask_is_what_its_groups_are(several: bool, monke
     monkeypatch.setattr(packing, "ONE_MASK", 0)
     for mine, expected in zip(whole, gradients(model, several=several), strict=True):
         close(mine, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox", "opt"])
+def test_replayed_passes(family: str, dtype: torch.dtype) -> None:
+    """Shapes by turns, so that each writes where the others did."""
+    model = on("cuda", family, dtype)
+    encoded = encode_rows(model, task_for(model), TEXTS)
+    prompts = [SoftPrompt.random(tiny_model(), 5, seed=at).embeddings.cuda() for at in range(6)]
+    cases = [(encoded.batch(index), prompts[at]) for at in range(6) for index in ([0, 2, 7], [1, 3, 4, 5], [4, 3])]
+
+    def found(batch: Batch, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = prompt.clone().requires_grad_()
+        logits = model.answer_logits_shared(batch, leaf)
+        logits.logsumexp(-1).sum().backward()
+        assert leaf.grad is not None
+        return logits.detach(), leaf.grad
+
+    expected = [found(*case) for case in cases]
+    recorder = recorder_of(model)
+    assert recorder is not None
+    with replays(model, recorder):
+        replayed = [found(*case) for case in cases]
+    assert recorder.made
+    for mine, plain in zip(replayed, expected, strict=True):
+        for one, other in zip(mine, plain, strict=True):
+            close(one, other, rtol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_what_a_gpu_cannot_record_is_run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on("cuda")
+    expected, recorder = gradients(model), recorder_of(model)
+    plain = packing._run_row
+
+    def reads(*given: Any) -> Tensor:
+        hidden = plain(*given)
+        return hidden + 0.0 * float(hidden.detach().sum())  # waits for the GPU, which no recording may
+
+    monkeypatch.setattr(packing, "_run_row", reads)
+    with replays(model, recorder):
+        for _ in range(3):
+            for mine, other in zip(gradients(model), expected, strict=True):
+                close(mine, other, rtol=1e-4)
+    assert "passes aren't recorded" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])

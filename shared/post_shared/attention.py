@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -61,6 +62,10 @@ def _attention(
 def _mixed(
     module: nn.Module, mask: Tensor | None, said: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
+    if isinstance(mask, CausalBias):
+        if _says_no_more(said):
+            return _behind_a_prompt(query, key, value, mask, said.get("scaling"))
+        mask = mask._materialize(query.device)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)  # the way back takes the inputs in another type
     if not _shares(query, key, value, mask, said):
@@ -74,6 +79,18 @@ def _mixed(
         dropout_p=said.get("dropout", 0.0),
         scale=said.get("scaling"),
         enable_gqa=True,
+    )
+    return mixed.transpose(1, 2).contiguous()
+
+
+def _behind_a_prompt(query: Tensor, key: Tensor, value: Tensor, seen: CausalBias, scaling: float | None) -> Tensor:
+    """Of what is seen the GPU's kernels need the name alone; those for 16 bits share key/value heads, too."""
+    shares = query.shape[1] > key.shape[1]
+    if shares and query.dtype not in NARROW:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+        shares = False
+    mixed = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=shares
     )
     return mixed.transpose(1, 2).contiguous()
 

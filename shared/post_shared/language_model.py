@@ -243,7 +243,7 @@ class LanguageModel:
         Gradients included, in fewer operations: where the model :attr:`packs`, each prompt is run once, not once per
         row, in one pass with all texts, and short ones aren't padded to the longest.
         """
-        if batch.longest + prompt.shape[-2] > self.packs or not pays(batch, prompt, self.device):
+        if batch.longest + prompt.shape[-2] > self.packs or not pays(self, batch, prompt):
             return self.answer_logits(batch, prompt if owner is None else prompt[owner], tokens)
         self._check_width(prompt)
         hidden = packed_answers(self, batch, prompt.reshape(-1, *prompt.shape[-2:]), owner)

@@ -20,6 +20,7 @@ from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.losses import divergence, label_word_loss
 from post_shared.packing import logits_behind
+from post_shared.replays import recorder_of, replays
 from post_shared.tasks import Task
 
 LEAST_TEXTS = 16
@@ -89,6 +90,7 @@ class LeanFreeLoss:
         """Positions that :meth:`look` keeps for the way back until :meth:`settle`."""
         self.lean: Lean | None = None
         self._mean: Tensor | None = None
+        self._recorder = None if per_row else recorder_of(model)
 
     def look(self, step: int, prompt: Tensor) -> None:
         """Measure the lean of ``prompt`` (l, d) on the public texts of ``step``: one pass, and ``per_row`` C - 1 back.
@@ -97,9 +99,9 @@ class LeanFreeLoss:
             InvalidInput: the answers to public texts are no numbers.
         """
         leaf = prompt.detach().clone().requires_grad_() if self.per_row else prompt
-        scores = self.words.scores(
-            self.model.answer_logits_shared(self.batches(step), leaf, tokens=self.words.token_ids)
-        )  # (B, C)
+        with replays(self.model, self._recorder):  # apart from the rows', which run before this goes back
+            logits = self.model.answer_logits_shared(self.batches(step), leaf, tokens=self.words.token_ids)
+        scores = self.words.scores(logits)  # (B, C)
         mean = (scores - scores.mean(1, keepdim=True)).mean(0)  # (C,)
         gradient = _gradient(mean, leaf) if self.per_row else None
         if not all(torch.isfinite(each).all() for each in (mean, gradient) if each is not None):

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache
+
+from post_shared.replays import TOKENS, Recorder, recorder_now, replays, up_to
 
 if TYPE_CHECKING:
     from post_shared.batches import Batch
@@ -50,6 +53,8 @@ class Packing:
     length: int
     groups: Sequence[Texts]
     device: torch.device
+    apart: bool = False
+    """Attention group by group wherever it runs: what is replayed waits for no launches."""
 
     @cached_property
     def positions(self) -> Tensor:
@@ -61,7 +66,7 @@ class Packing:
     def parts(self) -> list[tuple[Texts, Tensor]]:
         """Prompts, then each group of texts, with what they see, (1, 1, T, l + T): themselves and what is before."""
         apart = [(Texts(self.prompts, self.length), 0), *((each, self.length) for each in self.groups)]
-        return [(each, _causal(each.tokens, before).to(self.device)) for each, before in apart]
+        return [(each, torch.ones(1, 1, each.tokens, n + each.tokens, dtype=torch.bool).tril(n)) for each, n in apart]
 
     @cached_property
     def seen(self) -> Tensor:
@@ -80,7 +85,7 @@ class Packing:
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Query (1, h, N, e), key and value (1, h', N, e) -> (1, N, h, e): a text sees its prompt and itself."""
-        if self.device.type == "cuda" and query.shape[2] <= ONE_MASK:
+        if self.device.type == "cuda" and query.shape[2] <= ONE_MASK and not self.apart:
             return attend(query, key, value, self.seen.to(query.device))
         sizes = [each.rows * each.tokens for each, _ in self.parts]
         split = [
@@ -94,7 +99,8 @@ class Packing:
         for at, ((each, seen), q, k, v) in enumerate(zip(self.parts, *split, strict=True)):
             if at:
                 k, v = (torch.cat([_of(some, each), own], dim=2) for some, own in zip(prompt, (k, v), strict=True))
-            found.append(attend(q, k, v, seen.to(q.device)).flatten(0, 1))
+            mask = causal_lower_right(*seen.shape[2:]) if q.is_cuda else seen  # its kernels know it by name
+            found.append(attend(q, k, v, mask).flatten(0, 1))
         return torch.cat(found)[None]
 
 
@@ -108,11 +114,6 @@ def _of(prompts: Tensor, texts: Texts) -> Tensor:
     if texts.owner is None:
         return prompts.expand(texts.rows, -1, -1, -1)
     return prompts[texts.owner.to(prompts.device)]
-
-
-def _causal(tokens: int, before: int) -> Tensor:
-    """(1, 1, T, L): T positions see themselves, those before, and ``before`` more, L in all."""
-    return torch.ones(1, 1, tokens, before + tokens, dtype=torch.bool).tril(before)
 
 
 _packed: ContextVar[Packing | None] = ContextVar("packed", default=None)
@@ -133,13 +134,13 @@ def packed(packing: Packing) -> Iterator[None]:
         _packed.reset(token)
 
 
-def pays(batch: Batch, prompts: Tensor, device: torch.device) -> bool:
+def pays(model: LanguageModel, batch: Batch, prompts: Tensor) -> bool:
     """Whether rows behind ``prompts``, (l, d) or (K, l, d), are cheaper in a packed row than with a prompt each.
 
-    On a CPU always. On a GPU attention under a mask, and the launches that it takes, cost about as much as a second
-    position for each: there it pays where it saves more than half of them.
+    On a CPU always, and where they are replayed. On a GPU attention under a mask, and the launches that it takes, cost
+    about as much as a second position for each: there it pays where it saves more than half of them.
     """
-    if device.type != "cuda":
+    if model.device.type != "cuda" or (prompts.dim() == 2 and recorder_now(model) is not None):
         return True
     length = prompts.shape[-2]
     texts = sum(map(batch.encoded.length, batch.index))
@@ -158,6 +159,9 @@ def logits_behind(model: LanguageModel, batch: Batch, prompts: Tensor, tokens: T
 
 def packed_answers(model: LanguageModel, batch: Batch, prompts: Tensor, owner: Tensor | None) -> Tensor:
     """Hidden states (P, d) at the answer positions of rows behind ``prompts`` (K, l, d): row i has ``owner[i]``."""
+    recorder = recorder_now(model)
+    if recorder is not None and owner is None:
+        return replayed_answers(model, batch, prompts, recorder)
     places = batch.places(len(batch), cost=GROUP)
     groups = [batch.part(some) for some in places]
     owners = [None if owner is None else owner[some] for some in places]
@@ -189,7 +193,8 @@ def _can_pack(model: LanguageModel) -> bool:
     apart = [model.hidden(ids, prompt=prompts[own])[:, 2:] for ids, own in zip(texts, owners, strict=True)]
     expected = torch.cat([each.flatten(0, 1) for each in apart])
     try:
-        found = _packed_hidden(model, prompts, texts, owners)[4:]
+        with replays(model, None):
+            found = _packed_hidden(model, prompts, texts, owners)[4:]
     except (RuntimeError, TypeError, ValueError):
         return False
     return bool((found - expected).norm() <= torch.finfo(model.dtype).eps ** 0.5 * expected.norm())
@@ -201,8 +206,22 @@ def _packed_hidden(
     """Last hidden states (N, d) of the row: ``prompts`` (K, l, d), then each group of ``texts``, token ids (B, T)."""
     groups = [Texts(ids.shape[0], ids.shape[1], owner) for ids, owner in zip(texts, owners, strict=True)]
     packing = Packing(prompts.shape[0], prompts.shape[1], groups, model.device)
+    return _run_row(model, packing, prompts, torch.cat([ids.flatten() for ids in texts]))
+
+
+def _run_row(model: LanguageModel, packing: Packing, prompts: Tensor, token_ids: Tensor) -> Tensor:
+    """Last hidden states (N, d) of ``prompts`` (K, l, d) and the texts' ``token_ids``, N - K l in all."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # four-dimensional: it is left as it is
-    first = prompts.flatten(0, 1).to(model.device, model.dtype)
-    inputs = torch.cat([first, *(model.embed(ids).flatten(0, 1) for ids in texts)])
+    inputs = torch.cat([prompts.flatten(0, 1).to(model.device, model.dtype), model.embed(token_ids.flatten())])
     with packed(packing):
         return model.last_hidden(inputs_embeds=inputs[None], position_ids=packing.positions, attention_mask=mask)[0]
+
+
+def replayed_answers(model: LanguageModel, batch: Batch, prompt: Tensor, recorder: Recorder) -> Tensor:
+    """As :func:`packed_answers` behind one prompt (1, l, d), in one of few shapes: all texts padded to one length."""
+    length = prompt.shape[1]
+    tokens = min(up_to(batch.longest, TOKENS), model.packs - length)
+    packing = Packing(1, length, [Texts(len(batch), tokens)], model.device, apart=True)
+    token_ids = nn.functional.pad(batch.token_ids, (0, tokens - batch.longest))
+    hidden = recorder(partial(_run_row, model, packing), prompt, token_ids)
+    return hidden[(length + batch.rows * tokens + batch.positions).to(hidden.device)]  # (N, d) -> (P, d)

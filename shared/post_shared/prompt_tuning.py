@@ -21,6 +21,7 @@ from post_shared.lean import LEAST_TEXTS, LeanFreeLoss
 from post_shared.losses import answer_loss, label_word_loss
 from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.packing import logits_behind
+from post_shared.replays import recorder_of, replays
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import MASK, TEXT, Task
 from post_shared.training import Checkpoint, Loss, PromptOptimizer, Reporter, Split, ignore, train_prompt
@@ -135,17 +136,18 @@ def train_on_task(
         return batches(step)
 
     averaged = Averaged(optimizer, since=steps // 2) if config.iterate == "average" else None
-    tuned = train_prompt(
-        averaged or optimizer,
-        objective,
-        batch,
-        steps=steps,
-        learning_rate=config.learning_rate,
-        stage="tune",
-        report=report,
-        checkpoint=checkpoint,
-        also=also,
-    )
+    with replays(model, recorder_of(model)):
+        tuned = train_prompt(
+            averaged or optimizer,
+            objective,
+            batch,
+            steps=steps,
+            learning_rate=config.learning_rate,
+            stage="tune",
+            report=report,
+            checkpoint=checkpoint,
+            also=also,
+        )
     return SoftPrompt(averaged.average if averaged else tuned)
 
 

@@ -33,6 +33,7 @@ from post_shared.language_model import LanguageModel
 from post_shared.losses import alpha_heuristic, divergence, soften, transfer_loss
 from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.prompt_tuning import template_words
+from post_shared.replays import recorder_of, replays
 from post_shared.schemas import TransferCreate
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
@@ -196,17 +197,18 @@ def transfer(
     adam = _adam(target, stated(target, task, prompt.length) if start == "task" else prompt, encoded, rate, group)
     trained, left_out = hold_out(len(encoded), config.seed)
     best = BestStep(adam, objective, encoded.batch(left_out), batch_size=config.batch_size, steps=config.steps)
-    train_prompt(
-        best,
-        objective,
-        ShuffledBatches(encoded, config.batch_size, config.seed, rows=trained),
-        steps=config.steps,
-        learning_rate=rate,
-        stage="transfer",
-        report=watch,
-        checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds, writes=group.leads) if checkpoint else None,
-        also=lambda step: best.latest,
-    )
+    with replays(target, recorder_of(target) if group.size == 1 else None):
+        train_prompt(
+            best,
+            objective,
+            ShuffledBatches(encoded, config.batch_size, config.seed, rows=trained),
+            steps=config.steps,
+            learning_rate=rate,
+            stage="transfer",
+            report=watch,
+            checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds, writes=group.leads) if checkpoint else None,
+            also=lambda step: best.latest,
+        )
     moved, step, held_out_loss = best.chosen
     first, last = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
     return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last, step, held_out_loss)

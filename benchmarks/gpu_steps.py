@@ -1,0 +1,170 @@
+"""Steps on a GPU: of the transfer and of tuning, replayed as CUDA graphs and launched kernel by kernel, beside the
+published loop, on random weights in the shapes of real models. A step's time doesn't depend on what the weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.models import tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from post_bench.speed.arithmetic import prompt_step
+from post_bench.speed.bench import tokens_of
+from post_bench.speed.machine import about, matrix_rate
+from post_bench.speed.references import PublishedTransfer
+from post_client.privacy import PrivacyConfig
+from post_server.ml.constants import Constants
+from post_server.ml.layers import chosen_layers, copy_student
+from post_server.ml.transfer import ensemble_objective
+from post_shared.batches import Batch, EncodedRow, EncodedRows
+from post_shared.label_words import label_words
+from post_shared.language_model import LanguageModel
+from post_shared.memory import plan_step
+from post_shared.prompt_tuning import tuning_objective
+from post_shared.replays import Recorder, recorder_of, replays
+from post_shared.tasks import Task
+from post_shared.training import Loss, PromptAdam, PromptOptimizer
+
+TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
+SHAPES = {  # width, inner width, layers, heads, key/value heads, vocabulary
+    "135M": (576, 1536, 30, 9, 3, 49_152),
+    "1.2B": (2048, 8192, 16, 32, 8, 128_256),
+    "7B": (4096, 14_336, 32, 32, 8, 32_000),
+}
+STUDENT_LAYERS = 8
+CASES = ((16, 40, 20), (64, 60, 20), (16, 40, 100), (64, 60, 100))
+"""Rows, tokens of the longest (the shortest has half), prompt vectors."""
+
+
+def shaped(name: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Random weights in the shape of a model of that size."""
+    width, inner, layers, heads, shared, vocabulary = SHAPES[name]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        max_position_embeddings=2048,
+        tie_word_embeddings=vocabulary > 40_000,
+    )
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return LanguageModel(model, tokenizer(masked=False))
+
+
+def texts(rows: int, tokens: int) -> Batch:
+    """As many rows of random tokens, half as long to as long as said."""
+    draw = random.Random(0)
+    lengths = [tokens, *(draw.randint(tokens // 2, tokens) for _ in range(rows - 1))]
+    ids = [[draw.randint(10, 300) for _ in range(length)] for length in lengths]
+    return EncodedRows(tuple(EncodedRow(some, [len(some) - 1], [], at % 2) for at, some in enumerate(ids))).whole
+
+
+def steps_of(
+    model: LanguageModel, optimizer: PromptOptimizer, loss: Loss, batch: Batch, recorder: Recorder | None
+) -> Callable[[], object]:
+    def step() -> None:
+        with replays(model, recorder):
+            optimizer.update(loss, Batch(batch.encoded, batch.index))
+
+    return step
+
+
+def adam(start: Tensor) -> PromptAdam:
+    return PromptAdam(nn.Parameter(start.clone()), 1e-3)
+
+
+def transfer(target: LanguageModel, batch: Batch, start: Tensor) -> dict[str, Callable[[], object]]:
+    words = label_words(target, TASK)
+    made = torch.randn(len(batch), 2), torch.empty(0), torch.randn(len(batch), 2)
+    loss = ensemble_objective(target, Constants(*made, batch.encoded.whole), 0.7, words)
+    student = copy_student(target, chosen_layers(min(STUDENT_LAYERS, target.layers), target.layers))
+    theirs = PublishedTransfer(target, student, start, alpha=0.7, temperature=2.0)
+    return {
+        "replayed": steps_of(target, adam(start), loss, batch, recorder_of(target)),
+        "launched": steps_of(target, adam(start), loss, batch, None),
+        "published": lambda: theirs.step(Batch(batch.encoded, batch.index)),
+    }
+
+
+def tune(student: LanguageModel, batch: Batch, start: Tensor) -> dict[str, Callable[[], object]]:
+    loss = tuning_objective(student, TASK)
+    plan = PrivacyConfig(seed=0).plan(1000, batch_size=len(batch), steps=100)
+    private = plan.optimizer(nn.Parameter(start.clone()), 1e-3)
+    return {
+        "replayed": steps_of(student, adam(start), loss, batch, recorder_of(student)),
+        "launched": steps_of(student, adam(start), loss, batch, None),
+        "private": steps_of(student, private, loss, batch, None),
+    }
+
+
+def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a step of each way, in turn, and the most memory that it took above what was there."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    peaks = dict.fromkeys(ways, 0)
+    for turn in range(rounds + 3):  # the first ones warm up and record
+        for name, way in ways.items():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before, began = torch.cuda.memory_allocated(), time.perf_counter()
+            way()
+            torch.cuda.synchronize()
+            if turn >= 3:
+                found[name].append(1e3 * (time.perf_counter() - began))
+            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
+    return {name: {"ms": statistics.median(found[name]), "MB": peaks[name] / 1e6} for name in ways}
+
+
+def measure(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    made, dtypes = [], {"transfer": torch.bfloat16, "tune": torch.float32}
+    for part, make in (("transfer", transfer), ("tune", tune)):
+        model = shaped(name, dtypes[part], device)
+        if part == "tune":
+            model = copy_student(model, chosen_layers(min(STUDENT_LAYERS, model.layers), model.layers))
+        rate = matrix_rate(device, dtypes[part])
+        room = plan_step(model, longest=1).positions // 2  # graphs keep their memory, and what is launched takes more
+        for rows, tokens, length in CASES:
+            if rows * (tokens + length) > room:
+                continue
+            batch = texts(rows, tokens)
+            start = 0.02 * torch.randn(length, model.hidden_size, device=device)
+            flop = prompt_step(model, tokens_of(batch), rows, length)
+            ways = timed(make(model, batch, start), rounds)
+            for way in ways.values():
+                way["share"] = flop / rate / way["ms"] * 1e3
+            case = {"model": name, "part": part, "rows": rows, "tokens": tokens, "length": length}
+            made.append({**case, "TFLOP": flop / 1e12, "matrix_rate": rate, "ways": ways})
+            print(json.dumps(made[-1]), flush=True)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=12)
+    asked = parser.parse_args()
+    device = torch.device("cuda")
+    found = {
+        "about": about(device),
+        "steps": [each for name in asked.models for each in measure(name, device, asked.rounds)],
+    }
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

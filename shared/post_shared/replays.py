@@ -1,0 +1,164 @@
+"""Passes through a model that are recorded once as CUDA graphs and then replayed.
+
+A step that trains a prompt is some thousands of small kernels: on a GPU the processor that launches them, not the
+arithmetic, sets its time. A CUDA graph launches them all at once. It is made for one shape and reads and writes the
+same memory each time, so shapes are made few (:data:`TOKENS`), and a pass whose way back is still to come keeps others
+from being replayed meanwhile: they run as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from post_shared.language_model import LanguageModel
+
+log = logging.getLogger("post.replays")
+TOKENS = 16
+"""To a multiple of these, texts are padded."""
+MEETINGS = 1
+"""How often a shape is run as it is before it is recorded, which takes about as long as four steps."""
+Run = Callable[..., Tensor]
+"""``run(prompt, *others)``: hidden states, and kernels alone, none of which depends on what a tensor holds."""
+
+
+class Pass(Protocol):
+    """A recorded pass: hidden states from a prompt and other tensors, and the prompt's gradient from theirs."""
+
+    def forth(self, prompt: Tensor, others: Sequence[Tensor]) -> Tensor: ...
+    def back(self, gradient: Tensor) -> Tensor: ...
+
+
+class CudaPass:
+    """Two CUDA graphs, one for each way, in ``pool``, whose memory passes share: only one is under way at a time."""
+
+    def __init__(self, run: Run, prompt: Tensor, others: Sequence[Tensor], pool: Any) -> None:
+        self.run = run  # with the tensors that it reads besides
+        self.prompt = prompt.detach().clone().requires_grad_()
+        self.others = [each.to(prompt.device, copy=True) for each in others]
+        side = torch.cuda.Stream(prompt.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(prompt.device))
+        with torch.cuda.stream(side), torch.enable_grad():  # libraries make their workspaces now, not while recording
+            run(self.prompt, *self.others).sum().backward()  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(prompt.device).wait_stream(side)
+        self.prompt.grad = None
+        self._forth, self._back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.enable_grad(), torch.cuda.graph(self._forth, pool=pool):
+            self.hidden = run(self.prompt, *self.others)
+        self.above = torch.empty_like(self.hidden)
+        with torch.cuda.graph(self._back, pool=pool):
+            (self.gradient,) = torch.autograd.grad(self.hidden, self.prompt, self.above)
+        self.hidden = self.hidden.detach()
+
+    def forth(self, prompt: Tensor, others: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            self.prompt.copy_(prompt)
+        for mine, given in zip(self.others, others, strict=True):
+            mine.copy_(given)
+        self._forth.replay()
+        return self.hidden.clone()
+
+    def back(self, gradient: Tensor) -> Tensor:
+        self.above.copy_(gradient)
+        self._back.replay()
+        return self.gradient.clone()
+
+
+class _Way:
+    """One pass forth whose way back may be to come."""
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prompt: Tensor, recorder: Recorder, made: Pass, others: Sequence[Tensor]) -> Tensor:
+        ctx.recorder, ctx.made, ctx.way = recorder, made, _Way()
+        recorder.open = weakref.ref(ctx.way)  # closed by the way back, or when nobody can go it any more
+        return made.forth(prompt, others)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        if ctx.recorder.open is None or ctx.recorder.open() is not ctx.way:
+            raise RuntimeError("a replayed pass can be gone back through once: what it keeps is gone")
+        ctx.recorder.open = None
+        return ctx.made.back(gradients[0]), None, None, None
+
+
+class Recorder:
+    """The passes of one model, by the shapes of what goes in."""
+
+    def __init__(self, record: Callable[[Run, Tensor, Sequence[Tensor], Any], Pass] = CudaPass) -> None:
+        self.record = record
+        self.made: dict[tuple[Any, ...], Pass] = {}
+        self.open: weakref.ref[_Way] | None = None
+        """The pass whose way back is to come, if there is one."""
+        self._met: Counter[tuple[Any, ...]] = Counter()
+        self._pool: Any = None
+        self._refused = False
+
+    def __call__(self, run: Run, prompt: Tensor, *others: Tensor) -> Tensor:
+        """What ``run(prompt, *others)`` gives: run as it is, recorded, or replayed."""
+        shape = tuple((each.shape, each.dtype) for each in (prompt, *others))
+        self._met[shape] += 1
+        if self._refused or self._met[shape] <= MEETINGS or (self.open is not None and self.open() is not None):
+            return run(prompt, *others)
+        if shape not in self.made and not self._make(shape, run, prompt, others):
+            return run(prompt, *others)
+        if torch.is_grad_enabled() and prompt.requires_grad:
+            return _Replayed.apply(prompt, self, self.made[shape], others)  # type: ignore[no-any-return,no-untyped-call]
+        return self.made[shape].forth(prompt, others)
+
+    def _make(self, shape: tuple[Any, ...], run: Run, prompt: Tensor, others: Sequence[Tensor]) -> bool:
+        """Whether it could be recorded; a model that can't, or no memory for it, ends the recording of all."""
+        if self._pool is None and prompt.is_cuda:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            self.made[shape] = self.record(run, prompt, others, self._pool)
+        except RuntimeError as error:
+            log.warning("passes aren't recorded, which costs time: %s", error)
+            self.made.clear()
+            self._refused = True
+        return not self._refused
+
+
+_now: ContextVar[tuple[LanguageModel, Recorder] | None] = ContextVar("replays", default=None)
+
+
+def recorder_now(model: LanguageModel) -> Recorder | None:
+    """What records the passes of ``model`` now, if anything does."""
+    now = _now.get()
+    return now[1] if now and now[0] is model else None
+
+
+@contextmanager
+def replays(model: LanguageModel, recorder: Recorder | None) -> Iterator[None]:
+    """While open, ``recorder`` replays the passes of one prompt through ``model``; None: they run as they are."""
+    token = _now.set((model, recorder) if recorder else None)
+    try:
+        yield
+    finally:
+        _now.reset(token)
+
+
+def recorder_of(model: LanguageModel) -> Recorder | None:
+    """A new one where passes can be replayed: on a GPU that holds the whole model, with no hook that moves its weights,
+    and where its family's attention can be told what to see."""
+    on_gpu = model.device.type == "cuda" and len(model.devices) == 1 and not hasattr(model.model, "hf_device_map")
+    return Recorder() if on_gpu and model.packs else None
+
+
+def up_to(count: int, multiple: int) -> int:
+    """The least multiple that is no less.
+
+    >>> up_to(33, 16)
+    48
+    """
+    return -(-count // multiple) * multiple
