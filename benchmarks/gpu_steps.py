@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from post_bench.speed.arithmetic import prompt_step
-from post_bench.speed.bench import tokens_of
+from post_bench.speed.bench import fresh, steps, tokens_of
 from post_bench.speed.machine import about, matrix_rate
 from post_bench.speed.references import PublishedTransfer
 from post_client.privacy import PrivacyConfig
@@ -31,9 +31,9 @@ from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.memory import plan_step
 from post_shared.prompt_tuning import tuning_objective
-from post_shared.replays import Recorder, recorder_of, replays
+from post_shared.replays import recorder_of
 from post_shared.tasks import Task
-from post_shared.training import Loss, PromptAdam, PromptOptimizer
+from post_shared.training import PromptAdam
 
 TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
 SHAPES = {  # width, inner width, layers, heads, key/value heads, vocabulary
@@ -42,6 +42,7 @@ SHAPES = {  # width, inner width, layers, heads, key/value heads, vocabulary
     "7B": (4096, 14_336, 32, 32, 8, 32_000),
 }
 STUDENT_LAYERS = 8
+Ways = dict[str, Callable[[Batch], object]]
 CASES = ((16, 40, 20), (64, 60, 20), (16, 40, 100), (64, 60, 100))
 """Rows, tokens of the longest (the shortest has half), prompt vectors."""
 
@@ -73,45 +74,35 @@ def texts(rows: int, tokens: int) -> Batch:
     return EncodedRows(tuple(EncodedRow(some, [len(some) - 1], [], at % 2) for at, some in enumerate(ids))).whole
 
 
-def steps_of(
-    model: LanguageModel, optimizer: PromptOptimizer, loss: Loss, batch: Batch, recorder: Recorder | None
-) -> Callable[[], object]:
-    def step() -> None:
-        with replays(model, recorder):
-            optimizer.update(loss, Batch(batch.encoded, batch.index))
-
-    return step
-
-
 def adam(start: Tensor) -> PromptAdam:
     return PromptAdam(nn.Parameter(start.clone()), 1e-3)
 
 
-def transfer(target: LanguageModel, batch: Batch, start: Tensor) -> dict[str, Callable[[], object]]:
+def transfer(target: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     words = label_words(target, TASK)
     made = torch.randn(len(batch), 2), torch.empty(0), torch.randn(len(batch), 2)
     loss = ensemble_objective(target, Constants(*made, batch.encoded.whole), 0.7, words)
     student = copy_student(target, chosen_layers(min(STUDENT_LAYERS, target.layers), target.layers))
     theirs = PublishedTransfer(target, student, start, alpha=0.7, temperature=2.0)
     return {
-        "replayed": steps_of(target, adam(start), loss, batch, recorder_of(target)),
-        "launched": steps_of(target, adam(start), loss, batch, None),
-        "published": lambda: theirs.step(Batch(batch.encoded, batch.index)),
+        "replayed": steps(target, adam(start), loss, recorder_of(target)),
+        "launched": steps(target, adam(start), loss, None),
+        "published": lambda batch: theirs.step(fresh(batch)),
     }
 
 
-def tune(student: LanguageModel, batch: Batch, start: Tensor) -> dict[str, Callable[[], object]]:
+def tune(student: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     loss = tuning_objective(student, TASK)
     plan = PrivacyConfig(seed=0).plan(1000, batch_size=len(batch), steps=100)
     private = plan.optimizer(nn.Parameter(start.clone()), 1e-3)
     return {
-        "replayed": steps_of(student, adam(start), loss, batch, recorder_of(student)),
-        "launched": steps_of(student, adam(start), loss, batch, None),
-        "private": steps_of(student, private, loss, batch, None),
+        "replayed": steps(student, adam(start), loss, recorder_of(student)),
+        "launched": steps(student, adam(start), loss, None),
+        "private": steps(student, private, loss, None),
     }
 
 
-def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def timed(ways: Ways, batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of a step of each way, in turn, and the most memory that it took above what was there."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     peaks = dict.fromkeys(ways, 0)
@@ -120,7 +111,7 @@ def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before, began = torch.cuda.memory_allocated(), time.perf_counter()
-            way()
+            way(batch)
             torch.cuda.synchronize()
             if turn >= 3:
                 found[name].append(1e3 * (time.perf_counter() - began))
@@ -142,7 +133,7 @@ def measure(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]
             batch = texts(rows, tokens)
             start = 0.02 * torch.randn(length, model.hidden_size, device=device)
             flop = prompt_step(model, tokens_of(batch), rows, length)
-            ways = timed(make(model, batch, start), rounds)
+            ways = timed(make(model, batch, start), batch, rounds)
             for way in ways.values():
                 way["share"] = flop / rate / way["ms"] * 1e3
             case = {"model": name, "part": part, "rows": rows, "tokens": tokens, "length": length}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import gpu_steps
 from torch import Tensor, distributed
 
 from post_client.privacy import PrivacyConfig
@@ -83,10 +84,12 @@ def test_logits_and_prompt_gradients(family: str, several: bool, monkeypatch: py
 
 def test_few_texts_behind_a_short_prompt_are_not_packed() -> None:
     model = on("cuda")
-    batch = encode_rows(model, task_for(model), TEXTS).batch(range(8))
+    batch = EncodedRows((EncodedRow([5] * 40, [39], [], None),) * 8).whole
     short, long = (SoftPrompt.random(tiny_model(), length).embeddings for length in (5, 100))
     assert not packing.pays(model, batch, short)
     assert packing.pays(model, batch, long)
+    with replays(model, recorder_of(model)):
+        assert packing.pays(model, batch, short)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -125,6 +128,15 @@ def test_replayed_passes(family: str, dtype: torch.dtype) -> None:
     for mine, plain in zip(replayed, expected, strict=True):
         for one, other in zip(mine, plain, strict=True):
             close(one, other, rtol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_the_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_steps.SHAPES, "tiny", (64, 128, 10, 4, 2, 512))
+    monkeypatch.setattr(gpu_steps, "CASES", ((4, 10, 5),))
+    moved, tuned = gpu_steps.measure("tiny", torch.device("cuda"), 2)
+    assert set(moved["ways"]) == {"replayed", "launched", "published"}
+    assert set(tuned["ways"]) == {"replayed", "launched", "private"}
+    assert all(way["ms"] > 0 for part in (moved, tuned) for way in part["ways"].values())
 
 
 def test_what_a_gpu_cannot_record_is_run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

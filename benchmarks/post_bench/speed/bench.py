@@ -17,10 +17,14 @@ from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_tuning import TuneConfig, starting_prompt
+from post_shared.replays import Recorder, replays
 from post_shared.tasks import Task
+from post_shared.training import Loss, PromptOptimizer
 
 Case = TypeVar("Case")
 """What one step is made on: a batch, or the number of a step."""
+WARM = {"cpu": 0, "cuda": 2}
+"""Steps of each way on each case that aren't timed: on a GPU a shape is recorded when it comes again."""
 Way = Callable[[Case], float | None]
 """One step. A way with work around it that isn't to be counted returns its own seconds."""
 
@@ -100,6 +104,18 @@ def fresh(batch: Batch) -> Batch:
     return Batch(batch.encoded, batch.index)
 
 
+def steps(
+    model: LanguageModel, optimizer: PromptOptimizer, loss: Loss, recorder: Recorder | None
+) -> Callable[[Batch], None]:
+    """The optimizer's step, its passes replayed by ``recorder``."""
+
+    def step(batch: Batch) -> None:
+        with replays(model, recorder):
+            optimizer.update(loss, fresh(batch))
+
+    return step
+
+
 @dataclass
 class _Seen:
     """What the rounds have shown."""
@@ -151,6 +167,8 @@ class Race(Generic[Case]):
             case = self.cases(turn)
             before = matrix_rate(device, dtype)
             for name, way in list(self.ways.items())[:: 1 if turn % 2 else -1]:
+                for _ in range(WARM[device.type]):
+                    way(case)
                 with Peak(device) as peak:
                     took = _seconds(way, case, device)
                 found.peaks[name] = max(found.peaks[name], peak.bytes)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from post_bench.speed.arithmetic import Arithmetic, distillation_step, prompt_step
-from post_bench.speed.bench import Bench, Case, Race, Way, fresh, tokens_of
+from post_bench.speed.bench import Bench, Case, Race, Way, fresh, steps, tokens_of
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
 from post_bench.speed.serving import mixed, mixed_generation
 from post_client.privacy import PrivacyConfig
@@ -29,8 +28,9 @@ from post_shared.label_words import label_words
 from post_shared.language_model import LanguageModel
 from post_shared.memory import plan_step, runs_prompt_once
 from post_shared.prompt_tuning import PLAIN, lean_for, tuning_objective
+from post_shared.replays import recorder_of
 from post_shared.soft_prompt import SoftPrompt
-from post_shared.training import Loss, PromptAdam, PromptOptimizer
+from post_shared.training import PromptAdam, PromptOptimizer
 
 TEACHING = "teaching"
 """The way in which a worker on this machine makes a step, where the target then computes in another type."""
@@ -46,7 +46,7 @@ def transfer(bench: Bench) -> Race[Batch]:
 
     def step(model: LanguageModel) -> Callable[[Batch], None]:
         loss = ensemble_objective(model, known, config.alpha, words)
-        return partial(_update, _adam(prompt, model, most=most_kept(model)), loss)
+        return steps(model, _adam(prompt, model, most=most_kept(model)), loss, recorder_of(model))
 
     theirs = PublishedTransfer(target, bench.student, prompt, alpha=config.alpha, temperature=config.temperature)
     return Race(
@@ -93,11 +93,13 @@ def tune_target(bench: Bench) -> Race[Batch]:
 def _tune(bench: Bench, model: LanguageModel) -> Race[Batch]:
     size, loss, start = bench.batch_size or PLAIN.batch_size, tuning_objective(model, bench.task), bench.prompt(model)
     plan = PrivacyConfig(seed=0).plan(1000, batch_size=size, steps=100)
-    steps: dict[str, PromptOptimizer] = {
+    optimizers: dict[str, PromptOptimizer] = {
         "post": _adam(start, model),
         "private": plan.optimizer(nn.Parameter(start.clone().to(model.device)), 0.01),
     }
-    ways: dict[str, Any] = {name: partial(_update, optimizer, loss) for name, optimizer in steps.items()}
+    ways: dict[str, Any] = {
+        name: steps(model, optimizer, loss, recorder_of(model)) for name, optimizer in optimizers.items()
+    }
     peft = PeftTrainer(model, bench.task, length=bench.length)
     return Race(
         {**ways, "peft": peft.seconds},
@@ -111,12 +113,13 @@ def tune_whole(bench: Bench) -> Race[Batch]:
     """A whole step of ``post tune`` with its defaults, the lean included."""
     student, optimizer = bench.student, _adam(bench.prompt(bench.student), bench.student)
     lean = lean_for(student, bench.task, bench.private, None, PLAIN, private=False)
-    steps = iter(range(1_000_000))
+    step = steps(student, optimizer, lean or tuning_objective(student, bench.task), recorder_of(student))
+    numbers = iter(range(1_000_000))
 
     def way(batch: Batch) -> None:
         if lean is not None:
-            lean.look(next(steps), optimizer.prompt)
-        optimizer.update(lean or tuning_objective(student, bench.task), fresh(batch))
+            lean.look(next(numbers), optimizer.prompt)
+        step(batch)
 
     return Race(
         {"post": way},
@@ -226,10 +229,6 @@ def _adam(start: Tensor, model: LanguageModel, *, most: int | None = None) -> Pr
     """As the loops make it, in micro-batches."""
     split = plan_step(model, longest=1, most=most).cut(len(start), packed=runs_prompt_once(model, 1))
     return PromptAdam(nn.Parameter(start.clone().to(model.device)), 0.01, split)
-
-
-def _update(optimizer: PromptOptimizer, loss: Loss, batch: Batch) -> None:
-    optimizer.update(loss, fresh(batch))
 
 
 PARTS: dict[str, Callable[[Bench], Race[Any]]] = {
