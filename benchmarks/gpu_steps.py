@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from tests.models import tokenizer
+from tests.models import WORDS, tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -23,6 +24,7 @@ from post_bench.speed.bench import fresh, steps, tokens_of
 from post_bench.speed.machine import about, matrix_rate
 from post_bench.speed.references import PublishedTransfer
 from post_client.privacy import PrivacyConfig
+from post_server.ml import transfer as moving
 from post_server.ml.constants import Constants
 from post_server.ml.layers import chosen_layers, copy_student
 from post_server.ml.transfer import ensemble_objective
@@ -32,6 +34,7 @@ from post_shared.language_model import LanguageModel
 from post_shared.memory import plan_step
 from post_shared.prompt_tuning import tuning_objective
 from post_shared.replays import recorder_of
+from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from post_shared.training import PromptAdam
 
@@ -102,6 +105,23 @@ def tune(student: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     }
 
 
+def whole(target: LanguageModel) -> dict[str, float]:
+    """Seconds of a whole transfer with the default settings, on random words: replayed, and launched."""
+    draw = random.Random(0)
+    words = WORDS.split()
+    public = [" ".join(draw.choices(words, k=draw.randint(10, 40))) for _ in range(1000)]
+    student = copy_student(target, chosen_layers(min(STUDENT_LAYERS, target.layers), target.layers))
+    prompt, found = SoftPrompt.random(target, 20), {}
+    for name, make in (("replayed", recorder_of), ("launched", lambda _: None)):
+        with patch.object(moving, "recorder_of", make):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            moving.transfer(target, student, TASK, prompt, public, moving.TransferConfig())
+            torch.cuda.synchronize()
+            found[name] = time.perf_counter() - began
+    return found
+
+
 def timed(ways: Ways, batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of a step of each way, in turn, and the most memory that it took above what was there."""
     found: dict[str, list[float]] = {name: [] for name in ways}
@@ -138,6 +158,9 @@ def measure(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]
                 way["share"] = flop / rate / way["ms"] * 1e3
             case = {"model": name, "part": part, "rows": rows, "tokens": tokens, "length": length}
             made.append({**case, "TFLOP": flop / 1e12, "matrix_rate": rate, "ways": ways})
+            print(json.dumps(made[-1]), flush=True)
+        if part == "transfer":
+            made.append({"model": name, "part": "whole transfer", "seconds": whole(model)})
             print(json.dumps(made[-1]), flush=True)
     return made
 

@@ -133,7 +133,8 @@ def test_replayed_passes(family: str, dtype: torch.dtype) -> None:
 def test_the_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_steps.SHAPES, "tiny", (64, 128, 10, 4, 2, 512))
     monkeypatch.setattr(gpu_steps, "CASES", ((4, 10, 5),))
-    moved, tuned = gpu_steps.measure("tiny", torch.device("cuda"), 2)
+    moved, whole, tuned = gpu_steps.measure("tiny", torch.device("cuda"), 2)
+    assert whole["seconds"]["replayed"] > 0
     assert set(moved["ways"]) == {"replayed", "launched", "published"}
     assert set(tuned["ways"]) == {"replayed", "launched", "private"}
     assert all(way["ms"] > 0 for part in (moved, tuned) for way in part["ways"].values())

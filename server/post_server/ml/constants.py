@@ -13,6 +13,9 @@ from post_shared.language_model import LanguageModel
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.training import Progress, Reporter, ignore
 
+AT_A_TIME: dict[str, tuple[int, int | None]] = {"cpu": (32, None), "cuda": (128, 8192)}
+"""Texts that are answered, and tokens in all that they may have, by where the model is: a GPU is filled by no less."""
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -71,14 +74,14 @@ def answers(
     words: LabelWords | None,
     prompt: SoftPrompt | None = None,
     *,
-    batch_size: int = 32,
     report: Reporter = ignore,
 ) -> Tensor:
     """What the model says at every answer position: logits (N, V) or, with ``words``, class scores (N, C)."""
     texts = encoded.whole
     found = torch.empty(len(texts.rows), len(words.weights) if words else model.vocabulary)
     tokens = words.token_ids if words else None
-    batches = list(encoded.in_order_of_length(batch_size))
+    size, most = AT_A_TIME[model.device.type]
+    batches = texts.split(size, tokens=most, room=prompt.length if prompt else 0)
     for step, batch in enumerate(batches, 1):
         at = texts.answers_at(batch.index)
         if prompt:
