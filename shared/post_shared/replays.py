@@ -124,9 +124,19 @@ class Recorder:
             self.made[shape] = self.record(run, prompt, others, self._pool)
         except RuntimeError as error:
             log.warning("passes aren't recorded, which costs time: %s", error)
+            if prompt.is_cuda:
+                _renew_generator(prompt.device)
             self.made.clear()
             self._refused = True
         return not self._refused
+
+
+def _renew_generator(device: torch.device) -> None:
+    """A recording that broke off leaves the GPU's random numbers waiting for its end: go on with them elsewhere."""
+    old = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    new = torch.Generator(device).manual_seed(old.initial_seed())
+    new.set_offset(old.get_offset())
+    old.graphsafe_set_state(new.graphsafe_get_state())
 
 
 _now: ContextVar[tuple[LanguageModel, Recorder] | None] = ContextVar("replays", default=None)
