@@ -80,7 +80,7 @@ def answers(
     texts = encoded.whole
     found = torch.empty(len(texts.rows), len(words.weights) if words else model.vocabulary)
     tokens = words.token_ids if words else None
-    size, most = AT_A_TIME[model.device.type]
+    size, most = AT_A_TIME.get(model.device.type, AT_A_TIME["cpu"])
     batches = texts.split(size, tokens=most, room=prompt.length if prompt else 0)
     for step, batch in enumerate(batches, 1):
         at = texts.answers_at(batch.index)

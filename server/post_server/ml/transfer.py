@@ -192,9 +192,8 @@ def transfer(
         losses.append(progress.metrics["loss"])
         report(progress)
 
-    start = config.start or ("task" if words else "source")
-    rate = config.learning_rate or RATES[start]
-    adam = _adam(target, stated(target, task, prompt.length) if start == "task" else prompt, encoded, rate, group)
+    start, rate = _start(target, task, prompt, words, config)
+    adam = _adam(target, start, encoded, rate, group)
     trained, left_out = hold_out(len(encoded), config.seed)
     best = BestStep(adam, objective, encoded.batch(left_out), batch_size=config.batch_size, steps=config.steps)
     with replays(target, recorder_of(target) if group.size == 1 else None):
@@ -223,6 +222,15 @@ def some_of(every: Sequence[Item], most: int, seed: int = 0) -> list[Item]:
 def stated(target: LanguageModel, task: Task, length: int) -> SoftPrompt:
     """The embeddings of words that state the task, as far as an owner says it: its labels and its template."""
     return SoftPrompt.from_text(target, template_words(task) if task.is_generation else wordings(task)[0], length)
+
+
+def _start(
+    target: LanguageModel, task: Task, prompt: SoftPrompt, words: LabelWords | None, config: TransferConfig
+) -> tuple[SoftPrompt, float]:
+    """Where p_t begins, and the learning rate that suits it."""
+    name = config.start or ("task" if words else "source")
+    start = stated(target, task, prompt.length) if name == "task" else prompt
+    return start, config.learning_rate or RATES[name]
 
 
 def _objective(target: LanguageModel, known: Constants, words: LabelWords | None, config: TransferConfig) -> Loss:
