@@ -20,6 +20,7 @@ from torch import Tensor
 
 from post_bench.results import METHODS, Figure, Results
 from post_bench.sets import LabelledSet, read_prose, read_set, some_prose, task_of
+from post_bench.spent import Spent
 from post_client.privacy import PrivacyConfig
 from post_client.student_checks import load_student
 from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
@@ -174,11 +175,12 @@ class Bench:
         """(what ``make`` makes, its seconds), from ``work`` if it was made before."""
         path = self.work / f"{name}-{work[:12]}.safetensors"
         if not path.exists():
-            began = time.monotonic()
-            prompt = make(lambda progress: self.tell(name, progress), path.with_suffix(".checkpoint"))
+            spent = Spent(path)
+            report = spent.noting(lambda progress: self.tell(name, progress))
+            prompt = make(report, path.with_suffix(".checkpoint"))
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".part")
-            save_file({"prompt": prompt.contiguous()}, aside, {"seconds": repr(time.monotonic() - began)})
+            save_file({"prompt": prompt.contiguous()}, aside, {"seconds": repr(spent.over())})
             aside.replace(path)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("prompt"), float(file.metadata()["seconds"])
@@ -200,20 +202,19 @@ class Bench:
         name = "-".join(("student", *public))
         folder = self.work / f"{name}-{fingerprint(config, self.teacher.model, corpus)[:12]}"
         if not (folder / "model.safetensors").exists():
-            began = time.monotonic()
-            last: dict[str, float] = {}
+            spent, last = Spent(folder), dict[str, float]()
 
             def report(progress: Progress) -> None:
                 last.update(progress.metrics)
                 self.tell(name, progress)
 
             kept, room = folder.with_suffix(".checkpoint"), CacheRoom(CACHE_BYTES)
-            student = distil(self.teacher, corpus, config, report=report, checkpoint=kept, room=room)
+            student = distil(self.teacher, corpus, config, report=spent.noting(report), checkpoint=kept, room=room)
             aside = folder.with_suffix(".part")
             shutil.rmtree(aside, ignore_errors=True)
             student.save(aside)
             aside.replace(folder)
-            self.results.students[name] = {"seconds": time.monotonic() - began, **last}
+            self.results.students[name] = {"seconds": spent.over(), **last}
             self.results.save()
         return load_student(folder, str(self.target.device))
 

@@ -11,12 +11,14 @@ import pytest
 from post_bench.quality import Bench, QualityConfig, wanted
 from post_bench.results import Figure, Results, gap_share, summary, table
 from post_bench.sets import LabelledSet, pairs, read_prose, read_set, some_prose, task_of
+from post_bench.spent import Spent
 from post_client.tuning import TuneConfig
 from post_server.ml.distillation import DistilConfig
 from post_server.ml.transfer import TransferConfig
 from post_shared.cli import build_app, run
 from post_shared.data import Row
-from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.errors import Cancelled, DataInvalid, InvalidInput
+from post_shared.training import Progress
 from tests.models import LABELS, TEXTS, tiny_model
 
 ALL = ("zero_shot", "direct", "compressed", "untuned", "paper", "post", "upper_bound", "compressed_dp", "post_dp")
@@ -77,6 +79,48 @@ def test_a_stopped_run_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert rows[0] == json.loads(before)["rows"][0]
     assert [row["method"] for row in rows] == ["compressed", "post"]
     assert seen == [rows[0]["seconds"]], "no transfer was timed before: the time left is what a figure took so far"
+
+
+def test_a_stopped_work_keeps_its_time(tmp_path: Path) -> None:
+    now = [100.0]
+
+    def work(until: list[float]) -> Spent:
+        spent = Spent(tmp_path / "out" / "prompt.safetensors", lambda: now[0])
+        report = spent.noting(lambda _: None)
+        for now[0] in until:
+            report(Progress(1, 2, "tune"))
+        return spent
+
+    work([104.0, 112.0, 115.0])  # killed: what came since the last note is lost
+    now[0] = 1000.0
+    again = work([1002.0])
+    assert again.seconds == 14.0
+    assert again.over() == 14.0
+    assert work([1005.0]).seconds == 3.0  # anew
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_figures_hold_the_time_before_a_stop(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = wanted([("films", "products")], ["compressed"], seeds=1)
+    bench = _bench(data, tmp_path)
+    bench.run(wanted([("films", "products")], ["zero_shot"], seeds=1))
+
+    def stop(what: str, progress: Progress) -> None:
+        if what.startswith("tuned"):
+            raise Cancelled("enough")
+
+    bench.tell = stop
+    monkeypatch.setattr("post_bench.spent.EVERY", 0.0)
+    with pytest.raises(Cancelled):
+        bench.run(keys)
+    (kept,) = (tmp_path / "work").glob("tuned-*.seconds")
+    kept.write_text("1000.0", encoding="utf-8")
+    _bench(data, tmp_path).run(keys)
+    (row,) = (
+        row for row in json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"] if row["method"] == "compressed"
+    )
+    assert 1000 < row["seconds"] < 1100
+    assert not kept.exists()
 
 
 def test_the_student_never_sees_the_private_set(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from post_server.ml.corpus import prepare_corpus
 from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.teacher_cache import CacheRoom, TeacherCache
+from post_server.ml.teacher_cache import CACHE_BYTES, CacheRoom, TeacherCache
+from post_server.settings import Settings
 from post_shared.errors import Cancelled
 from post_shared.language_model import LanguageModel
 from post_shared.training import Progress
@@ -184,3 +185,8 @@ def test_no_states_are_kept_that_no_later_pass_could_use(tmp_path: Path, change:
     distil(tiny_model("llama"), PARAGRAPHS, config, report=stop, checkpoint=tmp_path, room=MUCH)
     masked = replace(CONFIG, start="copy", steps=12)  # other tokens are hidden in each pass
     distil(tiny_model("roberta"), PARAGRAPHS, masked, report=stop, checkpoint=tmp_path, room=MUCH)
+
+
+def test_the_setting_is_the_modules_own_figure() -> None:
+    """It stands there a second time, since importing the module would load torch."""
+    assert Settings.model_fields["teacher_cache_bytes"].default == CACHE_BYTES

@@ -209,6 +209,7 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path, count: int) ->
         transfer(target, student, TASK, prompt, texts, config, report=stop, checkpoint=tmp_path)
     resumed = transfer(target, student, TASK, prompt, texts, config, checkpoint=tmp_path)
     undisturbed = transfer(target, student, TASK, prompt, texts, config)
+    assert resumed.first_loss == undisturbed.first_loss
     assert (resumed.chosen_step, resumed.held_out_loss) == (undisturbed.chosen_step, undisturbed.held_out_loss)
     assert torch.equal(resumed.prompt.embeddings, undisturbed.prompt.embeddings)
 

@@ -48,6 +48,8 @@ class BestStep:
         self.parts = held_out.split(batch_size)
         self.every = -(-steps // LOOKS)
         self.step = 0
+        self.first = torch.tensor(torch.nan, dtype=torch.float64)
+        """The loss of the first step of all, (); no number before it."""
         self.best: dict[str, Tensor] = {}
         """``prompt`` (l, d), ``loss`` () and ``step`` () of the best look so far."""
         self.latest: dict[str, float] = {}
@@ -56,6 +58,8 @@ class BestStep:
     def update(self, loss: Loss, batch: Batch) -> float:
         value = self.adam.update(loss, batch)
         self.step += 1
+        if self.first.isnan():
+            self.first = torch.tensor(value, dtype=torch.float64)
         if self.parts and (self.step % self.every == 0 or self.step == self.steps):
             self._look()
         return value
@@ -79,10 +83,10 @@ class BestStep:
 
     def state(self) -> dict[str, Tensor]:
         best = {f"best.{name}": value for name, value in self.best.items()}
-        return self.adam.state() | best | {"step": torch.tensor(self.step)}
+        return self.adam.state() | best | {"first": self.first, "step": torch.tensor(self.step)}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.adam.load_state(tensors)
-        self.step = int(tensors["step"])
+        self.step, self.first = int(tensors["step"]), tensors.get("first", self.first)
         self.best = {n.removeprefix("best."): value.clone() for n, value in tensors.items() if n.startswith("best.")}
         self.latest = {"held_out_loss": float(self.best["loss"])} if self.best else {}

@@ -209,7 +209,9 @@ def transfer(
             also=lambda step: best.latest,
         )
     moved, step, held_out_loss = best.chosen
-    first, last = (losses[0], losses[-1]) if losses else (float("nan"), float("nan"))
+    first, last = (
+        float("nan") if each is None else float(each) for each in (best.first, losses[-1] if losses else None)
+    )
     return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last, step, held_out_loss)
 
 
