@@ -209,9 +209,7 @@ def transfer(
             also=lambda step: best.latest,
         )
     moved, step, held_out_loss = best.chosen
-    first, last = (
-        float("nan") if each is None else float(each) for each in (best.first, losses[-1] if losses else None)
-    )
+    first, last = float(best.first), losses[-1] if losses else float("nan")
     return TransferResult(SoftPrompt(moved), config.alpha, config.steps, first, last, step, held_out_loss)
 
 
