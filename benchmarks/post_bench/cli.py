@@ -183,8 +183,8 @@ def _about(
 
 def _sizes(data: Path, names: set[str]) -> dict[str, int]:
     """Bytes of the files that are read: cheap to know, and other data has others."""
-    folders = [data / name for name in names]
-    files = sorted(path for folder in [data, *folders] for path in folder.glob("*.*") if path.is_file())
+    read = ["corpus.txt*", *(f"{name}/{file}" for name in names for file in ("t*.jsonl*", "task.json"))]
+    files = sorted(path for pattern in read for path in data.glob(pattern) if path.is_file())
     return {str(path.relative_to(data)): path.stat().st_size for path in files}
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from post_bench.models import in_type
 from post_bench.results import METHODS, Figure, Results
 from post_bench.sets import LabelledSet, read_prose, read_set, some_prose, task_of
 from post_bench.spent import Spent
@@ -28,6 +29,7 @@ from post_server.ml.distillation import DistilConfig, distil
 from post_server.ml.teacher_cache import CACHE_BYTES, CacheRoom
 from post_server.ml.transfer import TransferConfig, transfer
 from post_shared.data import Row
+from post_shared.devices import training_dtype
 from post_shared.errors import DataInvalid, InvalidInput
 from post_shared.evaluation import evaluate
 from post_shared.language_model import LanguageModel
@@ -41,6 +43,8 @@ UPPER = TuneConfig(steps=300, batch_size=16, learning_rate=0.01)
 """Tuning on the large model itself: it learns at a lower rate than a student does."""
 PROSE = 500_000
 """Letters of prose that a student reads at least; it reads as many as the public sets have, if these have more."""
+
+OTHER = "{} isn't what it was, the student of the figures so far: put that back, or name another file"
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,12 @@ class Bench:
         report: Callable[[str, Progress], None] = lambda what, progress: None,
     ) -> None:
         self.target, self.data, self.work, self.config, self.results = target, data, work, config, results
-        self.public, self.tasks = tuple(dict.fromkeys(public)), tasks or {}
+        self.public, self.tasks = tuple(sorted(set(public))), tasks or {}
         self.given, self.teacher = student, teacher or target
         self.tell = report
         self._set = lru_cache(maxsize=None)(lambda name: read_set(data, name))
         self._student_of = lru_cache(maxsize=1)(self._make_student)
+        self._fast_of = lru_cache(maxsize=1)(self._make_fast)
         self._zero_shot = lru_cache(maxsize=None)(lambda name: self._measure(self.target, name, None))
 
     def run(self, keys: list[Key], left: Callable[[float | None], None] = lambda seconds: None) -> None:
@@ -131,7 +136,8 @@ class Bench:
             start = starting_prompt(self._student(private), self._task(private), config).embeddings
             moving = self._moving("post", seed)
             return (*self._transferred(start, private, public, moving, secret=False), asdict(moving))
-        prompt, seconds = self._tuned("student", self._student(private), private, config, public, secret=secret)
+        student = self._student(private) if secret else self._fast_of(self._others(private))
+        prompt, seconds = self._tuned("student", student, private, config, public, secret=secret)
         if plain == "compressed":
             return prompt, seconds, asdict(config)
         if plain == "direct":
@@ -177,9 +183,9 @@ class Bench:
         if not path.exists():
             spent = Spent(path)
             report = spent.noting(lambda progress: self.tell(name, progress))
-            prompt = make(report, path.with_suffix(".checkpoint"))
+            prompt = make(report, path.with_name(f"{path.name}.checkpoint"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".part")
+            aside = path.with_name(f"{path.name}.part")
             save_file({"prompt": prompt.contiguous()}, aside, {"seconds": repr(spent.over())})
             aside.replace(path)
         with safe_open(path, framework="pt") as file:
@@ -201,22 +207,36 @@ class Bench:
         config = replace(self.config.distil, answer_forms=self._forms(public))
         name = "-".join(("student", *public))
         folder = self.work / f"{name}-{fingerprint(config, self.teacher.model, corpus)[:12]}"
+        known = self.results.students.get(name, {}).get("weights") if self.results.rows else None
         if not (folder / "model.safetensors").exists():
+            if known:
+                raise DataInvalid(OTHER.format(folder))
             spent, last = Spent(folder), dict[str, float]()
 
             def report(progress: Progress) -> None:
                 last.update(progress.metrics)
                 self.tell(name, progress)
 
-            kept, room = folder.with_suffix(".checkpoint"), CacheRoom(CACHE_BYTES)
+            kept, room = folder.with_name(f"{folder.name}.checkpoint"), CacheRoom(CACHE_BYTES)
             student = distil(self.teacher, corpus, config, report=spent.noting(report), checkpoint=kept, room=room)
-            aside = folder.with_suffix(".part")
+            aside = folder.with_name(f"{folder.name}.part")
             shutil.rmtree(aside, ignore_errors=True)
             student.save(aside)
             aside.replace(folder)
             self.results.students[name] = {"seconds": spent.over(), **last}
             self.results.save()
-        return load_student(folder, str(self.target.device))
+        student = load_student(folder, str(self.target.device))
+        weights = fingerprint(student.model)[:16]
+        if known not in {None, weights}:
+            raise DataInvalid(OTHER.format(folder))
+        self.results.students.setdefault(name, {})["weights"] = weights
+        self.results.save()
+        return student
+
+    def _make_fast(self, public: tuple[str, ...]) -> LanguageModel:
+        """The student as :func:`load_student` gives it to an owner who tunes without privacy."""
+        student = self._student_of(public)
+        return in_type(student, training_dtype(student.device, student.hidden_size))
 
     def _forms(self, public: tuple[str, ...]) -> tuple[str, ...]:
         """The provider knows families of tasks, not the owner's task: half of the texts stand in the templates of its

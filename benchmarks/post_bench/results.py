@@ -54,7 +54,7 @@ class Results:
     path: Path
     about: dict[str, Any]
     rows: list[Figure] = field(default_factory=list)
-    students: dict[str, dict[str, float]] = field(default_factory=dict)
+    students: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, about: dict[str, Any]) -> Results:

@@ -16,7 +16,7 @@ class Spent:
     """Seconds spent on what is made at ``path``, over all runs that worked on it."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._kept, self._clock = path.with_suffix(".seconds"), clock
+        self._kept, self._clock = path.with_name(f"{path.name}.seconds"), clock
         self._before = float(self._kept.read_text("utf-8")) if self._kept.exists() else 0.0
         self._began = self._noted = clock()
 
@@ -30,7 +30,7 @@ class Spent:
         def tell(progress: Progress) -> None:
             if self._clock() - self._noted >= EVERY:
                 self._noted = self._clock()
-                aside = self._kept.with_suffix(".part")
+                aside = self._kept.with_name(f"{self._kept.name}.part")
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 aside.write_text(repr(self.seconds), "utf-8")
                 aside.replace(self._kept)

@@ -23,13 +23,14 @@ TOLERANCE = 1e-3
 """Largest share of the logits' spread that rounding may move; what a configuration does is far above it."""
 
 
-def load_student(folder: str | Path, device: str) -> LanguageModel:
-    """A student to tune on: in float32 also on a GPU, as :func:`check_rows_are_apart` wants it.
+def load_student(folder: str | Path, device: str, *, private: bool = True) -> LanguageModel:
+    """A student to tune on: for a private run in float32 also on a GPU, as :func:`check_rows_are_apart` wants it, else
+    in what trains fastest there (:func:`post_shared.devices.training_dtype`).
 
     Raises:
         InvalidInput: the folder holds no language model, or there is no such device.
     """
-    return LanguageModel.load(folder, device=device, dtype=torch.float32)
+    return LanguageModel.load(folder, device=device, dtype=torch.float32 if private else None, teaches=True)
 
 
 def check_vocabulary(student: LanguageModel) -> None:

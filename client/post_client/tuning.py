@@ -20,6 +20,7 @@ from post_client.privacy.users import rows_by_user, users_of
 from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
 from post_shared.data import Row
+from post_shared.devices import processor
 from post_shared.language_model import LanguageModel
 from post_shared.prompt_tuning import (
     PLAIN,
@@ -153,7 +154,8 @@ def work_of(
     Runs of one name draw the same noise, so whatever else moves a gradient, be it by rounding, has to be in it.
     """
     model = student.config.to_dict() | {"_name_or_path": ""}, student.tokenizer.backend_tokenizer.to_str()
-    machinery = str(student.device), str(student.dtype), torch.get_num_threads(), library_versions(), _sources()
+    numbers = str(student.device), str(student.dtype), torch.get_float32_matmul_precision(), torch.get_num_threads()
+    machinery = *numbers, processor(student.device), library_versions(), _sources()
     every = list(map(asdict, rows))
     return fingerprint(config, privacy, repr(task), public, every, model, machinery, *student.model.parameters())
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -46,6 +49,17 @@ def training_dtype(place: torch.device, width: int) -> torch.dtype:
     matrix units for it (AMX), which multiplies several times as fast in it. Narrow models gain nothing there."""
     units = place.type == "cpu" and width >= WIDE and torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.bfloat16 if units else usual_dtype(place)
+
+
+def processor(place: torch.device) -> str:
+    """What computes there, as far as sums are rounded by it: the GPU's name, or the CPU's and what it can do."""
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    with suppress(OSError):  # not on every system
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.machine()}, {platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def parse_memory(text: str) -> Memory:

@@ -28,6 +28,8 @@ TASTE = 16
 """Positions of the pass that is measured."""
 SHARE = 0.6
 """Of the free memory that a step may take; the rest is for what isn't counted."""
+TWICE = 2
+"""Steps that hold memory at a time where passes are replayed: what is recorded keeps it, beside one that isn't."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -81,6 +83,8 @@ def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) ->
             f"MB for the pass backward, and {free / 1e6:.0f} MB are free on {model.device}; use shorter texts "
             "(max_length), a shorter prompt, or a machine with more memory"
         )
+    if model.device.type == "cuda" and model.packs:
+        fits = max(longest, fits // TWICE)
     wanted = fits if most is None else max(longest, most // per_position)
     copied = model.prefix(torch.zeros(1, model.hidden_size)).nbytes / per_position if model.packs else 0.0
     return MemoryPlan(min(fits, wanted), per_position, free, copied)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,6 +28,8 @@ TOKENS = 16
 """To a multiple of these, texts are padded."""
 MEETINGS = 1
 """How often a shape is run as it is before it is recorded, which takes about as long as four steps."""
+MOST = 32
+"""Shapes that are recorded; more come only where parts are cut by memory, and a step is long then."""
 Run = Callable[..., Tensor]
 """``run(prompt, *others)``: hidden states, and kernels alone, none of which depends on what a tensor holds."""
 
@@ -38,24 +41,41 @@ class Pass(Protocol):
     def back(self, gradient: Tensor) -> Tensor: ...
 
 
-class CudaPass:
-    """Two CUDA graphs, one for each way, in ``pool``, whose memory passes share: only one is under way at a time."""
+@dataclass(frozen=True)
+class Studio:
+    """Where all passes of a recorder are recorded: one ``stream`` takes again what it gave back to ``pool``."""
 
-    def __init__(self, run: Run, prompt: Tensor, others: Sequence[Tensor], pool: Any) -> None:
+    pool: Any
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def on(cls, device: torch.device) -> Studio:
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+class CudaPass:
+    """Two CUDA graphs, one for each way, in memory that the passes of a studio share: one is under way at a time."""
+
+    def __init__(self, run: Run, prompt: Tensor, others: Sequence[Tensor], studio: Studio | None) -> None:
+        assert studio is not None
         self.run = run  # with the tensors that it reads besides
         self.prompt = prompt.detach().clone().requires_grad_()
         self.others = [each.to(prompt.device, copy=True) for each in others]
-        side = torch.cuda.Stream(prompt.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(prompt.device))
-        with torch.cuda.stream(side), torch.enable_grad():  # libraries make their workspaces now, not while recording
-            run(self.prompt, *self.others).sum().backward()  # type: ignore[no-untyped-call]
-        torch.cuda.current_stream(prompt.device).wait_stream(side)
-        self.prompt.grad = None
         self._forth, self._back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.enable_grad(), torch.cuda.graph(self._forth, pool=pool):
-            self.hidden = run(self.prompt, *self.others)
-        self.above = torch.empty_like(self.hidden)
-        with torch.cuda.graph(self._back, pool=pool):
+        with torch.cuda.device(prompt.device), torch.enable_grad():
+            self._record(studio)
+
+    def _record(self, studio: Studio) -> None:
+        here = torch.cuda.current_stream()
+        studio.stream.wait_stream(here)
+        with torch.cuda.stream(studio.stream):  # libraries make their workspaces now, not while recording
+            self.run(self.prompt, *self.others).sum().backward()  # type: ignore[no-untyped-call]
+        here.wait_stream(studio.stream)
+        self.prompt.grad = None
+        with torch.cuda.graph(self._forth, pool=studio.pool, stream=studio.stream):
+            self.hidden = self.run(self.prompt, *self.others)
+        self.above = torch.zeros_like(self.hidden)
+        with torch.cuda.graph(self._back, pool=studio.pool, stream=studio.stream):
             (self.gradient,) = torch.autograd.grad(self.hidden, self.prompt, self.above)
         self.hidden = self.hidden.detach()
 
@@ -95,40 +115,58 @@ class _Replayed(torch.autograd.Function):
 class Recorder:
     """The passes of one model, by the shapes of what goes in."""
 
-    def __init__(self, record: Callable[[Run, Tensor, Sequence[Tensor], Any], Pass] = CudaPass) -> None:
+    def __init__(self, record: Callable[[Run, Tensor, Sequence[Tensor], Studio | None], Pass] = CudaPass) -> None:
         self.record = record
         self.made: dict[tuple[Any, ...], Pass] = {}
         self.open: weakref.ref[_Way] | None = None
         """The pass whose way back is to come, if there is one."""
         self._met: Counter[tuple[Any, ...]] = Counter()
-        self._pool: Any = None
+        self._studio: Studio | None = None
         self._refused = False
 
     def __call__(self, run: Run, prompt: Tensor, *others: Tensor) -> Tensor:
-        """What ``run(prompt, *others)`` gives: run as it is, recorded, or replayed."""
+        """What ``run(prompt, *others)`` gives: run as it is, recorded, or replayed.
+
+        Without gradients nothing is recorded, but what is there is replayed."""
         shape = tuple((each.shape, each.dtype) for each in (prompt, *others))
-        self._met[shape] += 1
-        if self._refused or self._met[shape] <= MEETINGS or (self.open is not None and self.open() is not None):
-            return run(prompt, *others)
-        if shape not in self.made and not self._make(shape, run, prompt, others):
-            return run(prompt, *others)
-        if torch.is_grad_enabled() and prompt.requires_grad:
+        back = torch.is_grad_enabled() and prompt.requires_grad
+        under_way = self.open is not None and self.open() is not None
+        if back and not under_way:
+            self._meet(shape, run, prompt, others)
+        if under_way or shape not in self.made:
+            return self._as_it_is(run, prompt, others)
+        if back:
             return _Replayed.apply(prompt, self, self.made[shape], others)  # type: ignore[no-any-return,no-untyped-call]
         return self.made[shape].forth(prompt, others)
 
-    def _make(self, shape: tuple[Any, ...], run: Run, prompt: Tensor, others: Sequence[Tensor]) -> bool:
-        """Whether it could be recorded; a model that can't, or no memory for it, ends the recording of all."""
-        if self._pool is None and prompt.is_cuda:
-            self._pool = torch.cuda.graph_pool_handle()
+    def _meet(self, shape: tuple[Any, ...], run: Run, prompt: Tensor, others: Sequence[Tensor]) -> None:
+        """Record a shape that comes again; a model that can't be, or no memory for it, ends the recording of all."""
+        self._met[shape] += 1
+        if self._refused or self._met[shape] <= MEETINGS or shape in self.made or len(self.made) == MOST:
+            return
+        if self._studio is None and prompt.is_cuda:
+            self._studio = Studio.on(prompt.device)
         try:
-            self.made[shape] = self.record(run, prompt, others, self._pool)
+            self.made[shape] = self.record(run, prompt, others, self._studio)
         except RuntimeError as error:
-            log.warning("passes aren't recorded, which costs time: %s", error)
             if prompt.is_cuda:
                 _renew_generator(prompt.device)
-            self.made.clear()
-            self._refused = True
-        return not self._refused
+            self._refuse(error)
+
+    def _as_it_is(self, run: Run, prompt: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """What was recorded gives way where memory ends."""
+        try:
+            return run(prompt, *others)
+        except torch.OutOfMemoryError as error:
+            if not self.made:
+                raise
+            self._refuse(error)
+        return run(prompt, *others)
+
+    def _refuse(self, error: RuntimeError) -> None:
+        log.warning("passes aren't recorded, which costs time: %s", error)
+        self.made.clear()
+        self._refused = True
 
 
 def _renew_generator(device: torch.device) -> None:

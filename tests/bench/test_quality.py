@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,29 @@ def test_the_student_never_sees_the_private_set(data: Path, tmp_path: Path, monk
     assert {row.text for row in read_set(data, "products").train} <= set(seen)
 
 
+def test_figures_are_of_one_student(data: Path, tmp_path: Path) -> None:
+    first, second = (wanted([("films", "products")], ["compressed"], seeds=2)[at : at + 1] for at in (0, 1))
+    _bench(data, tmp_path).run(first)
+    (folder,) = (tmp_path / "work").glob("student-products-????????????")
+    folder.rename(tmp_path / "aside")
+    with pytest.raises(DataInvalid, match="student of the figures so far"):
+        _bench(data, tmp_path).run(second)
+    assert not folder.exists()
+    tiny_model("llama", layers=2, seed=5).save(folder)
+    with pytest.raises(DataInvalid, match="student of the figures so far"):
+        _bench(data, tmp_path).run(second)
+    shutil.rmtree(folder)
+    (tmp_path / "aside").rename(folder)
+    _bench(data, tmp_path).run(second)
+    assert len(json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"]) == 2
+
+
+def test_the_order_of_the_public_sets_makes_no_other_student(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "products", data / "devices")
+    orders = (["products", "devices"], ["devices", "products", "devices"])
+    assert len({_bench(data, tmp_path, public=order).public for order in orders}) == 1
+
+
 def test_figures_of_other_settings_are_refused(data: Path, tmp_path: Path) -> None:
     _bench(data, tmp_path).run(wanted([("films", "products")], ["zero_shot"], seeds=1))
     with pytest.raises(DataInvalid, match="other settings"):
@@ -151,6 +175,8 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     command += ["--seeds", "1", "--methods", "zero_shot,compressed", "--tune-steps", "2", "--test-rows", "6"]
     command += ["--max-length", "32"]
     assert run(build_app(), command) == 0
+    shutil.copy(out, data)  # beside the sets, too, it can be gone on with
+    assert run(build_app(), [str(data / out.name) if part == str(out) else part for part in command]) == 0
     document = json.loads(out.read_text("utf-8"))
     assert [row["method"] for row in document["rows"]] == ["zero_shot", "compressed"]
     assert {row["n_test"] for row in document["rows"]} == {6}

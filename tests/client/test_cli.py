@@ -15,8 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer
 
+from post_client import tuning
 from post_client.cli import console
 from post_shared.cli import GROUP, build_app, run
 from post_shared.model_files import manifest, model_hash
@@ -236,6 +238,19 @@ def test_no_server_is_one_line(capsys: Captured, monkeypatch: pytest.MonkeyPatch
 def tune(student: Path, data: Path, to: Path, *more: object) -> int:
     small = ("--steps", 3, "--batch-size", 4, "--length", 2)
     return post("tune", "--student", student, "--data", data, "--out", to, "--task", "sst2", *small, *more)
+
+
+@pytest.mark.parametrize("more", [["--no-dp"], ["--epsilon", "8"]])
+def test_only_without_privacy_a_student_may_compute_in_16_bits(
+    more: list[str], student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("post_shared.language_model.training_dtype", lambda *_: torch.bfloat16)
+    seen: list[torch.dtype] = []
+    own = tuning.planned
+    monkeypatch.setattr(tuning, "planned", lambda model, *a, **k: seen.append(model.dtype) or own(model, *a, **k))
+    assert tune(student, data, tmp_path / "p", *more) == 0
+    assert seen == [torch.bfloat16 if more == ["--no-dp"] else torch.float32]
+    assert read_prompt((tmp_path / "p").read_bytes()).length == 2
 
 
 def test_without_a_guarantee_it_says_so_aloud(student: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -296,11 +296,15 @@ def test_whatever_moves_a_gradient_makes_it_another_run() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 77)
         others.append(work(same))
+    for name, other in (("_sources", "of another day"), ("processor", "of another make")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"post_client.tuning.{name}", lambda *_, other=other: other)
+            others.append(work(same))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("post_client.tuning._sources", lambda: "of another day")
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
         others.append(work(same))
     assert work(same) not in others
-    assert len(set(others)) == 7
+    assert len(set(others)) == 9
 
 
 def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(ledger: Ledger) -> None:

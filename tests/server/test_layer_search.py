@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from post_server.ml import distillation
-from post_server.ml.corpus import prepare_corpus
+from post_server.ml.corpus import Corpus, prepare_corpus
 from post_server.ml.distillation import DistilConfig, choose_layers, distil
 from post_server.ml.layer_search import Kept, LayerChoice, LayerSearch, SearchNotes, search_layers
 from post_server.ml.layers import PATTERNS, chosen_layers, copy_student
@@ -64,6 +65,14 @@ def test_an_interrupted_search_goes_the_same_way_without_trying_again(tmp_path: 
     resumed = search_layers(score, 4, 12, known=notes.read(), keep=notes.write)
     assert len(tried) == len(set(tried)) == len(resumed.scores)
     assert resumed == search_layers(score, 4, 12)
+
+    def at_once(progress: Progress) -> None:
+        raise Cancelled("enough")
+
+    known = notes.read()
+    with pytest.raises(Cancelled):
+        search_layers(score, 4, 12, known=known, keep=notes.write, report=at_once)
+    assert notes.read() == known, "a search that is stopped again at once has lost nothing"
     assert SearchNotes(tmp_path, "other work").read() == {}
     (tmp_path / "layers.json").write_text('{"work": ')
     assert notes.read() == {}
@@ -125,6 +134,18 @@ def test_a_resumed_distillation_searches_no_second_time(tmp_path: Path, monkeypa
     undisturbed = distil(target, PARAGRAPHS, CONFIG)
     for ours, theirs in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 9, 40, 100, 127, 300])
+def test_no_start_is_scored_on_text_that_it_was_fitted_on(blocks: int) -> None:
+    numbered = np.arange(blocks, dtype=np.int32)[:, None].repeat(64, 1)
+    corpus = Corpus(numbered, np.zeros(blocks, dtype=np.int64))
+    fitted, held = distillation._apart(corpus, DistilConfig(sequence_length=64, steps=1))
+    one, other = ({int(row[0]) for row in rows} for rows in (torch.cat(fitted), held))
+    assert one
+    assert other
+    assert not one & other
+    assert len(other) == min(64, blocks // 2)
 
 
 def test_named_layers_are_not_searched_for() -> None:

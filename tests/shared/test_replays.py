@@ -124,8 +124,12 @@ def test_while_the_way_back_is_to_come_passes_run_as_they_are() -> None:
     expected = gradient(True), gradient(False)
     with replays(model, Recorder(tape)):
         gradient(False)
+        assert not tape.made, "a look without gradients is no meeting"
         torch.testing.assert_close(gradient(True), expected[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(gradient(False), expected[1], rtol=1e-3, atol=1e-3)
+        assert tape.replayed == 2
+        with torch.no_grad():
+            model.answer_logits_shared(batch, leaf)
         assert tape.replayed == 3
         model.answer_logits_shared(batch, leaf)  # nobody will go back through it
         torch.testing.assert_close(gradient(False), expected[1], rtol=1e-3, atol=1e-3)
@@ -142,6 +146,37 @@ def test_a_replayed_pass_is_gone_back_through_once() -> None:
         torch.autograd.grad(summed, leaf, retain_graph=True)
         with pytest.raises(RuntimeError, match="once"):
             torch.autograd.grad(summed, leaf)
+
+
+def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("post_shared.replays.MOST", 1)
+    model, tape = tiny_model(), Tape()
+    with replays(model, Recorder(tape)):
+        for index in ([0], [0], [0, 1], [0, 1], [0]):
+            found(model, index)
+    assert [each.shapes[1][0] for each in tape.made] == [1]
+    assert tape.replayed == 2
+
+
+def test_what_is_recorded_gives_way_where_memory_ends(caplog: pytest.LogCaptureFixture) -> None:
+    recorder, calls = Recorder(Tape()), []
+
+    def run(prompt: Tensor, ids: Tensor) -> Tensor:
+        calls.append(len(ids))
+        if len(ids) == 2 and recorder.made:
+            raise torch.OutOfMemoryError("no memory")
+        return prompt * len(ids)
+
+    def full(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no memory at all")
+
+    prompt = torch.ones(1, requires_grad=True)
+    for rows in (1, 1, 2, 1):
+        assert recorder(run, prompt, torch.zeros(rows, 1)).tolist() == [rows]
+    assert calls == [1, 1, 2, 2, 1]
+    assert "no memory" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError, match="at all"):
+        recorder(full, prompt, torch.zeros(3, 1))
 
 
 def test_what_cannot_be_recorded_is_run(caplog: pytest.LogCaptureFixture) -> None:

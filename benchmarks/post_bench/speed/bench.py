@@ -46,6 +46,8 @@ class Bench:
     """Instead of each part's own default."""
     teacher: LanguageModel | None = None
     """The target as a worker loads it to distil or transfer, where that is in another type."""
+    learner: LanguageModel | None = None
+    """The student as an owner loads it to tune without privacy, where that is in another type."""
 
     @property
     def device(self) -> torch.device:

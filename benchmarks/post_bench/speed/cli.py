@@ -80,7 +80,7 @@ def _bench(
     target: str | None, student: str | None, keep_layers: int, device: str, length: int, batch_size: int | None
 ) -> Bench:
     """Real models, and film reviews, product reviews and prose, fetched once as the demo's are."""
-    from post_bench.models import target_and_teacher
+    from post_bench.models import in_type, target_and_teacher
     from post_bench.speed.bench import Bench
     from post_client.demo import fetch
     from post_client.demo.settings import DemoSettings
@@ -101,8 +101,9 @@ def _bench(
     public = [row.text for row in texts.public[: settings.transfer_rows]]
     task = Task.preset(settings.task)
     own = teacher if teacher is not large else None
+    learner = None if own is None else in_type(small, own.dtype)
     every = (large, small, task, texts.train, public, texts.corpus)
-    return Bench(*every, length=length, batch_size=batch_size, teacher=own)
+    return Bench(*every, length=length, batch_size=batch_size, teacher=own, learner=learner)
 
 
 def _about(bench: Bench, target: str | None, rounds: int) -> dict[str, Any]:

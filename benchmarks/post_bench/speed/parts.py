@@ -111,20 +111,25 @@ def _tune(bench: Bench, model: LanguageModel) -> Race[Batch]:
 
 def tune_whole(bench: Bench) -> Race[Batch]:
     """A whole step of ``post tune`` with its defaults, the lean included."""
-    student, optimizer = bench.student, _adam(bench.prompt(bench.student), bench.student)
-    lean = lean_for(student, bench.task, bench.private, None, PLAIN, private=False)
-    step = steps(student, optimizer, lean or tuning_objective(student, bench.task), recorder_of(student))
-    numbers = iter(range(1_000_000))
+    start = bench.prompt(bench.student)
 
-    def way(batch: Batch) -> None:
-        if lean is not None:
-            lean.look(next(numbers), optimizer.prompt)
-        step(batch)
+    def way(student: LanguageModel) -> Callable[[Batch], None]:
+        optimizer = _adam(start, student)
+        lean = lean_for(student, bench.task, bench.private, None, PLAIN, private=False)
+        step = steps(student, optimizer, lean or tuning_objective(student, bench.task), recorder_of(student))
+        numbers = iter(range(1_000_000))
+
+        def update(batch: Batch) -> None:
+            if lean is not None:
+                lean.look(next(numbers), optimizer.prompt)
+            step(batch)
+
+        return update
 
     return Race(
-        {"post": way},
+        {"post": way(bench.student)} | ({TEACHING: way(bench.learner)} if bench.learner else {}),
         bench.batches(bench.private_rows, PLAIN.batch_size),
-        lambda batch: prompt_step(student, tokens_of(batch), len(batch), bench.length),
+        lambda batch: prompt_step(bench.student, tokens_of(batch), len(batch), bench.length),
         tokens_of,
     )
 

@@ -196,7 +196,7 @@ def _run(
     quiet_libraries()
     digest = student_hash(student, pin)
     err.print(f"Loading {escape(str(student))} …")
-    model = load_student(student, device)
+    model = load_student(student, device, private=order.privacy is not None)
     where = f"from {checkpoint}" if checkpoint else "from the beginning"
     stopped = (
         f"Stopped. The ledger has charged this run; the same command goes on {escape(where)}, with the same "

@@ -27,12 +27,13 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Owner:
-    """Holds the private rows and the student; ``public`` texts are those that anyone may read."""
+    """Holds the private rows and the student in ``folder``; ``public`` texts are those that anyone may read."""
 
     task: Task
     train: Sequence[Row]
     test: Sequence[Row]
     public: Sequence[str]
+    folder: Path
     student: LanguageModel
     student_hash: str
     settings: DemoSettings
@@ -45,17 +46,19 @@ class Owner:
 
         student = load_student(folder, settings.device)
         public = [row.text for row in data.public]
-        return cls(Task.preset(settings.task), data.train, data.test, public, student, student_hash(folder), settings)
+        task, digest = Task.preset(settings.task), student_hash(folder)
+        return cls(task, data.train, data.test, public, folder, student, digest, settings)
 
     def tune(self, note: Note) -> TuneResult:
         """A prompt without differential privacy."""
+        from post_client.student_checks import load_student
         from post_client.tuning import TuneConfig, tune
 
-        s = self.settings
+        s, student = self.settings, load_student(self.folder, self.settings.device, private=False)
         config = TuneConfig(
             s.prompt_length, s.tune_steps, s.tune_batch_size, s.tune_learning_rate, s.max_length, s.seed
         )
-        return tune(self.student, self.task, self.train, config, privacy=None, report=reporter(note))
+        return tune(student, self.task, self.train, config, privacy=None, report=reporter(note))
 
     def tune_privately(self, note: Note) -> TuneResult:
         """A prompt with differential privacy."""

@@ -53,7 +53,11 @@ class Corpus:
 
     def batch(self, step: int, rows: int, seed: int) -> Tensor:
         """Block rows of ``step``, (rows, T)."""
-        return torch.from_numpy(self.blocks[self.numbers(step, rows, seed)].astype(np.int64))
+        return self.rows(self.numbers(step, rows, seed))
+
+    def rows(self, numbers: Sequence[int]) -> Tensor:
+        """These blocks, (rows, T)."""
+        return torch.from_numpy(self.blocks[numbers].astype(np.int64))
 
 
 @lru_cache(maxsize=2)

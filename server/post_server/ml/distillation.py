@@ -116,10 +116,7 @@ def choose_layers(
     """The layers to keep; with ``folder``, an interrupted search goes on from what it found."""
     if config.layer_pattern != "search" or not isinstance(config.keep_layers, int):
         return LayerChoice(tuple(chosen_layers(_listed(config), target.layers, config.layer_pattern)))
-    blocks = _first_blocks(corpus, config, SEARCH_TOKENS)
-    rows = max(config.rows, SEARCH_TOKENS // config.sequence_length)
-    held = corpus.batch(1, min(rows, max(1, len(corpus.blocks) // 2)), config.seed)
-    search = LayerSearch(target, config.start, blocks, held)
+    search = LayerSearch(target, config.start, *_apart(corpus, config))
     work = (config.keep_layers, config.start, config.seed, config.rows, corpus.digest, target.model)
     notes = SearchNotes(folder, *work) if folder else None
     return search_layers(
@@ -261,6 +258,17 @@ def _first_blocks(corpus: Corpus, config: DistilConfig, tokens: int) -> list[tor
     every = -(-len(corpus.blocks) // config.rows)
     count = min(every, max(1, tokens // (config.rows * config.sequence_length)))
     return [corpus.batch(step, config.rows, config.seed) for step in range(count)]
+
+
+def _apart(corpus: Corpus, config: DistilConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(batches that the starts of a search are fitted on, block rows that they are scored on), none in both as long as
+    there are two blocks."""
+    order = corpus.numbers(0, len(corpus.blocks), config.seed)
+    most = max(config.rows, SEARCH_TOKENS // config.sequence_length)
+    held = min(most, len(order) // 2) or 1
+    fitted = order[: min(most, max(1, len(order) - held))]
+    batches = [corpus.rows(fitted[at : at + config.rows]) for at in range(0, len(fitted), config.rows)]
+    return batches, corpus.rows(order[-held:])
 
 
 def _listed(config: DistilConfig) -> int | list[int]:

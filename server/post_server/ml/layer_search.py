@@ -79,7 +79,7 @@ def search_layers(
     def tried(kept: Kept) -> float:
         if kept not in scores:
             scores[kept] = known[kept] if known and kept in known else score(kept)
-            keep(scores)
+            keep({**(known or {}), **scores})
             best = min(scores.values())
             report(Progress(len(scores), tries, "search", {"try_cos": scores[kept], "best_cos": best}))
         return scores[kept]
