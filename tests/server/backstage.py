@@ -95,7 +95,8 @@ class Backstage:
         return self.start(sys.executable, "-m", "post_server.predictor")
 
     def log(self) -> str:
-        return (self.settings.home / "test.log").read_text("utf-8", "replace")
+        path = self.settings.home / "test.log"
+        return path.read_text("utf-8", "replace") if path.exists() else ""
 
     def close(self) -> None:
         for process in self._processes:

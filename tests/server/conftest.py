@@ -70,6 +70,7 @@ def backstage(home: Path, backing: Backing) -> Iterator[Backstage]:
     stage = Backstage(settings)
     yield stage
     stage.close()
+    print(stage.log()[-10_000:])  # seen where the test failed
 
 
 @pytest.fixture

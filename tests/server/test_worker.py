@@ -109,7 +109,9 @@ def test_a_paused_worker_that_wakes_up_does_no_harm(ready: Backstage) -> None:
     paused = ready.start_worker()
     ready.reaches(job_id, stage="distil")
     old = job_processes(paused)
-    paused.send_signal(signal.SIGSTOP)
+    with ready.database.write() as session:  # stopped amid a write it would keep the others from the records
+        session.get_one(JobRow, job_id, with_for_update=True)
+        paused.send_signal(signal.SIGSTOP)
     other = ready.start_worker()
     wait_for(lambda: ready.job(job_id).attempt == 2)
     wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in old), 10.0)
