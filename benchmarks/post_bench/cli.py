@@ -61,7 +61,7 @@ def quality(
         str | None, typer.Option(help="Take this student and distil none.", rich_help_panel=STUDENT)
     ] = None,
     minutes: Annotated[float, typer.Option(help="Of distillation.", rich_help_panel=STUDENT)] = 20.0,
-    keep_layers: Annotated[int, typer.Option(help="Layers of the student.", rich_help_panel=STUDENT)] = 8,
+    keep_layers: Annotated[int, typer.Option(min=1, help="Layers of the student.", rich_help_panel=STUDENT)] = 8,
     tune_steps: Annotated[
         int | None, typer.Option(min=1, help="Of tuning on the student without DP.", rich_help_panel=TRAINING)
     ] = None,
@@ -107,8 +107,12 @@ def quality(
     made = work or json.with_suffix(".work")
     more = {"student": small, "teacher": teacher}
     bench = Bench(model, data, made, config, found, public=public, tasks=tasks, report=display.report, **more)
-    with display:
-        bench.run(keys, display.left)
+    try:
+        with display:
+            bench.run(keys, display.left)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The same command goes on from {json} and {made}.", markup=False, soft_wrap=True)
+        raise
     chosen = [row for row in found.rows if row.key in set(keys)]
     table.write_text(figures.table(chosen), encoding="utf-8")
     figures.draw(chosen, plot)

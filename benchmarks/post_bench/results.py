@@ -58,7 +58,7 @@ class Results:
 
     @classmethod
     def open(cls, path: Path, about: dict[str, Any]) -> Results:
-        """Read what is there, if it is of the same ``about`` (target, data and settings).
+        """Read what is there, if it is of the same ``about`` (target, data and settings) or has no rows yet.
 
         Raises:
             DataInvalid: the file is something else, or of other settings.
@@ -70,6 +70,8 @@ class Results:
             found = cls(path, document["about"], [Figure(**row) for row in document["rows"]], document["students"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataInvalid(f"{path} holds no results of this benchmark ({error}); name another file") from error
+        if found.about != about and not found.rows:
+            return cls(path, about)
         if found.about != about:
             other = sorted(name for name in about | found.about if about.get(name) != found.about.get(name))
             raise DataInvalid(f"{path} was made with other settings ({', '.join(other)}); name another file")

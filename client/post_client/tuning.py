@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -138,7 +138,7 @@ def tune(
         checkpoint=Checkpoint(checkpoint, work, checkpoint_seconds) if checkpoint else None,
         also=parts.spent,
     )
-    return TuneResult(tuned, None if plan is None else plan.statement(config.iterate), run)
+    return TuneResult(tuned, None if plan is None else _statement(plan, config, rows, public), run)
 
 
 def work_of(
@@ -198,6 +198,13 @@ def _plan(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None
         return None
     units = len(rows) if privacy.unit == "row" else len(set(users_of(rows)))
     return privacy.plan(units, batch_size=config.batch_size, steps=config.steps)
+
+
+def _statement(
+    plan: PrivacyPlan, config: TuneConfig, rows: Sequence[Row], public: Sequence[str] | None
+) -> PrivacyStatement:
+    known = set(public or ())
+    return replace(plan.statement(config.iterate), also_public=sum(row.text in known for row in rows))
 
 
 def _plain(encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig, split: Split) -> _Parts:

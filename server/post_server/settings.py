@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from platformdirs import user_data_path
 from pydantic import Field, ValidationError, model_validator
@@ -152,14 +152,20 @@ class Settings(BaseSettings):
 
 @lru_cache
 def get_settings() -> Settings:
-    """The settings of the environment.
+    """The settings of the environment: see :func:`settings_with`."""
+    return settings_with()
+
+
+def settings_with(**given: Any) -> Settings:
+    """The settings of the environment, but for those that are given.
 
     Raises:
-        InvalidInput: a variable has a value that makes no sense; its value, which may be secret, isn't shown.
+        InvalidInput: a setting has a value that makes no sense; its value, which may be secret, isn't shown.
     """
     try:
-        return Settings()
+        return Settings(**given)
     except ValidationError as error:
-        mistakes = [(" ".join(map(str, each["loc"])).upper(), each["msg"]) for each in error.errors()]
+        said = [(each["loc"], each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+        mistakes = [(" ".join(map(str, place)).upper(), message) for place, message in said]
         detail = "; ".join(f"POST_{name}: {message}" if name else message for name, message in mistakes)
         raise InvalidInput(detail) from None

@@ -16,7 +16,7 @@ from post_bench.spent import Spent
 from post_client.tuning import TuneConfig
 from post_server.ml.distillation import DistilConfig
 from post_server.ml.transfer import TransferConfig
-from post_shared.cli import build_app, run
+from post_shared.cli import EXIT_INTERRUPTED, build_app, run
 from post_shared.data import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput
 from post_shared.training import Progress
@@ -163,6 +163,28 @@ def test_figures_of_other_settings_are_refused(data: Path, tmp_path: Path) -> No
     (tmp_path / "other.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DataInvalid, match="no results"):
         Results.open(tmp_path / "other.json", {})
+
+
+def test_a_run_that_found_nothing_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    wrong = Results(tmp_path / "q.json", {"layers": 9}, students={"products": {"seconds": 1.0}})
+    wrong.save()
+    found = Results.open(tmp_path / "q.json", {"layers": 8})
+    assert (found.about, found.students) == ({"layers": 8}, {})
+    assert Results.open(tmp_path / "q.json", {"layers": 9}).students
+
+
+def test_a_stop_says_how_to_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("post_bench.quality.Bench.run", stop)
+    tiny_model("llama", layers=3).save(tmp_path / "target")
+    command = ["bench", "quality", "--data", str(data), "--private", "films", "--public", "products"]
+    command += ["--json", str(tmp_path / "q.json"), "--target", str(tmp_path / "target"), "--max-length", "32"]
+    assert run(build_app(), command) == EXIT_INTERRUPTED
+    assert f"goes on from {tmp_path / 'q.json'}" in capsys.readouterr().err
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -399,6 +399,8 @@ def test_what_predict_could_not_use_is_said_before_a_text_leaves(
     assert "sideways" in shown
     assert "Nothing was sent" in shown
     assert "source prompt" in shown
+    assert post(*ask, "--prompt", prompt_id, "--data", tmp_path / "good.jsonl", "--label-column", "nope") == 1
+    assert "no column 'nope'" in capsys.readouterr().err
     assert post(*ask, "--task", "sst2", "--data", tmp_path / "rows.jsonl") == 1
     assert post(*ask, "--task", "sst2", "--data", tmp_path / "good.jsonl", "--out", "/proc/x.jsonl") == 1
     assert "/proc/x.jsonl" in capsys.readouterr().err
@@ -409,16 +411,21 @@ def test_public_texts_help_a_private_run_and_private_ones_among_them_are_named(
 ) -> None:
     public = tmp_path / "public.jsonl"
     public.write_text("\n".join(json.dumps({"text": f"{text} {at}"}) for text in TEXTS for at in range(3)))
+    also = sum(json.loads(line)["text"] == TEXTS[0] for line in data.read_text().splitlines())
     assert tune(student, data, tmp_path / "p", "--public", public) == 0
     shown = capsys.readouterr()
     assert "private rows too" not in shown.err
     assert "no private text may be among them" in shown.out
+    assert "BUT" not in shown.out
     assert tune(student, data, tmp_path / "p", "--public", data) == 2, "the private file itself"
     with public.open("a") as file:
         file.write("\n" + json.dumps({"text": TEXTS[0]}))
     capsys.readouterr()
     assert tune(student, data, tmp_path / "p2", "--public", public) == 0
-    assert "1 texts of" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "1 texts of" in shown.err
+    assert "BUT" in shown.out
+    assert f"{also} private rows have a text that is among the public ones" in shown.out
     public.write_text(json.dumps({"text": "one"}))
     assert tune(student, data, tmp_path / "p3", "--public", public) == 1
     assert "public.jsonl has 1 different texts" in capsys.readouterr().err

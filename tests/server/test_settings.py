@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from post_server.settings import get_settings
+from post_server.settings import get_settings, settings_with
 from post_shared.errors import InvalidInput
 
 
@@ -33,6 +33,14 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch, name: s
         get_settings()
     assert name.removeprefix("POST_").lower() in refused.value.detail.lower()
     assert "secret" not in refused.value.detail
+
+
+def test_what_a_command_is_given_is_checked_like_the_environment() -> None:
+    with pytest.raises(InvalidInput, match="POST_PORT"):
+        settings_with(port=-3)
+    with pytest.raises(InvalidInput, match="^lease_seconds is at least"):
+        settings_with(lease_seconds=9)
+    assert settings_with(port=0).port == 0
 
 
 def test_a_log_level_is_a_word_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:

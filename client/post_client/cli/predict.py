@@ -31,7 +31,9 @@ def predict(
     label_word: LabelWords = None,
     to: Annotated[Path | None, typer.Option("--out", help="Write JSON Lines here instead of to stdout.")] = None,
     text_column: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
-    label_column: Annotated[str, typer.Option(help="Its labels are compared here; they never leave.")] = "label",
+    label_column: Annotated[
+        str | None, typer.Option(help="Its labels are compared here; they never leave. By default label, if there.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=256, help="Generation tasks only.")] = 16,
     url: Url = None,
     json: AsJson = False,
@@ -60,12 +62,15 @@ def predict(
     _print(rows, found, to, json)
 
 
-def _rows(text: list[str] | None, data: Path | None, text_column: str, label_column: str) -> list[Row]:
+def _rows(text: list[str] | None, data: Path | None, text_column: str, label_column: str | None) -> list[Row]:
     from post_shared.data import Row, read_rows
 
     if data is None:
         return [Row(each, None) for each in text or []]
-    return read_rows(data, text_column=text_column, label_column=label_column)
+    rows = read_rows(data, text_column=text_column, label_column=label_column or "label")
+    if label_column is not None and all(row.label is None for row in rows):
+        raise DataInvalid(f"{data.name} has no column {label_column!r}. Nothing was sent")
+    return rows
 
 
 def _form_of(client: Client, prompt: str) -> TaskForm:

@@ -71,6 +71,8 @@ class PrivacyStatement:
     not_covered: tuple[str, ...]
     trials: int = 1
     """Runs that share the budget, all of them charged, whichever prompt was taken."""
+    also_public: int = 0
+    """Private rows whose text is one of the run's public texts."""
 
     @property
     def claim(self) -> tuple[float, float] | None:
@@ -96,6 +98,11 @@ class PrivacyStatement:
                 "NOT PRIVATE: the randomness was seeded, which is for tests only. Whoever knows or guesses the seed "
                 f"can take the noise off. The numbers describe what a run with secure randomness would have spent: "
                 f"epsilon = {self.epsilon_spent:.3f} at delta = {self.delta:g} by {self.accountant}."
+            )
+        if self.also_public:
+            first += (
+                f" BUT {self.also_public} private rows have a text that is among the public ones, which enter without "
+                "noise. If such a text wasn't public before, nothing is promised for its row."
             )
         trials = "" if self.trials == 1 else f" in each of {self.trials} trials, all charged"
         how = (

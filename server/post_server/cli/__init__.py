@@ -32,10 +32,10 @@ def serve(
 ) -> None:
     """Run everything on this machine: the API, a worker, a predictor and an embedded broker."""
     from post_server.serve import main
-    from post_server.settings import Settings
+    from post_server.settings import settings_with
 
     given: dict[str, Any] = {"host": host, "port": port, "home": home}
-    raise typer.Exit(main(Settings(**{name: value for name, value in given.items() if value is not None})))
+    raise typer.Exit(main(settings_with(**{name: value for name, value in given.items() if value is not None})))
 
 
 def worker() -> None:
