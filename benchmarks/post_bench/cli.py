@@ -107,12 +107,8 @@ def quality(
     made = work or json.with_suffix(".work")
     more = {"student": small, "teacher": teacher}
     bench = Bench(model, data, made, config, found, public=public, tasks=tasks, report=display.report, **more)
-    try:
-        with display:
-            bench.run(keys, display.left)
-    except KeyboardInterrupt:
-        console.print(f"Stopped. The same command goes on from {json} and {made}.", markup=False, soft_wrap=True)
-        raise
+    with display:
+        bench.run(keys, display.left)
     chosen = [row for row in found.rows if row.key in set(keys)]
     table.write_text(figures.table(chosen), encoding="utf-8")
     figures.draw(chosen, plot)
@@ -205,8 +201,10 @@ class _Display:
         self.bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
+        if kind is KeyboardInterrupt:
+            self.bar.console.print("Stopped. The same command goes on where it was.")
 
     def left(self, seconds: float | None) -> None:
         self.rest = "time left not known yet" if seconds is None else f"about {seconds / 60:.0f} min left"

@@ -25,6 +25,7 @@ from post_shared.errors import (
     Unavailable,
     from_problem,
 )
+from post_shared.mistakes import first_mistake
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -53,11 +54,9 @@ def parse(answer: httpx.Response, document: type[T]) -> T:
     try:
         return document.model_validate_json(answer.content, extra="ignore")
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise IntegrityError(
             f"{answer.request.url.copy_with(query=None)} answered with something that is no {document.__name__} "
-            f"({where}: {first['msg']}); is it a POST server, of this version?"
+            f"({first_mistake(error.errors())}); is it a POST server, of this version?"
         ) from error
 
 

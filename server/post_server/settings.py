@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from post_shared.errors import InvalidInput
+from post_shared.mistakes import mistakes
 from post_shared.schemas import JobKind
 
 _ROOM = r"(\d+|cpu)=\d+(\.\d+)?([KMGT]i?B)?"
@@ -165,7 +166,6 @@ def settings_with(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        said = [(each["loc"], each["msg"].removeprefix("Value error, ")) for each in error.errors()]
-        mistakes = [(" ".join(map(str, place)).upper(), message) for place, message in said]
-        detail = "; ".join(f"POST_{name}: {message}" if name else message for name, message in mistakes)
+        found = mistakes(error.errors())
+        detail = "; ".join(f"POST_{name.upper()}: {message}" if name else message for name, message in found)
         raise InvalidInput(detail) from None

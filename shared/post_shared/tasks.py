@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from post_shared.errors import TaskInvalid
+from post_shared.mistakes import first_mistake
 from post_shared.schemas import TaskForm
 
 TEXT, MASK = "{text}", "{mask}"
@@ -117,9 +118,7 @@ class Task:
             task = cls.from_form(TaskForm.model_validate(document))
             return cls(task.template, task.label_words, description)
         except ValidationError as error:
-            first = error.errors()[0]
-            member = ".".join(str(part) for part in first["loc"])
-            raise TaskInvalid(f"{where}: {member}: {first['msg']}") from error
+            raise TaskInvalid(f"{where}: {first_mistake(error.errors())}") from error
         except TaskInvalid as error:
             raise TaskInvalid(f"{where}: {error.detail}") from error
 

@@ -184,7 +184,7 @@ def test_a_stop_says_how_to_go_on(
     command = ["bench", "quality", "--data", str(data), "--private", "films", "--public", "products"]
     command += ["--json", str(tmp_path / "q.json"), "--target", str(tmp_path / "target"), "--max-length", "32"]
     assert run(build_app(), command) == EXIT_INTERRUPTED
-    assert f"goes on from {tmp_path / 'q.json'}" in capsys.readouterr().err
+    assert "The same command goes on" in capsys.readouterr().err
 
 
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

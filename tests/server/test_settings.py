@@ -38,7 +38,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch, name: s
 def test_what_a_command_is_given_is_checked_like_the_environment() -> None:
     with pytest.raises(InvalidInput, match="POST_PORT"):
         settings_with(port=-3)
-    with pytest.raises(InvalidInput, match="^lease_seconds is at least"):
+    with pytest.raises(InvalidInput, match=r"^lease_seconds is at least"):
         settings_with(lease_seconds=9)
     assert settings_with(port=0).port == 0
 

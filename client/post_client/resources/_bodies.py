@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from post_shared.errors import InvalidInput
+from post_shared.mistakes import first_mistake
 from post_shared.schemas import Document
 
 D = TypeVar("D", bound=Document)
@@ -21,6 +22,4 @@ def body(document: type[D], **members: Any) -> D:
     try:
         return document(**members)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"{where}: {first['msg']}") from error
+        raise InvalidInput(first_mistake(error.errors())) from error

@@ -32,6 +32,7 @@ from post_shared.errors import (
     Unavailable,
     errors,
 )
+from post_shared.mistakes import mistakes
 from post_shared.schemas import Problem
 
 log = structlog.get_logger("post.api")
@@ -127,12 +128,9 @@ async def _post_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """Say where and what is wrong, never what was sent."""
     assert isinstance(error, RequestValidationError)
-    mistakes = [
-        {"where": ".".join(str(part) for part in each["loc"])[:200], "message": str(each["msg"])[:500]}
-        for each in error.errors()[:20]
-    ]
-    detail = "; ".join(f"{each['where']}: {each['message']}" for each in mistakes[:3])
-    return respond(_worded(InvalidInput(detail, mistakes=mistakes), request), _request_id(request))
+    found = [{"where": where[:200], "message": what[:500]} for where, what in mistakes(error.errors()[:20])]
+    detail = "; ".join(f"{each['where']}: {each['message']}" for each in found[:3])
+    return respond(_worded(InvalidInput(detail, mistakes=found), request), _request_id(request))
 
 
 def _worded(error: PostError, request: Request) -> PostError:

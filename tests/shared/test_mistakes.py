@@ -1,0 +1,29 @@
+"""What is wrong with a document is said in the sender's words, not in pydantic's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from post_shared.mistakes import first_mistake, mistakes
+from post_shared.schemas import DistillationCreate, TaskForm, TransferCreate
+
+
+@pytest.mark.parametrize(
+    ("document", "members", "where"),
+    [
+        (TransferCreate, {"prompt": "p", "target": "t", "dataset": "d", "alpha": 1.5}, "alpha"),
+        (DistillationCreate, {"target": "t", "name": "n", "corpus": ["c"], "keep_layers": "many"}, "keep_layers"),
+        (TaskForm, {"template": 3}, "template"),
+    ],
+)
+def test_places_are_the_senders_and_words_are_plain(document: Any, members: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        document(**members)
+    for place, message in mistakes(refused.value.errors()):
+        assert place.partition(".")[0] in {where, ""}
+        assert not any(each in place for each in "-[(")
+        assert "Value error" not in message
+    assert "constrained" not in first_mistake(refused.value.errors())
