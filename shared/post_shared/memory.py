@@ -7,6 +7,7 @@ holds for any architecture.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,14 +58,24 @@ class MemoryPlan:
 
 def filled(batch: Batch, tokens: int, *, each: int = 0) -> list[Batch]:
     """Micro-batches of at most ``tokens``, padding not counted but ``each`` for every row, or of one row; together the
-    same rows."""
+    same rows. There are as few as can be, and the largest of them is as small as then can be: it sets the peak."""
     lengths = [batch.encoded.length(row) + each for row in batch.index]
-    parts: list[list[int]] = []
-    for at in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not parts or sum(lengths[some] for some in parts[-1]) + lengths[at] > tokens:
-            parts.append([])
-        parts[-1].append(at)
-    return [batch.part(places) for places in parts]
+    places = sorted(range(len(lengths)), key=lengths.__getitem__)
+
+    def parts(most: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        room = -1
+        for at in places:
+            if lengths[at] > room:
+                found.append([])
+                room = most
+            found[-1].append(at)
+            room -= lengths[at]
+        return found
+
+    fewest = len(parts(tokens))
+    least = bisect_left(range(tokens), -fewest, key=lambda most: -len(parts(most)))
+    return [batch.part(some) for some in parts(least)]
 
 
 def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) -> MemoryPlan:

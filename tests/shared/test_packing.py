@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -100,3 +102,22 @@ def test_micro_batches_are_filled_and_hold_every_row_once() -> None:
         [9],
         [30],
     ]
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), most=st.integers(1, 120), each=st.integers(0, 3))
+def test_the_largest_micro_batch_is_as_small_as_their_number_allows(lengths: list[int], most: int, each: int) -> None:
+    batch = rows_of(*([1] * length for length in lengths)).whole
+
+    def sizes(limit: int) -> list[int]:
+        return [sum(lengths[at] + each for at in part.index) for part in filled(batch, limit, each=each)]
+
+    found = sizes(most)
+    assert sum(found) == sum(lengths) + each * len(lengths)
+    assert max(found) <= max(most, max(lengths) + each)
+    if max(lengths) + each < max(found):  # then it isn't one row: a limit of less takes more parts
+        assert len(sizes(max(found) - 1)) > len(found)
+
+
+def test_two_parts_share_a_step_evenly() -> None:
+    batch = rows_of(*([1] * 10 for _ in range(10))).whole
+    assert [len(part) for part in filled(batch, 90)] == [5, 5]

@@ -39,9 +39,10 @@ from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
 from post_shared.training import Checkpoint, Loss, Progress, PromptAdam, Reporter, fingerprint, ignore, train_prompt
 
-STEP_SHARE = 0.35
-"""Of the target's size in float32: what a step keeps for the way back. Less would cost time: small matrices are slow. A
-GPU is filled by no less than a batch, and has memory of its own: there only what is free is a limit."""
+STEP_SHARE = 0.19
+"""Of the target's size in float32: what a step keeps for the way back, so that a transfer takes at most half as much
+again as its target. Less would cost more time: small matrices are slow. A GPU is filled by no less than a batch, and
+has memory of its own: there only what is free is a limit."""
 Item = TypeVar("Item")
 ALPHA_ROWS = 200
 """Public rows on which alpha='auto' is found."""
