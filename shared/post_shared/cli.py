@@ -21,6 +21,8 @@ GROUP = "post.commands"
 DISTRIBUTION = "post-transfer"
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+SPINS = "10000"
+"""Looks of a waiting OpenMP thread (``docs/results.md``): no slower alone, and not for ever beside another process."""
 
 _ABOUT = "POST: adapt a large language model that you don't own to data that you may not share."
 
@@ -87,8 +89,17 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     return 0
 
 
+def give_way() -> None:
+    """Let a thread that waits for the others of its sum look for them shortly, then sleep: two processes that look for
+    long on the same cores keep each other from finishing. Call it before torch is loaded; what is set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
 def main() -> None:
     """The console script."""
+    give_way()
     sys.exit(run(build_app()))
 
 
