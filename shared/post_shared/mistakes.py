@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+_KIND = re.compile(r"(constrained|function)-|[a-z-]+\[")
 
 
 def mistakes(errors: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -26,4 +29,4 @@ def first_mistake(errors: Iterable[Mapping[str, Any]]) -> str:
 
 def _is_named(part: str) -> bool:
     """Whether the sender wrote it: pydantic puts the kinds that it tried for a union there, too."""
-    return not any(each in part for each in "-[(")
+    return _KIND.match(part) is None

@@ -27,3 +27,9 @@ def test_places_are_the_senders_and_words_are_plain(document: Any, members: dict
         assert not any(each in place for each in "-[(")
         assert "Value error" not in message
     assert "constrained" not in first_mistake(refused.value.errors())
+
+
+def test_a_label_with_a_dash_is_a_place() -> None:
+    with pytest.raises(ValidationError) as refused:
+        TaskForm(template="{text}", label_words={"so-so (meh)": [3]})  # type: ignore[list-item]
+    assert mistakes(refused.value.errors())[0][0] == "label_words.so-so (meh).0"
