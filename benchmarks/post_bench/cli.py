@@ -204,7 +204,7 @@ class _Display:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
         if kind is KeyboardInterrupt:
-            self.bar.console.print("Stopped. The same command goes on where it was.")
+            self.bar.console.print("Stopped. The same command goes on from what it has kept.")
 
     def left(self, seconds: float | None) -> None:
         self.rest = "time left not known yet" if seconds is None else f"about {seconds / 60:.0f} min left"

@@ -58,7 +58,8 @@ class MemoryPlan:
 
 def filled(batch: Batch, tokens: int, *, each: int = 0) -> list[Batch]:
     """Micro-batches of at most ``tokens``, padding not counted but ``each`` for every row, or of one row; together the
-    same rows. There are as few as can be, and the largest of them is as small as then can be: it sets the peak."""
+    same rows. In the order of their lengths they are cut into as few as can be, of which the largest is as small as can
+    be: it sets the peak."""
     lengths = [batch.encoded.length(row) + each for row in batch.index]
     places = sorted(range(len(lengths)), key=lengths.__getitem__)
 

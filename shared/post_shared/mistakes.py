@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_KIND = re.compile(r"(constrained|function)-|[a-z-]+\[")
+_KIND = re.compile(r"(constrained|function)-|(list|literal|tuple)\[")
+_PLAIN_KINDS = {"int", "str", "float", "bool"}
 
 
 def mistakes(errors: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -15,10 +16,7 @@ def mistakes(errors: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     >>> mistakes([{"loc": ("alpha", "constrained-float"), "msg": "Value error, it lies in 0..1"}])
     [('alpha', 'it lies in 0..1')]
     """
-    return [
-        (".".join(filter(_is_named, map(str, each["loc"]))), str(each["msg"]).removeprefix("Value error, "))
-        for each in errors
-    ]
+    return [(_place(each["loc"]), str(each["msg"]).removeprefix("Value error, ")) for each in errors]
 
 
 def first_mistake(errors: Iterable[Mapping[str, Any]]) -> str:
@@ -27,6 +25,7 @@ def first_mistake(errors: Iterable[Mapping[str, Any]]) -> str:
     return f"{where}: {what}" if where else what
 
 
-def _is_named(part: str) -> bool:
-    """Whether the sender wrote it: pydantic puts the kinds that it tried for a union there, too."""
-    return _KIND.match(part) is None
+def _place(parts: Sequence[object]) -> str:
+    """What the sender wrote of it: pydantic puts the kinds that it tried for a union there, too."""
+    named = [str(part) for part in parts if _KIND.match(str(part)) is None]
+    return ".".join(named[:-1] if len(named) > 1 and named[-1] in _PLAIN_KINDS else named)

@@ -400,7 +400,7 @@ def test_what_predict_could_not_use_is_said_before_a_text_leaves(
     assert "Nothing was sent" in shown
     assert "source prompt" in shown
     assert post(*ask, "--prompt", prompt_id, "--data", tmp_path / "good.jsonl", "--label-column", "nope") == 1
-    assert "no column 'nope'" in capsys.readouterr().err
+    assert "no labels in a column 'nope'" in capsys.readouterr().err
     assert post(*ask, "--task", "sst2", "--data", tmp_path / "rows.jsonl") == 1
     assert post(*ask, "--task", "sst2", "--data", tmp_path / "good.jsonl", "--out", "/proc/x.jsonl") == 1
     assert "/proc/x.jsonl" in capsys.readouterr().err
@@ -425,7 +425,7 @@ def test_public_texts_help_a_private_run_and_private_ones_among_them_are_named(
     shown = capsys.readouterr()
     assert "1 texts of" in shown.err
     assert "BUT" in shown.out
-    assert f"{also} private rows have a text that is among the public ones" in shown.out
+    assert f"have the texts of {also} private rows among them" in shown.out
     public.write_text(json.dumps({"text": "one"}))
     assert tune(student, data, tmp_path / "p3", "--public", public) == 1
     assert "public.jsonl has 1 different texts" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from post_shared.cli import SPINS, give_way
 )
 def test_what_somebody_has_set_stays(given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     give_way()
@@ -24,5 +25,10 @@ def test_what_somebody_has_set_stays(given: dict[str, str], spins: str | None, m
 
 
 def test_the_command_says_so_before_torch_is_there() -> None:
-    work = "import sys, post_shared.cli as cli; cli.give_way(); cli.build_app(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", work], check=False).returncode == 0
+    work = """if True:
+        import os, sys, post_shared.cli as cli
+        cli.run = lambda app: "torch" not in sys.modules and os.environ.get("GOMP_SPINCOUNT") == cli.SPINS
+        cli.main()
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    assert subprocess.run([sys.executable, "-c", work], env=clean, check=False).returncode == 1

@@ -69,7 +69,7 @@ def _rows(text: list[str] | None, data: Path | None, text_column: str, label_col
         return [Row(each, None) for each in text or []]
     rows = read_rows(data, text_column=text_column, label_column=label_column or "label")
     if label_column is not None and all(row.label is None for row in rows):
-        raise DataInvalid(f"{data.name} has no column {label_column!r}. Nothing was sent")
+        raise DataInvalid(f"{data.name} has no labels in a column {label_column!r}. Nothing was sent")
     return rows
 
 

@@ -101,8 +101,8 @@ class PrivacyStatement:
             )
         if self.also_public:
             first += (
-                f" BUT {self.also_public} private rows have a text that is among the public ones, which enter without "
-                "noise. If such a text wasn't public before, nothing is promised for its row."
+                f" BUT the public texts of the run, which enter without noise, have the texts of {self.also_public} "
+                "private rows among them. Who is in such a text that was not public before is promised nothing."
             )
         trials = "" if self.trials == 1 else f" in each of {self.trials} trials, all charged"
         how = (
