@@ -57,7 +57,7 @@ def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -
     start = starting_prompt(model, task, tune).embeddings
     plan = PrivacyConfig(micro_batch_size=batch_size).plan(len(rows), batch_size=batch_size, steps=steps)
     plain = PromptAdam(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
-    private = plan.optimizer(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
+    private = plan.optimizer(nn.Parameter(start.clone().to(model.device)), tune.learning_rate, student=model)
     draw, pairs = random.Random(1), []
     for step in range(steps + 2):
         batch = Batch(encoded, tuple(draw.sample(range(len(rows)), batch_size)))

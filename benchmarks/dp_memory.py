@@ -1,7 +1,6 @@
 """What a large logical batch costs in memory: a private step of 4,096 rows against one of a single micro-batch.
 
-Of its micro-batches the one that takes most counts. That need not be the one with the longest texts: a micro-batch of
-uneven lengths runs in two passes.
+Of its micro-batches the one that takes most counts.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import nn
 
 from benchmarks.dp_cost import LABEL_WORDS, reviews, student_shaped_model
 from post_client.privacy import PrivacyConfig
+from post_client.privacy.shapes import alike
 from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
 from post_shared.batches import Batch
 from post_shared.data import Row
@@ -38,7 +38,7 @@ def private_steps(model: LanguageModel, rows: Sequence[Row], *, micro: int, leng
     encoded, loss = encode_private(model, task, rows, config), tuning_objective(model, task)
     plan = PrivacyConfig(micro_batch_size=micro).plan(10 * len(rows), batch_size=len(rows), steps=10)
     prompt = nn.Parameter(starting_prompt(model, task, config).embeddings.clone().to(model.device))
-    optimizer = plan.optimizer(prompt, config.learning_rate)
+    optimizer = plan.optimizer(prompt, config.learning_rate, student=model)
     optimizer.update(loss, encoded.batch([0, 1]))
     return partial(optimizer.update, loss), encoded.whole
 
@@ -51,7 +51,7 @@ def main() -> None:
     model = student_shaped_model(given.layers)
     step, whole = private_steps(model, reviews(given.rows), micro=MICRO)
     result: dict[str, Any] = {}
-    for name, batches in (("micro_batch", list(whole.split(MICRO))), ("logical_batch", [whole])):
+    for name, batches in (("micro_batch", alike(whole, MICRO)), ("logical_batch", [whole])):
         result[f"{name}_tensor_bytes"] = max(peak_bytes(partial(step, batch)) for batch in batches)
         result[f"{name}_process_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result["tensor_ratio"] = round(result["logical_batch_tensor_bytes"] / result["micro_batch_tensor_bytes"], 4)

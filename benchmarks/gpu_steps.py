@@ -97,7 +97,7 @@ def transfer(target: LanguageModel, batch: Batch, start: Tensor) -> Ways:
 def tune(student: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     loss = tuning_objective(student, TASK)
     plan = PrivacyConfig(seed=0).plan(1000, batch_size=len(batch), steps=100)
-    private = plan.optimizer(nn.Parameter(start.clone()), 1e-3)
+    private = plan.optimizer(nn.Parameter(start.clone()), 1e-3, student=student)
     return {
         "replayed": steps(student, adam(start), loss, recorder_of(student)),
         "launched": steps(student, adam(start), loss, None),

@@ -107,9 +107,9 @@ def test_a_student_whose_rows_are_not_apart_is_refused_in_private_runs(
 
 
 @pytest.mark.parametrize("change", SHIFTY.values(), ids=SHIFTY)
-@pytest.mark.parametrize("unit", ["row", "user"])
+@pytest.mark.parametrize(("unit", "once"), [("row", True), ("user", True), ("row", False)])
 def test_a_row_moves_the_sum_by_c_even_where_weights_hide_what_the_check_looks_for(
-    change: dict[str, object], unit: str, tmp_path: Path
+    change: dict[str, object], unit: str, tmp_path: Path, *, once: bool
 ) -> None:
     """Rows share passes with rows of their own shape alone, whatever a student does with padding and lengths."""
     tiny_model("llama", layers=2).save(tmp_path)
@@ -128,7 +128,9 @@ def test_a_row_moves_the_sum_by_c_even_where_weights_hide_what_the_check_looks_f
 
         def summed(count: int, encoded: EncodedRows = encoded) -> torch.Tensor:
             plan = privacy.plan(100, batch_size=8, steps=1)
-            tuned = plan.optimizer(nn.Parameter(prompt.clone()), 0.1, range(len(encoded)), longest=64)
+            tuned = plan.optimizer(
+                nn.Parameter(prompt.clone()), 0.1, range(len(encoded)), longest=64, student=student if once else None
+            )
             tuned.update(tuning_objective(student, TASK), encoded.batch(range(count)))
             return tuned.summed_gradient.clone()
 

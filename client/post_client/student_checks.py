@@ -14,6 +14,8 @@ from torch import Tensor
 from post_shared.batches import EncodedRow, EncodedRows
 from post_shared.errors import InvalidInput, ModelUnsafe
 from post_shared.language_model import LanguageModel
+from post_shared.packing import logits_behind
+from post_shared.prompt_runs import PromptRun, can_run_once
 
 SHORT = 4
 """Tokens of the row whose answer is watched."""
@@ -64,11 +66,14 @@ def check_rows_are_apart(student: LanguageModel, prompt: Tensor, max_length: int
         )
     _check_rows_leave_no_trace(student.config.to_dict())
     rows = [_row(student, SHORT), *(_row(student, length) for length in range(SHORT, max_length + 1))]
-    encoded = EncodedRows(tuple(rows))
+    encoded, run = EncodedRows(tuple(rows)), PromptRun(student, prompt) if can_run_once(student) else None
 
-    def answer(*index: int) -> Tensor:
-        leaf = prompt.to(student.device).expand(len(index), -1, -1)
-        return student.answer_logits(encoded.batch(index), leaf)[0].double()
+    def answer(*index: int) -> Tensor:  # as a private step asks the student
+        batch = encoded.batch(index)
+        if run is None:
+            return student.answer_logits(batch, prompt.to(student.device).expand(len(index), -1, -1))[0].double()
+        with run.rows(len(index)) as behind:
+            return logits_behind(student, batch, behind.prompts)[0].double()
 
     alone = answer(0)
     allowed = TOLERANCE * float(alone.std())

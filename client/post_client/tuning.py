@@ -125,7 +125,10 @@ def tune(
         run = reserve(rows, charge_of(rows, config, privacy), work)
         work = fingerprint(work, run.name)  # a checkpoint of a finished run is not gone on from
         plan = None if plan is None else plan.drawing_from(run.key)
-    parts = _plain(encoded, prompt, config, split) if plan is None else _private(plan, rows, encoded, prompt, config)
+    if plan is None:
+        parts = _plain(encoded, prompt, config, split)
+    else:
+        parts = _private(plan, rows, encoded, prompt, config, student)
     tuned = train_on_task(
         student,
         task,
@@ -214,7 +217,12 @@ def _plain(encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig, split
 
 
 def _private(
-    plan: PrivacyPlan, rows: Sequence[Row], encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig
+    plan: PrivacyPlan,
+    rows: Sequence[Row],
+    encoded: EncodedRows,
+    prompt: nn.Parameter,
+    config: TuneConfig,
+    student: LanguageModel,
 ) -> _Parts:
     sampler, users = plan.sampler(), None
     members: Sequence[Sequence[int]] = [[at] for at in range(len(rows))]
@@ -225,5 +233,5 @@ def _private(
     def batch(step: int) -> Batch:
         return encoded.batch([row for unit in sampler.draw(step) for row in members[unit]])
 
-    optimizer = plan.optimizer(prompt, config.learning_rate, users, longest=config.max_length)
+    optimizer = plan.optimizer(prompt, config.learning_rate, users, longest=config.max_length, student=student)
     return _Parts(optimizer, batch, plan.steps, lambda step: {"epsilon": plan.epsilon_after(step)})

@@ -225,7 +225,7 @@ class LanguageModel:
         """
         if not self.keeps_prefix:
             raise InvalidInput("a masked or recurrent model has no key/value prefix: put the prompt before each text")
-        return Prefix.of(self._cache_of(prompt))
+        return Prefix.of(self.cache_of(prompt))
 
     @torch.no_grad()
     def answer_logits_after(
@@ -233,7 +233,7 @@ class LanguageModel:
     ) -> Tensor:
         """As :meth:`answer_logits` without running a prompt again: one prefix for all, or one for each row."""
         prefixes = [prefix] * len(batch) if isinstance(prefix, Prefix) else prefix
-        return self._at_answers(batch, tokens, **behind(prefixes, batch.token_ids.shape[1], self.device))
+        return self.at_answers(batch, tokens, **behind(prefixes, batch.token_ids.shape[1], self.device))
 
     def answer_logits_shared(
         self, batch: Batch, prompt: Tensor, owner: Tensor | None = None, tokens: Tensor | None = None
@@ -254,9 +254,7 @@ class LanguageModel:
         """Up to how many positions a prompt and a text can run in a packed row: 0 if the model isn't made for that."""
         return packed_positions(self) if self.keeps_prefix else 0
 
-    # --- helpers --------------------------------------------------------------------------------------
-
-    def _cache_of(self, prompt: Tensor) -> DynamicCache:
+    def cache_of(self, prompt: Tensor) -> DynamicCache:
         """Keys and values of ``prompt``, (l, d) or (K, l, d), in every layer, as a cache of one row or of K."""
         self._check_width(prompt)
         inputs = prompt.reshape(-1, *prompt.shape[-2:]).to(self.device, self.dtype)
@@ -264,11 +262,13 @@ class LanguageModel:
         self.run_body(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
         return cache
 
-    def _at_answers(self, batch: Batch, tokens: Tensor | None, **inputs: Any) -> Tensor:
+    def at_answers(self, batch: Batch, tokens: Tensor | None, **inputs: Any) -> Tensor:
         """Logits (P, V) or (P, K) at the answer positions of ``batch``, the body's further inputs being ``inputs``."""
         hidden = self.last_hidden(inputs_embeds=self.embed(batch.token_ids), **inputs)
         rows, positions = batch.rows.to(self.device), batch.positions.to(self.device)
         return self.head(hidden[rows, positions], tokens)  # (B, T, d) -> (P, d) -> (P, V)
+
+    # --- helpers --------------------------------------------------------------------------------------
 
     def last_hidden(self, **inputs: Any) -> Tensor:
         """The body's last hidden states, brought back to where its inputs are."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache
 
+from post_shared.prompt_runs import rows_of
 from post_shared.replays import TOKENS, Recorder, recorder_now, replays, up_to
 
 if TYPE_CHECKING:
@@ -150,8 +151,12 @@ def pays(model: LanguageModel, batch: Batch, prompts: Tensor) -> bool:
 def logits_behind(model: LanguageModel, batch: Batch, prompts: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Logits (P, V), or (P, K) with ``tokens``, behind one prompt (l, d), or behind one for each row (B, l, d).
 
-    One is run once for all rows where that pays. Of its own prompt each row has its own gradient.
+    One is run once for all rows where that pays. Of its own prompt each row has its own gradient, be that the same
+    prompt for all, and be it run already (:class:`post_shared.prompt_runs.PromptRun`).
     """
+    rows = rows_of(prompts)
+    if rows is not None:
+        return model.at_answers(batch, tokens, past_key_values=rows.cache(), use_cache=True)
     if prompts.dim() == 3:
         return model.answer_logits(batch, prompts, tokens)
     return model.answer_logits_shared(batch, prompts, tokens=tokens)

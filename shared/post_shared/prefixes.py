@@ -83,23 +83,38 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return pad_sequence(list(parts), batch_first=True, padding_side="left").transpose(1, 2)
 
 
-class _PassingLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's prefixes, joined when the layer runs and forgotten afterwards: one layer at a time is copied."""
+class RowsLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values of rows' prefixes, (B, h, L, e) each. Those of texts are put behind, and not kept."""
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self._parts = (keys, values)
-        self._length = max(each.shape[0] for each in keys)
+        self._seen, self._length = (keys, values), int(keys.shape[-2])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of prefix and text, (B, h, L + T, e) each."""
-        keys, values = map(_joined, self._parts)
+        keys, values = self._prefix()
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self) -> int:
         return self._length
+
+    def _prefix(self) -> tuple[Tensor, Tensor]:
+        return self._seen
+
+
+class _PassingLayer(RowsLayer):
+    """One layer's prefixes, joined when the layer runs and forgotten afterwards: one layer at a time is copied."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        DynamicLayer.__init__(self)
+        self._parts = (keys, values)
+        self._length = max(each.shape[0] for each in keys)
+
+    def _prefix(self) -> tuple[Tensor, Tensor]:
+        keys, values = map(_joined, self._parts)
+        return keys, values
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]

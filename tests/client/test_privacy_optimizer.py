@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from post_client.privacy import PrivacyConfig, PromptDPSGD, Randomness, SecureRandomness, SeededRandomness
-from post_client.tuning import tuning_objective
+from post_client.tuning import TuneConfig, tune, tuning_objective
+from post_shared import prompt_runs
 from post_shared.batches import Batch, EncodedRows, encode_rows
+from post_shared.data import Row
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
 from post_shared.tasks import Task
 from post_shared.training import Loss, PromptAdam
-from tests.models import LABELS, TEXTS, tiny_model
+from tests.models import CAUSAL, LABELS, TEXTS, tiny_model
 
 TASK = Task("{text}, it was", {"positive": ("good", "great"), "negative": ("bad", "terrible")})
 LENGTH, WIDTH, CLIP = 3, 32, 0.05
@@ -37,6 +40,16 @@ def setting(family: str = "llama") -> tuple[LanguageModel, EncodedRows, Loss]:
     return model, encoded, tuning_objective(model, TASK)
 
 
+def watched(run: Callable[..., Any], shapes: list[tuple[int, int]]) -> Callable[..., Any]:
+    """``run``, with the rows and positions of each call kept in ``shapes``."""
+
+    def seen(**inputs: Any) -> Any:
+        shapes.append(tuple(inputs["inputs_embeds"].shape[:2]))
+        return run(**inputs)
+
+    return seen
+
+
 def start(seed: int = 0) -> nn.Parameter:
     return nn.Parameter(torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed)))
 
@@ -49,6 +62,7 @@ def private(
     micro: int = 64,
     randomness: Randomness | None = None,
     learning_rate: float = 0.01,
+    student: LanguageModel | None = None,
 ) -> PromptDPSGD:
     return PromptDPSGD(
         start(),
@@ -58,32 +72,47 @@ def private(
         expected_batch_size=expected,
         micro_batch_size=micro,
         randomness=randomness or SeededRandomness(0),
+        student=student,
     )
 
 
-def clipped_sum(rows: list[int], **options: float) -> Tensor:
+def clipped_sum(rows: list[int], *, once: bool = True, **options: float) -> Tensor:
     """The sum of clipped gradients that a step on these rows makes, before noise."""
-    _, encoded, loss = setting()
-    optimizer = private(**options)  # type: ignore[arg-type]
+    model, encoded, loss = setting()
+    optimizer = private(student=model if once else None, **options)  # type: ignore[arg-type]
     optimizer.update(loss, encoded.batch(rows))
     return optimizer.summed_gradient
+
+
+def row_gradients(optimizer: PromptDPSGD, loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Losses (B,) and gradients (B, l, d) in the order of the batch."""
+    found = list(optimizer.per_row_gradients(loss, batch))
+    at = [[row for some in found for row in some.rows].index(row) for row in batch.index]
+    return torch.cat([some.losses for some in found])[at], torch.cat([some.gradients for some in found])[at]
 
 
 # --- per-row gradients --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
-def test_per_row_gradients_equal_a_loop_over_single_rows(family: str) -> None:
-    _, encoded, loss = setting(family)
-    rows = list(range(8))
-    optimizer = private()
-    losses, gradients = optimizer.per_row_gradients(loss, encoded.batch(rows))
-    for row in rows:
+@pytest.mark.parametrize("together", [1024, 12, 1])
+@pytest.mark.parametrize(
+    ("family", "once"), [*((family, True) for family in CAUSAL), ("llama", False), ("roberta", False)]
+)
+def test_per_row_gradients_equal_a_loop_over_single_rows(
+    family: str, together: int, monkeypatch: pytest.MonkeyPatch, *, once: bool
+) -> None:
+    monkeypatch.setattr(prompt_runs, "POSITIONS", together)
+    model, encoded, loss = setting(family)
+    rows = [5, 0, 9, 1, 2, 8, 3, 6]
+    optimizer = private(micro=4, student=model if family != "llama" or once else None)
+    assert (optimizer.student is not None) == once
+    losses, gradients = row_gradients(optimizer, loss, encoded.batch(rows))
+    for at, row in enumerate(rows):
         prompt = start()
         alone = loss(prompt, encoded.batch([row])).sum()
         (gradient,) = torch.autograd.grad(alone, prompt)
-        torch.testing.assert_close(gradients[row], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
-        torch.testing.assert_close(losses[row], alone.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradients[at], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        torch.testing.assert_close(losses[at], alone.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_that_mixes_rows_is_refused() -> None:
@@ -106,12 +135,26 @@ def test_no_noise_and_a_huge_clip_is_plain_tuning() -> None:
     torch.testing.assert_close(dp.prompt.detach(), plain.prompt.detach(), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("micro", [8, 5, 1])
-def test_micro_batches_equal_one_batch(micro: int) -> None:
+def test_micro_batches_equal_one_batch(micro: int, *, once: bool) -> None:
     rows = list(range(32))
     whole = clipped_sum(rows, micro=32)
     assert float(whole.norm()) > CLIP
-    torch.testing.assert_close(clipped_sum(rows, micro=micro), whole, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(clipped_sum(rows, micro=micro, once=once), whole, rtol=1e-3, atol=1e-6)
+
+
+def test_the_prompt_is_run_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoded, loss = setting()
+    widths: list[tuple[int, int]] = []
+    optimizer = private(student=model, micro=4)
+    monkeypatch.setattr(model, "run_body", watched(model.run_body, widths))
+    optimizer.update(loss, encoded.batch(range(32)))
+    assert widths.count((1, LENGTH)) == 1
+    assert sum(rows for rows, _ in widths) == 1 + 32
+    widths.clear()
+    optimizer.update(loss, encoded.batch([]))
+    assert not widths
 
 
 def test_noise_comes_once_per_step_however_many_micro_batches() -> None:
@@ -132,14 +175,29 @@ def test_sums_are_divided_by_the_expected_batch_size_not_the_real_one() -> None:
         torch.testing.assert_close(optimizer.master.grad, optimizer.summed_gradient / 16.0)
 
 
+def test_private_tuning_does_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Tensor] = []
+
+    def kept(self: prompt_runs.PromptRun, model: LanguageModel, prompt: Tensor) -> None:
+        runs.append(prompt)
+        made(self, model, prompt)
+
+    made = prompt_runs.PromptRun.__init__
+    monkeypatch.setattr(prompt_runs.PromptRun, "__init__", kept)
+    rows = [Row(text, label) for text, label in zip(TEXTS * 4, LABELS * 4, strict=True)]
+    privacy = PrivacyConfig(batch_size=24, steps=3, seed=0)
+    tune(tiny_model(layers=2), TASK, rows, TuneConfig(length=LENGTH), privacy=privacy)
+    assert len([prompt for prompt in runs if isinstance(prompt, nn.Parameter)]) == 3, "the others only try it"
+
+
 # --- sensitivity --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25)
-@given(st.sets(st.integers(0, 31), max_size=8), st.integers(0, 31), st.sampled_from([1, 3, 64]))
-def test_one_more_row_moves_the_clipped_sum_by_at_most_c(rows: set[int], extra: int, micro: int) -> None:
-    without = clipped_sum(sorted(rows - {extra}), micro=micro)
-    moved = clipped_sum(sorted(rows | {extra}), micro=micro) - without
+@given(st.sets(st.integers(0, 31), max_size=8), st.integers(0, 31), st.sampled_from([1, 3, 64]), st.booleans())
+def test_one_more_row_moves_the_clipped_sum_by_at_most_c(rows: set[int], extra: int, micro: int, once: bool) -> None:
+    without = clipped_sum(sorted(rows - {extra}), micro=micro, once=once)
+    moved = clipped_sum(sorted(rows | {extra}), micro=micro, once=once) - without
     assert float(moved.norm()) <= CLIP * (1 + 1e-3)  # the rows' own gradients change a little with the padding
 
 

@@ -95,7 +95,12 @@ def _tune(bench: Bench, model: LanguageModel) -> Race[Batch]:
     plan = PrivacyConfig(seed=0).plan(1000, batch_size=size, steps=100)
     optimizers: dict[str, PromptOptimizer] = {
         "post": _adam(start, model),
-        "private": plan.optimizer(nn.Parameter(start.clone().to(model.device)), 0.01),
+        "private": plan.optimizer(
+            nn.Parameter(start.clone().to(model.device)),
+            0.01,
+            longest=bench.max_length,
+            student=model,
+        ),
     }
     ways: dict[str, Any] = {
         name: steps(model, optimizer, loss, recorder_of(model)) for name, optimizer in optimizers.items()

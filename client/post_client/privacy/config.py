@@ -35,7 +35,7 @@ class PrivacyConfig:
     steps: int | None = None
     """Fixed in advance: stopping early by a private score would cost budget. None: as in tuning without privacy."""
     micro_batch_size: int = 16
-    """Rows per forward pass; bounds memory and changes nothing else."""
+    """Rows per forward pass if they are as long as may be; bounds memory and changes nothing else."""
     seed: int | None = None
     """For tests only: repeatable randomness. A result made with a seed is marked as not private."""
 

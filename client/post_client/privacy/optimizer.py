@@ -1,14 +1,15 @@
 """PromptDPSGD (Duan et al. 2023): differentially private tuning of a soft prompt, one step at a time.
 
-Per-example gradients are exact and free here. The prompt is expanded over the batch as a leaf [B, l, d], so
-each row of the leaf's gradient is one example's gradient. (Opacus's hooks on PEFT's prompt tuning are
-silently wrong: PEFT embeds one prompt and repeats the output, so the hooks see one row for the whole batch.)
+Per-example gradients are exact here. The prompt is expanded over the batch as a leaf [B, l, d], so each row of the
+leaf's gradient is one example's gradient; of a causal student the prompt is run once a step, and each row goes back
+through that run by itself (:mod:`post_shared.prompt_runs`). (Opacus's hooks on PEFT's prompt tuning are silently
+wrong: PEFT embeds one prompt and repeats the output, so the hooks see one row for the whole batch.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -19,7 +20,17 @@ from post_client.privacy.sampling import Randomness
 from post_client.privacy.shapes import alike
 from post_shared.batches import Batch
 from post_shared.errors import InvalidInput
+from post_shared.language_model import LanguageModel
+from post_shared.prompt_runs import PromptRun, can_run_once
 from post_shared.training import Loss, load_optimizer_state, optimizer_state, set_learning_rate
+
+
+class RowGradients(NamedTuple):
+    """Of B rows, by their numbers: losses (B,) and gradients (B, l, d)."""
+
+    rows: Sequence[int]
+    losses: Tensor
+    gradients: Tensor
 
 
 class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
@@ -49,8 +60,10 @@ class PromptDPSGD:
         clip_norm: c. No row moves the sum of gradients by more than c.
         expected_batch_size: sampling rate times number of rows. Sums are divided by it, never by a batch's
             real size, which is a secret.
-        micro_batch_size: rows per forward and backward pass. Memory depends on it, the result doesn't.
+        micro_batch_size: rows per forward and backward pass; of rows shorter than ``longest``, as many as take no more
+            positions. Memory depends on it, the result doesn't.
         longest: tokens beyond which no row is padded; None: no such limit. See :mod:`post_client.privacy.shapes`.
+        student: the model that the loss asks. Its prompt is run once a step where it can; without it each row runs it.
     """
 
     def __init__(
@@ -64,9 +77,11 @@ class PromptDPSGD:
         micro_batch_size: int,
         randomness: Randomness,
         longest: int | None = None,
+        student: LanguageModel | None = None,
     ) -> None:
         self.prompt = prompt
         self.micro_batch_size, self.longest = micro_batch_size, longest
+        self.student = student if student is not None and can_run_once(student) else None
         self.master: Any = nn.Parameter(prompt.detach().double())  # sums, noise and Adam live in float64
         self.optimizer = SecureDPOptimizer(
             torch.optim.Adam([self.master], lr=learning_rate),
@@ -100,30 +115,40 @@ class PromptDPSGD:
         self.master.summed_grad = torch.zeros_like(self.master, requires_grad=False)
 
     def accumulate(self, loss: Loss, batch: Batch) -> Iterator[Tensor]:
-        """Add the clipped gradients of a batch to the sum, micro-batch by micro-batch; yields their losses (B,)."""
-        parts = self.parts(batch)
-        while parts:  # a part keeps its tensors as long as it lives, so none may outlive its turn
-            losses, gradients = self.per_row_gradients(loss, parts.pop())
+        """Add the clipped gradients of a batch to the sum, some rows at a time; yields their losses (B,)."""
+        for _, losses, gradients in self.per_row_gradients(loss, batch):
             self.clip_and_accumulate(gradients)
-            del gradients
             yield losses
 
-    def parts(self, batch: Batch) -> list[Batch]:
-        """Micro-batches; the last one is to be taken first."""
-        return alike(batch, self.micro_batch_size, self.longest)
+    def per_row_gradients(self, loss: Loss, batch: Batch) -> Iterator[RowGradients]:
+        """The gradients of a batch's rows, some at a time, each row's that of its own loss alone."""
+        parts = alike(batch, self.micro_batch_size, self.longest, behind=len(self.prompt))
+        run = PromptRun(self.student, self.prompt) if self.student is not None and parts else None
+        while parts:  # a part keeps its tensors as long as it lives, so none may outlive its turn
+            yield self._own_runs(loss, parts.pop()) if run is None else self._one_run(loss, parts, run)
 
-    def per_row_gradients(self, loss: Loss, part: Batch) -> tuple[Tensor, Tensor]:
-        """Losses (B,) of a micro-batch and their gradients (B, l, d), one row per example."""
-        count = len(part)
-        leaf = self.prompt.detach().expand(count, -1, -1).clone().requires_grad_()  # (l, d) -> (B, l, d)
-        losses = loss(leaf, part)
-        if losses.shape != (count,):
-            raise InvalidInput(
-                f"a private step needs one loss per row, shape ({count},), not {tuple(losses.shape)}: a mean over "
-                "the batch would mix rows before they are clipped"
-            )
+    def _own_runs(self, loss: Loss, part: Batch) -> RowGradients:
+        """Every row runs the prompt."""
+        leaf = self.prompt.detach().expand(len(part), -1, -1).clone().requires_grad_()  # (l, d) -> (B, l, d)
+        losses = _one_each(loss(leaf, part), part)
         (gradients,) = torch.autograd.grad(losses.sum(), leaf)
-        return losses.detach(), gradients
+        return RowGradients(part.index, losses.detach(), gradients)
+
+    def _one_run(self, loss: Loss, parts: list[Batch], run: PromptRun) -> RowGradients:
+        """The last of ``parts``, as many as fill a pass, stand behind one run and go back through it together."""
+        index: list[int] = []
+        losses: list[Tensor] = []
+        gradients: list[tuple[Tensor, ...]] = []
+        while parts and len(index) < run.together:
+            part = parts.pop()
+            with run.rows(len(part)) as rows:
+                found = _one_each(loss(rows.prompts, part), part)
+            gradients.append(rows.gradients(found))
+            losses.append(found.detach())
+            index += part.index
+        return RowGradients(
+            index, torch.cat(losses), run.back([torch.cat(each) for each in zip(*gradients, strict=True)])
+        )
 
     def clip_and_accumulate(self, gradients: Tensor) -> None:
         """Scale each gradient, (B, l, d), to norm c at most and add it to the sum of this step.
@@ -173,3 +198,17 @@ class PromptDPSGD:
             self.prompt.copy_(self.master)
         self.optimizer.steps_done = int(tensors["steps_done"])
         load_optimizer_state(self.optimizer.original_optimizer, tensors)
+
+
+def _one_each(losses: Tensor, part: Batch) -> Tensor:
+    """The losses, if they are one for each row.
+
+    Raises:
+        InvalidInput: they aren't.
+    """
+    if losses.shape != (len(part),):
+        raise InvalidInput(
+            f"a private step needs one loss per row, shape ({len(part)},), not {tuple(losses.shape)}: a mean over "
+            "the batch would mix rows before they are clipped"
+        )
+    return losses

@@ -30,6 +30,7 @@ from post_client.privacy.sampling import (
 from post_client.privacy.statement import PrivacyStatement, library_versions, words_of_unit
 from post_client.privacy.users import UserDPSGD
 from post_shared.errors import PrivacyInvalid
+from post_shared.language_model import LanguageModel
 
 TENTHS = 10
 """How often in a run the spent ε is computed exactly: each time takes half a second."""
@@ -88,15 +89,17 @@ class PrivacyPlan:
         users: Sequence[int] | None = None,
         *,
         longest: int | None = None,
+        student: LanguageModel | None = None,
     ) -> PromptDPSGD:
-        """``users`` is the user of each row, by number; needed where the unit is a user. No row is padded beyond
-        ``longest`` tokens."""
+        """``users`` is the user of each row, by number; needed where the unit is a user. ``longest`` and ``student``
+        are as in :class:`PromptDPSGD`."""
         settings = {
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.config.clip_norm,
             "expected_batch_size": self.rate * self.examples,
         }
-        more = {"micro_batch_size": self.config.micro_batch_size, "randomness": self.randomness, "longest": longest}
+        more = {"micro_batch_size": self.config.micro_batch_size, "randomness": self.randomness}
+        more |= {"longest": longest, "student": student}
         if self.config.unit == "row":
             return PromptDPSGD(prompt, learning_rate, **settings, **more)  # type: ignore[arg-type]
         if users is None:

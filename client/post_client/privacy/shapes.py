@@ -24,13 +24,18 @@ def shape(tokens: int, longest: int | None = None) -> int:
     return padded if longest is None else max(tokens, min(padded, longest))
 
 
-def alike(batch: Batch, size: int, longest: int | None = None) -> list[Batch]:
-    """Micro-batches of at most ``size`` rows of one shape; together the rows of ``batch``."""
+def alike(batch: Batch, size: int, longest: int | None = None, *, behind: int = 0) -> list[Batch]:
+    """Micro-batches of rows of one shape; together the rows of ``batch``.
+
+    Each has at most ``size`` rows of the ``longest`` shape, or as many shorter ones as take no more positions, those of
+    the ``behind`` vectors before each row counted in.
+    """
     shapes: dict[int, list[int]] = {}
     for row in batch.index:
         shapes.setdefault(shape(batch.encoded.length(row), longest), []).append(row)
     return [
-        Batch(batch.encoded, tuple(rows[at : at + size]), least=tokens)
+        Batch(batch.encoded, tuple(rows[at : at + most]), least=tokens)
         for tokens, rows in sorted(shapes.items())
-        for at in range(0, len(rows), size)
+        for most in [size if longest is None else max(1, size * (longest + behind) // (tokens + behind))]
+        for at in range(0, len(rows), most)
     ]

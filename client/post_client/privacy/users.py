@@ -52,12 +52,9 @@ class UserDPSGD(PromptDPSGD):
         for several in self._packs(batch):
             sums = self.master.new_zeros(len(several), *self.master.shape, requires_grad=False)  # (U, l, d)
             place = {row: at for at, rows in enumerate(several) for row in rows}
-            parts = self.parts(Batch(batch.encoded, tuple(place)))
-            while parts:
-                owner = torch.tensor([place[row] for row in parts[-1].index], device=sums.device)
-                losses, gradients = self.per_row_gradients(loss, parts.pop())
+            for rows, losses, gradients in self.per_row_gradients(loss, Batch(batch.encoded, tuple(place))):
+                owner = torch.tensor([place[row] for row in rows], device=sums.device)
                 sums.index_add_(0, owner, gradients.double())
-                del gradients
                 yield losses
             self.clip_and_accumulate(sums)
 

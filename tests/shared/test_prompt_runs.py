@@ -1,0 +1,105 @@
+"""Rows behind one run of a prompt have the gradients that they have behind runs of their own, and nothing of others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from post_shared.batches import Batch, encode_rows
+from post_shared.language_model import LanguageModel
+from post_shared.packing import logits_behind
+from post_shared.prompt_runs import PromptRun, can_run_once, rows_of
+from post_shared.soft_prompt import SoftPrompt
+from post_shared.tasks import Task
+from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"positive": ("good", "great"), "negative": ("bad", "terrible")})
+LENGTH = 5
+
+
+def setting(family: str) -> tuple[LanguageModel, Tensor, Batch]:
+    model = tiny_model(family, layers=3)
+    return model, SoftPrompt.random(model, LENGTH, seed=1).embeddings, _batch(model)
+
+
+def _batch(model: LanguageModel) -> Batch:
+    return encode_rows(model, TASK, TEXTS, 64, labels=LABELS, room=LENGTH).batch(range(len(TEXTS)))
+
+
+def value(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)[:, 7]  # (B, V) -> (B,)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_gradients_are_those_behind_runs_of_their_own(family: str) -> None:
+    model, prompt, batch = setting(family)
+    leaf = prompt.repeat(len(batch), 1, 1).requires_grad_()
+    expected = value(model.answer_logits(batch, leaf))
+    (each,) = torch.autograd.grad(expected.sum(), leaf)
+    run = PromptRun(model, prompt)
+    with run.rows(len(batch)) as rows:
+        found = value(logits_behind(model, batch, rows.prompts))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(run.back(rows.gradients(found)), each, rtol=1e-3, atol=1e-4 * float(each.abs().max()))
+
+
+def test_what_a_loss_does_with_the_prompt_itself_counts() -> None:
+    model, prompt, batch = setting("llama")
+
+    def loss(prompts: Tensor) -> Tensor:
+        return value(logits_behind(model, batch, prompts)) + prompts.pow(3).flatten(1).sum(1) * torch.arange(len(batch))
+
+    leaf = prompt.repeat(len(batch), 1, 1).requires_grad_()
+    (each,) = torch.autograd.grad(loss(leaf).sum(), leaf)
+    run = PromptRun(model, prompt)
+    with run.rows(len(batch)) as rows:
+        found = loss(rows.prompts)
+    torch.testing.assert_close(run.back(rows.gradients(found)), each, rtol=1e-3, atol=1e-4 * float(each.abs().max()))
+
+
+def test_a_row_without_a_number_leaves_the_others_as_they_are() -> None:
+    model, prompt, batch = setting("llama")
+    run = PromptRun(model, prompt)
+
+    def back(broken: int | None) -> Tensor:
+        with run.rows(len(batch)) as rows:
+            losses = value(logits_behind(model, batch, rows.prompts))
+        if broken is not None:
+            losses = losses * torch.ones(len(batch)).index_fill(0, torch.tensor(broken), float("nan"))
+        return run.back(rows.gradients(losses))
+
+    sound, broken = back(None), back(3)
+    assert not torch.isfinite(broken[3]).any()
+    others = [at for at in range(len(batch)) if at != 3]
+    torch.testing.assert_close(broken[others], sound[others], rtol=0, atol=0)
+
+
+def test_what_rows_keep_until_they_go_back_is_no_larger_than_it_says() -> None:
+    model, prompt, batch = setting("llama")
+    with PromptRun(model, prompt).rows(len(batch)) as rows:
+        found = rows.gradients(value(logits_behind(model, batch, rows.prompts)))
+    assert [each.untyped_storage().nbytes() for each in found] == [each.nbytes for each in found]
+
+
+def test_other_prompts_are_run_even_while_a_run_is_open() -> None:
+    model, prompt, batch = setting("llama")
+    other = SoftPrompt.random(model, LENGTH, seed=2).embeddings.repeat(len(batch), 1, 1)
+    with PromptRun(model, prompt).rows(len(batch)) as rows:
+        assert rows_of(rows.prompts) is rows
+        assert rows_of(rows.prompts.clone()) is None
+        found = logits_behind(model, batch, other)
+    assert rows_of(rows.prompts) is None
+    torch.testing.assert_close(found, model.answer_logits(batch, other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *MASKED])
+def test_a_masked_models_prompt_sees_the_text(family: str) -> None:
+    assert can_run_once(tiny_model(family, layers=2)) == (family in CAUSAL)
+
+
+def test_a_model_that_goes_back_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried on a few tokens is the gradient, not just that there is one."""
+    model, back = tiny_model("llama", layers=2), PromptRun.back
+    monkeypatch.setattr(PromptRun, "back", lambda self, some: 1.01 * back(self, some))
+    assert not can_run_once(model)
