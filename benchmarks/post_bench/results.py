@@ -70,9 +70,9 @@ class Results:
             found = cls(path, document["about"], [Figure(**row) for row in document["rows"]], document["students"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataInvalid(f"{path} holds no results of this benchmark ({error}); name another file") from error
-        if found.about != about and not found.rows:
-            return cls(path, about)
         if found.about != about:
+            if not found.rows:
+                return cls(path, about)
             other = sorted(name for name in about | found.about if about.get(name) != found.about.get(name))
             raise DataInvalid(f"{path} was made with other settings ({', '.join(other)}); name another file")
         return found

@@ -16,6 +16,7 @@ import torch
 
 from post_client.ledger import Charge, Reserve, Run
 from post_client.privacy import PrivacyConfig
+from post_client.privacy.statement import also_public
 from post_client.tuning import TuneConfig, TuneResult, check_rows, tune
 from post_shared.data import Row
 from post_shared.errors import InvalidInput
@@ -88,7 +89,12 @@ def search(
         )
         found.append((Trial(rate, _score(student, task, judge, result, config)), result))
     best = max(found, key=lambda each: each[0].score)[1]
-    return SearchResult(replace(best, run=None if shared is None else shared.run), tuple(trial for trial, _ in found))
+    statement = best.statement
+    if statement is not None:  # the judges' texts enter without noise, too
+        seen = [*(public or ()), *(row.text for row in judge)]
+        statement = replace(statement, also_public=also_public(rows, seen))
+    run = None if shared is None else shared.run
+    return SearchResult(replace(best, statement=statement, run=run), tuple(trial for trial, _ in found))
 
 
 @dataclass

@@ -15,7 +15,7 @@ import post_client
 import post_shared
 from post_client.ledger import Charge, Reserve, Run
 from post_client.privacy import PrivacyConfig, PrivacyPlan, PrivacyStatement, default_delta
-from post_client.privacy.statement import library_versions
+from post_client.privacy.statement import also_public, library_versions
 from post_client.privacy.users import rows_by_user, users_of
 from post_client.student_checks import check_rows_are_apart, check_vocabulary
 from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
@@ -206,8 +206,7 @@ def _plan(rows: Sequence[Row], config: TuneConfig, privacy: PrivacyConfig | None
 def _statement(
     plan: PrivacyPlan, config: TuneConfig, rows: Sequence[Row], public: Sequence[str] | None
 ) -> PrivacyStatement:
-    known = set(public or ())
-    return replace(plan.statement(config.iterate), also_public=sum(row.text in known for row in rows))
+    return replace(plan.statement(config.iterate), also_public=also_public(rows, public or ()))
 
 
 def _plain(encoded: EncodedRows, prompt: nn.Parameter, config: TuneConfig, split: Split) -> _Parts:

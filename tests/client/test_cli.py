@@ -357,6 +357,9 @@ def test_transfer_can_be_left_running_watched_and_cancelled(
     assert post("jobs", "show", job) == 0
     assert "queued" in capsys.readouterr().out
     assert post("jobs", "cancel", job) == 0
+    assert "had ended before" not in capsys.readouterr().err
+    assert post("jobs", "cancel", job) == 0
+    assert "had ended before: cancelled" in capsys.readouterr().err
     assert post("jobs", "watch", job) == 1
     assert f"{job} was cancelled" in capsys.readouterr().err
     assert post("jobs", "show", "job_nothing") == 1
@@ -414,16 +417,16 @@ def test_public_texts_help_a_private_run_and_private_ones_among_them_are_named(
     also = sum(json.loads(line)["text"] == TEXTS[0] for line in data.read_text().splitlines())
     assert tune(student, data, tmp_path / "p", "--public", public) == 0
     shown = capsys.readouterr()
-    assert "private rows too" not in shown.err
+    assert "private rows have a text" not in shown.err
     assert "no private text may be among them" in shown.out
     assert "BUT" not in shown.out
     assert tune(student, data, tmp_path / "p", "--public", data) == 2, "the private file itself"
     with public.open("a") as file:
-        file.write("\n" + json.dumps({"text": TEXTS[0]}))
+        file.write("\n" + json.dumps({"text": f" {TEXTS[0].upper()}\t"}))
     capsys.readouterr()
     assert tune(student, data, tmp_path / "p2", "--public", public) == 0
     shown = capsys.readouterr()
-    assert "1 texts of" in shown.err
+    assert f"{also} private rows have a text that is in" in shown.err
     assert "BUT" in shown.out
     assert f"have the texts of {also} private rows among them" in shown.out
     public.write_text(json.dumps({"text": "one"}))

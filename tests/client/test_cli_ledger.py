@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from post_client.ledger.budget import WITHOUT_PRIVACY
 from post_client.privacy import Mechanism, PrivacyConfig, compose
 from post_client.student_store import student_hash
 from post_shared.errors import InvalidInput
@@ -44,6 +45,15 @@ def ledger(capsys: Captured, *arguments: object) -> list[dict[str, object]]:
     assert post("ledger", *arguments, "--json") == 0
     found: list[dict[str, object]] = json.loads(capsys.readouterr().out)
     return found
+
+
+def test_a_cap_below_what_is_spent_says_so_once(student: Path, data: Path, capsys: Captured) -> None:
+    assert tune(student, data, "--no-dp") == 0
+    capsys.readouterr()
+    assert tune(student, data, "--epsilon", 3, "--cap", 4, "--force") == 1
+    refusal = " ".join(capsys.readouterr().err.split())
+    assert refusal.count(WITHOUT_PRIVACY) == 1
+    assert "in 1 run already, and the cap is 4" in refusal
 
 
 def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path, capsys: Captured) -> None:

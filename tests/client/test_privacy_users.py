@@ -158,6 +158,10 @@ def test_a_search_is_charged_for_all_trials_and_chooses_by_public_rows(own_ledge
     assert (statement.trials, statement.steps, statement.noise_multiplier) == (3, 3, mechanism.noise_multiplier)
     assert account.spent.epsilon == statement.epsilon_spent <= 8
     assert "3 trials" in statement.words()
+    assert statement.also_public == 0
+    judged = search(model, TASK, ROWS, config, trials=2, judge=[*judge, ROWS[3]], privacy=privacy)
+    assert judged.best.statement is not None
+    assert judged.best.statement.also_public == 1, "what judges enters without noise"
     with Ledger(own_ledger) as ledger:  # not kept yet: the same search again is the same
         again = search(model, TASK, ROWS, config, trials=3, judge=judge, privacy=privacy, reserve=ledger.reserve)
         assert len(ledger.accounts()[0].runs) == 1

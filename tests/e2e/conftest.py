@@ -22,7 +22,7 @@ class Machine:
     """Somebody's machine: a folder, an environment, and the ``post`` command."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.told = folder, ""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("POST_")}
         self.environment = clean | {"POST_HOME": str(folder / "home"), "POST_PORT": "0", "POST_DEVICE": "cpu"}
         self.environment |= {"POST_LEDGER": str(folder / "ledger.db"), "POST_JOB_NICE": "0"}  # other tests run too
@@ -41,6 +41,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, done.stderr
+        self.told = done.stderr
         return done.stdout.strip()
 
     def json(self, *arguments: object) -> Any:

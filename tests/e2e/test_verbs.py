@@ -25,6 +25,7 @@ def test_all_verbs_in_their_order(machine: Machine) -> None:
     source = post("push", "p.safetensors", "--yes")
     moved = ("--prompt", source, "--target", "large", "--dataset", "public", "--steps", 2)
     target = post("transfer", *moved, "--alpha", "auto")
+    assert "found by Eq. 6" in machine.told
     assert target.startswith("prm_")
     assert target != source
 

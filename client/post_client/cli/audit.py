@@ -124,7 +124,7 @@ def _audit(
         check_rows(task, rows)
     known = None
     if public is not None:
-        texts = public_rows(public, {"text_column": columns[0]}, None, {row.text for row in rows})
+        texts = public_rows(public, {"text_column": columns[0]}, None, rows)
         known = [row.text for row in texts]
     err.print(f"Loading {escape(str(student))} …")
     model = load_student(student, device)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from post_client.cli.console import Url, connect, follow, metrics_note, out, print_facts
+from post_client.cli.console import Url, connect, err, follow, metrics_note, out, print_facts
 from post_shared.schemas import Job, JobKind, JobState
 from post_shared.terminal import AsJson, plain_table, print_json, print_table
 
@@ -56,7 +56,10 @@ def watch(job: JobId, url: Url = None, json: AsJson = False) -> None:
 def cancel(job: JobId, url: Url = None, json: AsJson = False) -> None:
     """Stop a job."""
     with connect(url) as client:
-        _print(client.jobs.get(job).cancel().document, json)
+        found = client.jobs.get(job)
+        if found.state.ended:
+            err.print(f"The job had ended before: {found.state.value}.")
+        _print(found.cancel().document, json)
 
 
 def _print(document: Job, json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from post_client.cli.console import Url, connect, follow, out, usage_error
+from post_client.cli.console import Url, connect, err, follow, out, usage_error
 from post_shared.terminal import AsJson, print_json
 
 
@@ -59,6 +59,8 @@ def transfer(
     if json:
         print_json(job.document.model_dump(mode="json"))
     else:
+        if wait and given.get("alpha") == "auto":
+            err.print(f"alpha {job.result['alpha']:g}, found by Eq. 6")
         out.print(job.result["prompt_id"] if wait else job.id)
 
 

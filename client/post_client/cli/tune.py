@@ -171,7 +171,7 @@ def _order(
         check_rows(task, rows)
     known = None
     if public is not None:
-        known = public_rows(public, columns, task if trials > 1 else None, {row.text for row in rows})
+        known = public_rows(public, columns, task if trials > 1 else None, rows)
         if trials > 1:
             with naming(public):
                 check_rows(task, known)
@@ -228,8 +228,9 @@ def _tune(
     return found.best, found.trials
 
 
-def public_rows(public: Path, columns: dict[str, str | None], judged: Task | None, private: set[str]) -> list[Row]:
+def public_rows(public: Path, columns: dict[str, str | None], judged: Task | None, private: Sequence[Row]) -> list[Row]:
     """The rows of ``public``, with labels if they judge. A warning for these eyes only when private ones are there."""
+    from post_client.privacy.statement import also_public
     from post_shared.data import read_rows
     from post_shared.lean import check_public
 
@@ -240,13 +241,13 @@ def public_rows(public: Path, columns: dict[str, str | None], judged: Task | Non
         label_column=label_column,
         labels=judged.labels if judged else None,
     )
-    texts = {row.text for row in rows}
-    check_public([row.text for row in rows], str(public))
-    shared = len(private & texts)
+    texts = [row.text for row in rows]
+    check_public(texts, str(public))
+    shared = also_public(private, texts)
     if shared:
         err.print(
-            f"[bold yellow]{shared} texts of {escape(str(public))} are private rows too. Public texts enter without "
-            "noise: for those rows nothing is promised. Take them out.[/]"
+            f"[bold yellow]{shared} private rows have a text that is in {escape(str(public))} too. Public texts enter "
+            "without noise: for those rows nothing is promised. Take them out.[/]"
         )
     return rows
 

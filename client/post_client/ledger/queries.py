@@ -101,9 +101,13 @@ def check_caps(connection: sqlite3.Connection, data_set: int, charge: Charge, na
         before, after = total(charges), total([*charges, charge])
         if after.epsilon > cap:
             whose = f"a {charge.unit} of {name or 'this data set'}"
+            found = (
+                f"with this run, {whose} would have {after.in_runs()}; the cap is {cap:g} and {before.words()} is spent"
+            )
+            if before.epsilon > cap:
+                found = f"{whose} has {before.in_runs()} already, and the cap is {cap:g}"
             raise BudgetExceeded(
-                f"with this run, {whose} would have {after.in_runs()}; the cap is {cap:g} and {before.words()} is "
-                "spent so far. Nothing was charged and nothing trained: ask for less, or raise the cap "
+                f"{found}. Nothing was charged and nothing trained: ask for less, or raise the cap "
                 "(post ledger --data FILE --cap X) if you may",
                 cap=cap,
                 spent=finite(before.epsilon),

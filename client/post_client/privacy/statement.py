@@ -6,12 +6,14 @@ Sampling rate and expected batch size give the number of rows away; only (ε, δ
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from post_client.privacy.config import Unit
+    from post_shared.data import Row
 
 NOT_COVERED = (
     "texts that you later send to the provider for predictions: it reads them",
@@ -113,6 +115,16 @@ class PrivacyStatement:
         limits = "\n".join(f"- {limit}" for limit in self.not_covered)
         libraries = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         return f"{first}\n{how}\nNot covered:\n{limits}\nComputed with {libraries}."
+
+
+def also_public(rows: Iterable[Row], texts: Iterable[str]) -> int:
+    """How many of the private ``rows`` have a text that is among ``texts``, whatever the spaces and the case."""
+    known = set(map(_plain, texts))
+    return sum(_plain(row.text) in known for row in rows)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def library_versions() -> dict[str, str]:
