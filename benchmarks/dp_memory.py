@@ -32,13 +32,15 @@ MICRO = 16
 Step = Callable[[Batch], object]
 
 
-def private_steps(model: LanguageModel, rows: Sequence[Row], *, micro: int, length: int = 20) -> tuple[Step, Batch]:
+def private_steps(
+    model: LanguageModel, rows: Sequence[Row], *, micro: int, length: int = 20, longest: int | None = None
+) -> tuple[Step, Batch]:
     """A private step on any batch of ``rows``, and all of them as one; the first step, for Adam's state, is done."""
     task, config = Task("{text}, it was", LABEL_WORDS), TuneConfig(length=length)
     encoded, loss = encode_private(model, task, rows, config), tuning_objective(model, task)
     plan = PrivacyConfig(micro_batch_size=micro).plan(10 * len(rows), batch_size=len(rows), steps=10)
     prompt = nn.Parameter(starting_prompt(model, task, config).embeddings.clone().to(model.device))
-    optimizer = plan.optimizer(prompt, config.learning_rate, student=model)
+    optimizer = plan.optimizer(prompt, config.learning_rate, longest=longest, student=model)
     optimizer.update(loss, encoded.batch([0, 1]))
     return partial(optimizer.update, loss), encoded.whole
 
@@ -49,9 +51,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     given = parser.parse_args()
     model = student_shaped_model(given.layers)
-    step, whole = private_steps(model, reviews(given.rows), micro=MICRO)
+    config = TuneConfig()
+    step, whole = private_steps(model, reviews(given.rows), micro=MICRO, longest=config.max_length)
     result: dict[str, Any] = {}
-    for name, batches in (("micro_batch", alike(whole, MICRO)), ("logical_batch", [whole])):
+    micro = alike(whole, MICRO, config.max_length, behind=config.length)
+    for name, batches in (("micro_batch", micro), ("logical_batch", [whole])):
         result[f"{name}_tensor_bytes"] = max(peak_bytes(partial(step, batch)) for batch in batches)
         result[f"{name}_process_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result["tensor_ratio"] = round(result["logical_batch_tensor_bytes"] / result["micro_batch_tensor_bytes"], 4)

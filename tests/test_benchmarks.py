@@ -14,6 +14,7 @@ from benchmarks.dp_cost import LABEL_WORDS, measure, measure_runs, reviews
 from benchmarks.dp_memory import private_steps
 
 from post_client.tuning import TuneConfig, encode_private, starting_prompt
+from post_shared.batches import Batch
 from post_shared.data import Row
 from post_shared.live_memory import peak_bytes
 from post_shared.tasks import Task
@@ -60,6 +61,19 @@ def test_the_time_to_a_loss_lies_between_two_measurements() -> None:
     assert first_reach(curve, 3.0) == 5.0
     assert first_reach(curve, 1.0) == 20.0
     assert first_reach(curve, 0.5) is None
+
+
+@pytest.mark.parametrize("micro", [1, 16])
+def test_a_private_step_takes_the_memory_of_its_micro_batch(micro: int) -> None:
+    """Of short rows more run at a time, in no more than the room of the longest; and few wait to go back together."""
+    model = tiny_model(layers=2)
+    words = " ".join(["a film"] * 80)
+    rows = [Row(words, "positive"), Row("a plot", "negative")] * 128
+    step, all_rows = private_steps(model, rows, micro=micro, length=4, longest=TuneConfig().max_length)
+    longest = Batch(all_rows.encoded, tuple(range(0, 2 * micro, 2)))
+    one = peak_bytes(lambda: step(longest))
+    assert peak_bytes(lambda: step(all_rows)) <= 1.3 * one
+    assert peak_bytes(lambda: step(Batch(all_rows.encoded, tuple(range(1, 256, 2))))) <= 1.3 * one
 
 
 def test_a_large_logical_batch_takes_the_memory_of_its_micro_batch() -> None:

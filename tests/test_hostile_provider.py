@@ -6,24 +6,26 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 from torch import nn
 
-from post_client import Client
+from post_client import Client, student_checks
 from post_client._http import LONGEST_WAIT
 from post_client.privacy import PrivacyConfig
 from post_client.student_checks import check_rows_are_apart, load_student
 from post_client.tuning import TuneConfig, encode_private, tune
-from post_shared import memory
+from post_shared import memory, packing
 from post_shared.batches import EncodedRows
 from post_shared.cli import build_app, print_error, run
 from post_shared.data import Row
 from post_shared.errors import InvalidInput, ModelUnsafe, OutOfMemory, Unavailable, from_problem
 from post_shared.language_model import LanguageModel
 from post_shared.model_files import check_safe
+from post_shared.prompt_runs import Rows, rows_of
 from post_shared.prompt_tuning import tuning_objective
 from post_shared.soft_prompt import SoftPrompt
 from post_shared.tasks import Task
@@ -135,6 +137,20 @@ def test_a_row_moves_the_sum_by_c_even_where_weights_hide_what_the_check_looks_f
             return tuned.summed_gradient.clone()
 
         assert float((summed(len(rows)) - summed(len(many))).norm()) <= 0.1 * 1.001
+
+
+def test_the_check_asks_the_student_as_a_private_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_model("llama", layers=2)
+    asked: list[Rows | None] = []
+
+    def seen(*given: Any) -> torch.Tensor:
+        asked.append(rows_of(given[2]))
+        return packing.logits_behind(*given)
+
+    monkeypatch.setattr(student_checks, "logits_behind", seen)
+    check_rows_are_apart(student, SoftPrompt.random(student, 4).embeddings, 12)
+    assert len(asked) == 11
+    assert None not in asked
 
 
 def test_positions_that_remember_the_longest_row_are_refused(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def check_rows_are_apart(student: LanguageModel, prompt: Tensor, max_length: int
         )
     _check_rows_leave_no_trace(student.config.to_dict())
     rows = [_row(student, SHORT), *(_row(student, length) for length in range(SHORT, max_length + 1))]
-    encoded, run = EncodedRows(tuple(rows)), PromptRun(student, prompt) if can_run_once(student) else None
+    encoded = EncodedRows(tuple(rows))
+    run = PromptRun(student, prompt) if can_run_once(student, len(prompt), max_length) else None
 
     def answer(*index: int) -> Tensor:  # as a private step asks the student
         batch = encoded.batch(index)

@@ -100,12 +100,16 @@ def rows_of(prompts: Tensor) -> Rows | None:
     return rows if rows is not None and rows.prompts is prompts else None
 
 
-def can_run_once(model: LanguageModel) -> bool:
-    """Whether rows behind one run of a prompt have the gradients that they have behind runs of their own."""
+def can_run_once(model: LanguageModel, length: int, longest: int | None = None) -> bool:
+    """Whether rows behind one run of a prompt have the gradients that they have behind runs of their own.
+
+    Tried with ``length`` vectors and texts of ``longest`` tokens: positions may be scaled by how many there are.
+    """
     if not model.keeps_prefix:
         return False
-    prompt = torch.linspace(-1, 1, 2 * model.hidden_size, device=model.device).reshape(2, -1)
-    token_ids = torch.tensor([[1, 2, 3], [3, 1, 1]], device=model.device)
+    tokens = max(1, min(longest or 4, model.max_length - length))
+    prompt = torch.linspace(-1, 1, length * model.hidden_size, device=model.device).reshape(length, -1)
+    token_ids = (1 + torch.arange(2 * tokens, device=model.device) % 3).reshape(2, tokens)
 
     def loss(hidden: Tensor) -> Tensor:
         return hidden[:, -1].float().pow(3).sum(-1)  # (B, T, d) -> (B,)

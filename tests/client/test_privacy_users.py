@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from post_shared.batches import EncodedRows, encode_rows
 from post_shared.data import Row
 from post_shared.errors import DataInvalid, InvalidInput, PrivacyInvalid
 from post_shared.language_model import LanguageModel
+from post_shared.prompt_runs import PromptRun
 from post_shared.tasks import Task
 from post_shared.training import Loss
 from tests.models import LABELS, TEXTS, tiny_model
@@ -71,6 +73,18 @@ def test_a_user_with_more_rows_than_a_micro_batch_is_clipped_as_a_whole(micro: i
         assert isinstance(total, Tensor)
         expected += total.double() * min(1.0, CLIP / float(total.norm()))
     torch.testing.assert_close(clipped_sum([0, 2], micro=micro, once=once), expected, rtol=1e-2, atol=CLIP * 1e-3)
+
+
+def test_the_prompt_is_run_once_for_all_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[PromptRun] = []
+
+    def made(*given: Any) -> PromptRun:
+        runs.append(PromptRun(*given))
+        return runs[-1]
+
+    monkeypatch.setattr("post_client.privacy.optimizer.PromptRun", made)
+    clipped_sum([0, 1, 2, 4], micro=4)
+    assert len(runs) == 1
 
 
 def test_the_budget_and_its_statement_are_per_user() -> None:

@@ -95,11 +95,29 @@ def test_other_prompts_are_run_even_while_a_run_is_open() -> None:
 
 @pytest.mark.parametrize("family", [*CAUSAL, *MASKED])
 def test_a_masked_models_prompt_sees_the_text(family: str) -> None:
-    assert can_run_once(tiny_model(family, layers=2)) == (family in CAUSAL)
+    assert can_run_once(tiny_model(family, layers=2), LENGTH, 64) == (family in CAUSAL)
+    assert can_run_once(tiny_model(family, layers=2), 1) == (family in CAUSAL)
+
+
+def test_positions_that_are_scaled_by_how_many_there_are_need_a_run_for_each_row() -> None:
+    """The prompt alone is short, and with a text it isn't: its keys would be turned otherwise."""
+    model = tiny_model("llama", layers=2)
+    half = model.config.head_dim // 2
+    model.config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 22,
+        "short_factor": [1.0] * half,
+        "long_factor": [9.0] * half,
+    }
+    model = LanguageModel(type(model.model)(model.config), model.tokenizer)
+    assert can_run_once(model, LENGTH, 22 - LENGTH)
+    assert not can_run_once(model, LENGTH, 64)
 
 
 def test_a_model_that_goes_back_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried on a few tokens is the gradient, not just that there is one."""
     model, back = tiny_model("llama", layers=2), PromptRun.back
     monkeypatch.setattr(PromptRun, "back", lambda self, some: 1.01 * back(self, some))
-    assert not can_run_once(model)
+    assert not can_run_once(model, LENGTH)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from post_client.privacy.noise import gaussian
 from post_client.privacy.sampling import Randomness
-from post_client.privacy.shapes import alike
+from post_client.privacy.shapes import alike, most
 from post_shared.batches import Batch
 from post_shared.errors import InvalidInput
 from post_shared.language_model import LanguageModel
@@ -81,7 +81,8 @@ class PromptDPSGD:
     ) -> None:
         self.prompt = prompt
         self.micro_batch_size, self.longest = micro_batch_size, longest
-        self.student = student if student is not None and can_run_once(student) else None
+        self.student = student if student is not None and can_run_once(student, len(prompt), longest) else None
+        self.run: PromptRun | None = None  # of this step
         self.master: Any = nn.Parameter(prompt.detach().double())  # sums, noise and Adam live in float64
         self.optimizer = SecureDPOptimizer(
             torch.optim.Adam([self.master], lr=learning_rate),
@@ -111,6 +112,7 @@ class PromptDPSGD:
 
     def begin(self) -> None:
         """A new step: the sum is zero."""
+        self.run = None
         self.optimizer.zero_grad()
         self.master.summed_grad = torch.zeros_like(self.master, requires_grad=False)
 
@@ -123,9 +125,10 @@ class PromptDPSGD:
     def per_row_gradients(self, loss: Loss, batch: Batch) -> Iterator[RowGradients]:
         """The gradients of a batch's rows, some at a time, each row's that of its own loss alone."""
         parts = alike(batch, self.micro_batch_size, self.longest, behind=len(self.prompt))
-        run = PromptRun(self.student, self.prompt) if self.student is not None and parts else None
+        if self.student is not None and self.run is None and parts:
+            self.run = PromptRun(self.student, self.prompt)
         while parts:  # a part keeps its tensors as long as it lives, so none may outlive its turn
-            yield self._own_runs(loss, parts.pop()) if run is None else self._one_run(loss, parts, run)
+            yield self._own_runs(loss, parts.pop()) if self.run is None else self._one_run(loss, parts, self.run)
 
     def _own_runs(self, loss: Loss, part: Batch) -> RowGradients:
         """Every row runs the prompt."""
@@ -135,11 +138,17 @@ class PromptDPSGD:
         return RowGradients(part.index, losses.detach(), gradients)
 
     def _one_run(self, loss: Loss, parts: list[Batch], run: PromptRun) -> RowGradients:
-        """The last of ``parts``, as many as fill a pass, stand behind one run and go back through it together."""
+        """The last of ``parts``, as many as fill a pass, stand behind one run and go back through it together.
+
+        No more wait for that than take the positions of a micro-batch.
+        """
+        length = len(self.prompt)
+        room = None if self.longest is None else self.longest + length
+        enough = min(run.together, most(self.micro_batch_size, length, room))
         index: list[int] = []
         losses: list[Tensor] = []
         gradients: list[tuple[Tensor, ...]] = []
-        while parts and len(index) < run.together:
+        while parts and len(index) < enough:
             part = parts.pop()
             with run.rows(len(part)) as rows:
                 found = _one_each(loss(rows.prompts, part), part)
@@ -173,6 +182,7 @@ class PromptDPSGD:
         """Adam's step on the noisy mean; the loss sees the new prompt."""
         self.optimizer.original_optimizer.step()
         self.optimizer.steps_done += 1
+        self.run = None
         with torch.no_grad():
             self.prompt.copy_(self.master)
 

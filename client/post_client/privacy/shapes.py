@@ -24,18 +24,28 @@ def shape(tokens: int, longest: int | None = None) -> int:
     return padded if longest is None else max(tokens, min(padded, longest))
 
 
+def most(size: int, positions: int, longest: int | None) -> int:
+    """How many rows of so many ``positions`` take no more than ``size`` of the ``longest``; ``size`` without that.
+
+    >>> most(16, 32, 128), most(16, 32, None), most(1, 200, 128)
+    (64, 16, 1)
+    """
+    return size if longest is None else max(1, size * longest // positions)
+
+
 def alike(batch: Batch, size: int, longest: int | None = None, *, behind: int = 0) -> list[Batch]:
     """Micro-batches of rows of one shape; together the rows of ``batch``.
 
     Each has at most ``size`` rows of the ``longest`` shape, or as many shorter ones as take no more positions, those of
     the ``behind`` vectors before each row counted in.
     """
+    room = None if longest is None else longest + behind
     shapes: dict[int, list[int]] = {}
     for row in batch.index:
         shapes.setdefault(shape(batch.encoded.length(row), longest), []).append(row)
     return [
-        Batch(batch.encoded, tuple(rows[at : at + most]), least=tokens)
+        Batch(batch.encoded, tuple(rows[at : at + count]), least=tokens)
         for tokens, rows in sorted(shapes.items())
-        for most in [size if longest is None else max(1, size * (longest + behind) // (tokens + behind))]
-        for at in range(0, len(rows), most)
+        for count in [most(size, tokens + behind, room)]
+        for at in range(0, len(rows), count)
     ]
