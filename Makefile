@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs install clean
+.PHONY: help demo test test-slow check lint format docs install clean
 
 help:
-	@echo 'make demo       the whole journey on a real model and real text   ARGS="--report r.json --fast ..."'
+	@echo 'make demo       the whole journey on a real model and real text   ARGS="--results r.json --fast ..."'
 	@echo 'make test       the test suite                                    ARGS="-k prompt_file"'
 	@echo 'make test-slow  the tests that need the real model or minutes'
-	@echo 'make lint       ruff, ruff format --check, mypy --strict'
+	@echo 'make check      lint, and the tests of what changed'
+	@echo 'make lint       ruff, ruff format --check, mypy --strict, import-linter'
 	@echo 'make format     ruff format and the fixes that ruff makes by itself'
 	@echo 'make docs       fill the tables of the reference pages from the code'
 	@echo 'make install    only the virtual environment'
@@ -34,6 +35,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile $$($(BIN)/python tests/changed.py) $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

@@ -27,9 +27,9 @@ import numpy as np
 import psutil
 
 from benchmarks.live_api import LiveApi
+from post_server.db.tables import JobRow
 from post_server.jobs import states
-from post_server.records import JobRow
-from post_shared.schemas import JobKind
+from post_shared.schemas.jobs import JobKind
 
 JOBS = 40
 
@@ -47,7 +47,9 @@ def add_jobs(api: LiveApi, count: int) -> list[str]:
                 raise RuntimeError("a job that was just made could not be claimed")
             for step in range(20):
                 metrics = {"loss": 1.0 / (step + 1)}
-                states.report(session, claimed[1], progress=0.1, stage="x", step=step, steps=99, metrics=metrics)
+                states.record_progress(
+                    session, claimed[1], progress=0.1, stage="x", step=step, steps=99, metrics=metrics
+                )
     return jobs
 
 

@@ -19,19 +19,19 @@ import torch
 from post_client.audit import audit_in_one_run
 from post_client.demo.tiny import tiny_model
 from post_client.privacy import PrivacyConfig
-from post_client.student_checks import load_student
-from post_client.tuning import TuneConfig
-from post_shared.data import Row, read_rows
-from post_shared.language_model import LanguageModel
-from post_shared.tasks import Task
-from post_shared.training import Progress
+from post_client.students.checks import load_student
+from post_shared.data.rows import Row, read_rows
+from post_shared.data.tasks import Task
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.progress import Progress
 
 
 def measure(
     model: LanguageModel,
     task: Task,
     rows: Sequence[Row],
-    config: TuneConfig,
+    config: TuneOptions,
     *,
     epsilon: float,
     runs: int,
@@ -46,7 +46,7 @@ def measure(
 
     privacy = PrivacyConfig(epsilon=epsilon)
     found = audit_in_one_run(
-        model, task, rows, config, privacy, canaries=canaries, runs=runs, seed=seed, report=report
+        model, task, rows, config, privacy, canaries=canaries, runs=runs, seed=seed, on_progress=report
     )  # fmt: skip
     bounds: dict[str, list[float]] = {}
     for each in found:
@@ -79,8 +79,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         student = given.student or tiny_model(Path(folder), [row.text for row in rows], seed=0)
         model = load_student(student, "auto")
-    config = TuneConfig(
-        length=given.length,
+    config = TuneOptions(
+        num_virtual_tokens=given.length,
         steps=given.steps,
         batch_size=given.batch_size,
         learning_rate=0.015,

@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import func, select
-from tests.server.backstage import wait_for
+from tests.server.server_harness import wait_for
 
 from benchmarks.chaos_stage import FAULTS, ChaosStage
 from post_client.resources.jobs import Job
-from post_server.jobs import doorbell
-from post_server.model_store import find_model
-from post_server.records import JobRow, ModelRow, PromptRow
+from post_server.db.tables import JobRow, ModelRow, PromptRow
+from post_server.jobs import notifier
+from post_server.models.service import find_model
 from post_shared.errors import DiskFull, JobFailed
-from post_shared.schemas import JobKind, JobState, PromptRole
+from post_shared.schemas.jobs import JobKind, JobState
+from post_shared.schemas.prompts import PromptRole
 
 PHASES = {
     "distil": ("ordered", "loading", "corpus", "start", "distil", "late"),
-    "transfer": ("ordered", "loading", "constants", "transfer", "late"),
+    "transfer": ("ordered", "loading", "precompute", "transfer", "late"),
 }
 """The moments at which a fault strikes: a stage of the job, or "late" in its last one."""
 STEPS = 120
@@ -97,7 +98,13 @@ class Chaos:
         """One job, over HTTP."""
         client = self.stage.client
         if kind == "distil":
-            sizes = {"steps": STEPS, "batch_tokens": 128, "sequence_length": 32, "keep_layers": 2, "start": "copy"}
+            sizes = {
+                "steps": STEPS,
+                "batch_tokens": 128,
+                "sequence_length": 32,
+                "keep_layers": 2,
+                "student_init": "copy",
+            }
             return client.distillations.create(target="target", name=name, corpus=["corpus"], **sizes)
         sizes = {"steps": STEPS, "batch_size": 4, "max_length": 32}
         return client.transfers.create(prompt=self.prompt.id, target="target", dataset="public", alpha=0.3, **sizes)
@@ -162,7 +169,7 @@ class Chaos:
             "its result is not the undisturbed one": self._result(kind, row.result or {}) == self.expected[kind],
             "its work folder is still there": self._goes(lambda: (self.stage.work / job_id).exists()),
             "a process is still at it": self._goes(lambda: self.stage.job_process() is not None),
-            "its ring is still in Redis": self._goes(lambda: doorbell.waiting(self.stage.settings) != 0),
+            "its ring is still in Redis": self._goes(lambda: notifier.waiting(self.stage.settings) != 0),
             "a blob's bytes are not what its name says": all(map(self._is_whole, self.stage.store.list())),
         }
         return [problem for problem, holds in checks.items() if not holds]

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-from tests.server.backstage import Backstage, job_processes, wait_for
+from tests.server.server_harness import ServerHarness, job_processes, wait_for
 
 from post_client.client import Client
-from post_server.jobs import doorbell
-from post_server.keys import create_key
+from post_server.auth.keys import create_key
+from post_server.jobs import notifier
 from post_server.settings import Settings
-from post_shared.schemas import Role
+from post_shared.schemas.common import Role
 
 LEASE_SECONDS = 4.0
 PROGRESS_SECONDS = 60.0
@@ -30,7 +30,7 @@ _AWAY_SECONDS = (0.1, 3.0)
 _START_SECONDS = 300.0
 
 
-class ChaosStage(Backstage):
+class ChaosStage(ServerHarness):
     """Redis, an API, two workers on one home folder, and where possible a small disk of their own for the work."""
 
     def __init__(self, home: Path) -> None:
@@ -175,7 +175,7 @@ def hang_job(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
 
 def deliver_again(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
     for _ in range(5):
-        doorbell.ring(job_id, stage.settings)
+        notifier.notify(job_id, stage.settings)
 
 
 def fill_disk(stage: ChaosStage, job_id: str, dice: random.Random) -> None:

@@ -19,15 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from post_server.ml.corpus import Corpus, Prediction, next_token, prepare_corpus
-from post_server.ml.descent import HEAD_SHARE, Descent, Student
-from post_server.ml.distillation import WARM_UP, DistilConfig, choose_layers, start_student
-from post_server.ml.objective import Objective
-from post_server.ml.processes import ALONE
-from post_shared.clock import warm_then_linear
-from post_shared.data import read_corpus
-from post_shared.language_model import LanguageModel
-from post_shared.losses import softened_cross_entropy
+from post_shared.data.rows import read_corpus
+from post_shared.method.distillation.corpus import Corpus, TokenTargets, next_token, prepare_corpus
+from post_shared.method.distillation.distil import WARM_UP, choose_layers, start_student
+from post_shared.method.distillation.objective import Objective
+from post_shared.method.distillation.trainer import HEAD_SHARE, Descent, Student
+from post_shared.method.losses import softened_cross_entropy
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.distillations import DistilOptions
+from post_shared.training.distributed import ALONE
+from post_shared.training.schedule import warm_then_linear
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TEMPERATURE = 2.0
@@ -40,19 +41,19 @@ RECIPES = {
 }
 
 
-def recipes(length: int, layers: int, pattern: str, forms: Sequence[str]) -> dict[str, tuple[DistilConfig, float]]:
+def recipes(length: int, layers: int, pattern: str, forms: Sequence[str]) -> dict[str, tuple[DistilOptions, float]]:
     """name -> (configuration, share of the positions at which the vocabulary losses are taken)."""
-    paper = DistilConfig(
+    paper = DistilOptions(
         keep_layers=layers,
         layer_pattern="ends",
-        start="copy",
-        minutes=1.0,
+        student_init="copy",
+        max_minutes=1.0,
         learning_rate=2.5e-4,
         batch_tokens=PAPER_ROWS * length,
         sequence_length=length,
     )
-    ours = DistilConfig(
-        keep_layers=layers, layer_pattern=pattern, minutes=1.0, sequence_length=length, answer_forms=tuple(forms)
+    ours = DistilOptions(
+        keep_layers=layers, layer_pattern=pattern, max_minutes=1.0, sequence_length=length, templates=tuple(forms)
     )
     return {"paper": (paper, 1.0), "post": (ours, HEAD_SHARE)}
 
@@ -62,7 +63,7 @@ class HeldOut:
 
     def __init__(self, target: LanguageModel, corpus: Corpus) -> None:
         block = corpus.batch(0, HELD_OUT_BLOCKS, 0)
-        self._asked: Prediction = next_token(block, HELD_OUT_SHARE, torch.Generator().manual_seed(0))
+        self._asked: TokenTargets = next_token(block, HELD_OUT_SHARE, torch.Generator().manual_seed(0))
         self._wanted = self._logits(target)
 
     def loss(self, student: LanguageModel) -> float:
@@ -79,7 +80,7 @@ class Run:
     """One recipe's descent. ``curve`` holds (seconds of its own, L_ce)."""
 
     descent: Descent
-    config: DistilConfig
+    config: DistilOptions
     seconds: float
     layers: list[int]
     now: Callable[[], float]
@@ -88,11 +89,11 @@ class Run:
 
     @classmethod
     def start(
-        cls, target: LanguageModel, corpus: Corpus, config: DistilConfig, share: float, now: Callable[[], float]
+        cls, target: LanguageModel, corpus: Corpus, config: DistilOptions, share: float, now: Callable[[], float]
     ) -> Run:
         began = now()
         kept = choose_layers(target, corpus, config).kept
-        model = start_student(target, corpus, config, config.start, kept=kept)
+        model = start_student(target, corpus, config, config.student_init, kept=kept)
         student = Student(model, learning_rate=config.learning_rate, freeze_head=True, freeze_embeddings=True)
         objective = Objective(target, model, config.temperature)
         descent = Descent(student, objective, corpus, ALONE, config.rows, 1, config.seed, share)
@@ -130,7 +131,7 @@ def run(
     held_out = HeldOut(target, prepare_corpus(target, paragraphs[:cut], length, None))
     runs = {}
     for name, (config, share) in recipes(length, layers, pattern, forms).items():
-        corpus = prepare_corpus(target, paragraphs[cut:], length, None, answer_forms=config.answer_forms)
+        corpus = prepare_corpus(target, paragraphs[cut:], length, None, templates=config.templates)
         runs[name] = Run.start(target, corpus, config, share, CLOCKS[clock])
         runs[name].measure(held_out)
     for name, one in _turns(runs, seconds):

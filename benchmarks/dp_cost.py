@@ -15,14 +15,15 @@ from tests.models import WORDS, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from post_client.privacy import PrivacyConfig
-from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
-from post_client.tuning import tune as tune_prompt
-from post_shared.batches import Batch
-from post_shared.data import Row
-from post_shared.language_model import LanguageModel
-from post_shared.tasks import Task
-from post_shared.training import PromptAdam, PromptOptimizer
+from post_client.privacy import PrivacyConfig, PrivacyPlan
+from post_client.tuning.tune import encode_private, starting_prompt, tuning_objective
+from post_client.tuning.tune import tune as tune_prompt
+from post_shared.data.batches import Batch
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.optimizer import PromptAdam, PromptOptimizer
 
 LABEL_WORDS = {"negative": ("terrible", "bad"), "positive": ("great", "good")}
 
@@ -52,10 +53,14 @@ def reviews(count: int, seed: int = 0) -> list[Row]:
 
 def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -> dict[str, float]:
     """Median seconds of each kind of step, and the median of the pairs' ratios."""
-    task, rows, tune = Task("{text}, it was", LABEL_WORDS), reviews(batch_size * 20), TuneConfig(length=length)
+    task, rows, tune = (
+        Task("{text}, it was", LABEL_WORDS),
+        reviews(batch_size * 20),
+        TuneOptions(num_virtual_tokens=length),
+    )
     encoded, loss = encode_private(model, task, rows, tune), tuning_objective(model, task)
     start = starting_prompt(model, task, tune).embeddings
-    plan = PrivacyConfig(micro_batch_size=batch_size).plan(len(rows), batch_size=batch_size, steps=steps)
+    plan = PrivacyPlan.make(PrivacyConfig(micro_batch_size=batch_size), len(rows), batch_size=batch_size, steps=steps)
     plain = PromptAdam(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
     private = plan.optimizer(nn.Parameter(start.clone().to(model.device)), tune.learning_rate, student=model)
     draw, pairs = random.Random(1), []
@@ -78,9 +83,9 @@ def measure_runs(model: LanguageModel, *, batch_size: int, steps: int, length: i
     Plain tuning may group rows of similar length; Poisson sampling may not, and only cuts its batches by length.
     """
     task, rows = Task("{text}, it was", LABEL_WORDS), reviews(batch_size * 40)
-    config = TuneConfig(length=length, steps=steps, batch_size=batch_size)
+    config = TuneOptions(num_virtual_tokens=length, steps=steps, batch_size=batch_size)
     budget = PrivacyConfig()
-    budget.plan(len(rows), batch_size=batch_size, steps=steps)  # searching for the noise is no tuning
+    PrivacyPlan.make(budget, len(rows), batch_size=batch_size, steps=steps)  # searching for the noise is no tuning
     ratios = []
     for _ in range(rounds):
         seconds = []

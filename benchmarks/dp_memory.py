@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from benchmarks.dp_cost import LABEL_WORDS, reviews, student_shaped_model
-from post_client.privacy import PrivacyConfig
-from post_client.privacy.shapes import alike
-from post_client.tuning import TuneConfig, encode_private, starting_prompt, tuning_objective
-from post_shared.batches import Batch
-from post_shared.data import Row
-from post_shared.language_model import LanguageModel
-from post_shared.live_memory import peak_bytes
-from post_shared.tasks import Task
+from post_client.privacy import PrivacyConfig, PrivacyPlan
+from post_client.privacy.bucketing import alike
+from post_client.tuning.tune import encode_private, starting_prompt, tuning_objective
+from post_shared.data.batches import Batch
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.engine.memory_profiler import peak_bytes
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.tuning import TuneOptions
 
 MICRO = 16
 
@@ -36,9 +37,9 @@ def private_steps(
     model: LanguageModel, rows: Sequence[Row], *, micro: int, length: int = 20, longest: int | None = None
 ) -> tuple[Step, Batch]:
     """A private step on any batch of ``rows``, and all of them as one; the first step, for Adam's state, is done."""
-    task, config = Task("{text}, it was", LABEL_WORDS), TuneConfig(length=length)
+    task, config = Task("{text}, it was", LABEL_WORDS), TuneOptions(num_virtual_tokens=length)
     encoded, loss = encode_private(model, task, rows, config), tuning_objective(model, task)
-    plan = PrivacyConfig(micro_batch_size=micro).plan(10 * len(rows), batch_size=len(rows), steps=10)
+    plan = PrivacyPlan.make(PrivacyConfig(micro_batch_size=micro), 10 * len(rows), batch_size=len(rows), steps=10)
     prompt = nn.Parameter(starting_prompt(model, task, config).embeddings.clone().to(model.device))
     optimizer = plan.optimizer(prompt, config.learning_rate, longest=longest, student=model)
     optimizer.update(loss, encoded.batch([0, 1]))
@@ -51,10 +52,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     given = parser.parse_args()
     model = student_shaped_model(given.layers)
-    config = TuneConfig()
+    config = TuneOptions()
     step, whole = private_steps(model, reviews(given.rows), micro=MICRO, longest=config.max_length)
     result: dict[str, Any] = {}
-    micro = alike(whole, MICRO, config.max_length, behind=config.length)
+    micro = alike(whole, MICRO, config.max_length, behind=config.num_virtual_tokens)
     for name, batches in (("micro_batch", micro), ("logical_batch", [whole])):
         result[f"{name}_tensor_bytes"] = max(peak_bytes(partial(step, batch)) for batch in batches)
         result[f"{name}_process_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -24,13 +24,13 @@ import numpy as np
 import psutil
 
 from benchmarks.live_api import LiveApi
-from post_shared.prompt_file import PromptFile, write_prompt
-from post_shared.schemas import TaskForm
+from post_shared.files.prompt_file import PromptFile, write_prompt
+from post_shared.schemas.tasks import TaskSpec
 
 LIMIT_MEGABYTES = 200
 WIDTH = 8
 CONNECTIONS = 8
-TASK = TaskForm(template="{text}, it was", label_words={"positive": ["good"], "negative": ["bad"]})
+TASK = TaskSpec(template="{text}, it was", label_words={"positive": ["good"], "negative": ["bad"]})
 Mutation = Callable[[random.Random, bytes], bytes]
 
 

@@ -23,20 +23,20 @@ from post_bench.speed.arithmetic import prompt_step
 from post_bench.speed.bench import fresh, steps, tokens_of
 from post_bench.speed.machine import about, matrix_rate
 from post_bench.speed.references import PublishedTransfer
-from post_client.privacy import PrivacyConfig
-from post_server.ml import transfer as moving
-from post_server.ml.constants import Constants
-from post_server.ml.layers import chosen_layers, copy_student
-from post_server.ml.transfer import ensemble_objective
-from post_shared.batches import Batch, EncodedRow, EncodedRows
-from post_shared.label_words import label_words
-from post_shared.language_model import LanguageModel
-from post_shared.memory import plan_step
-from post_shared.prompt_tuning import tuning_objective
-from post_shared.replays import recorder_of
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task
-from post_shared.training import PromptAdam
+from post_client.privacy import PrivacyConfig, PrivacyPlan
+from post_shared.data.batches import Batch, EncodedRow, EncodedRows
+from post_shared.data.tasks import Task
+from post_shared.method.distillation.layer_selection import chosen_layers
+from post_shared.method.transfer import transfer as moving
+from post_shared.method.transfer.teacher_outputs import TeacherOutputs
+from post_shared.method.transfer.transfer import ensemble_objective
+from post_shared.method.tuning.tune import tuning_objective
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.layers import copy_student
+from post_shared.model.memory_plan import plan_step
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.model.verbalizer import label_words
+from post_shared.training.optimizer import PromptAdam
 
 TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
 SHAPES = {  # width, inner width, layers, heads, key/value heads, vocabulary
@@ -84,11 +84,11 @@ def adam(start: Tensor) -> PromptAdam:
 def transfer(target: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     words = label_words(target, TASK)
     made = torch.randn(len(batch), 2), torch.empty(0), torch.randn(len(batch), 2)
-    loss = ensemble_objective(target, Constants(*made, batch.encoded.whole), 0.7, words)
+    loss = ensemble_objective(target, TeacherOutputs(*made, batch.encoded.whole), 0.7, words)
     student = copy_student(target, chosen_layers(min(STUDENT_LAYERS, target.layers), target.layers))
     theirs = PublishedTransfer(target, student, start, alpha=0.7, temperature=2.0)
     return {
-        "replayed": steps(target, adam(start), loss, recorder_of(target)),
+        "replayed": steps(target, adam(start), loss, target.new_graphs()),
         "launched": steps(target, adam(start), loss, None),
         "published": lambda batch: theirs.step(fresh(batch)),
     }
@@ -96,10 +96,10 @@ def transfer(target: LanguageModel, batch: Batch, start: Tensor) -> Ways:
 
 def tune(student: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     loss = tuning_objective(student, TASK)
-    plan = PrivacyConfig(seed=0).plan(1000, batch_size=len(batch), steps=100)
+    plan = PrivacyPlan.make(PrivacyConfig(seed=0), 1000, batch_size=len(batch), steps=100)
     private = plan.optimizer(nn.Parameter(start.clone()), 1e-3, student=student)
     return {
-        "replayed": steps(student, adam(start), loss, recorder_of(student)),
+        "replayed": steps(student, adam(start), loss, student.new_graphs()),
         "launched": steps(student, adam(start), loss, None),
         "private": steps(student, private, loss, None),
     }
@@ -112,11 +112,11 @@ def whole(target: LanguageModel) -> dict[str, float]:
     public = [" ".join(draw.choices(words, k=draw.randint(10, 40))) for _ in range(1000)]
     student = copy_student(target, chosen_layers(min(STUDENT_LAYERS, target.layers), target.layers))
     prompt, found = SoftPrompt.random(target, 20), {}
-    for name, make in (("replayed", recorder_of), ("launched", lambda _: None)):
-        with patch.object(moving, "recorder_of", make):
+    for name, make in (("replayed", LanguageModel.new_graphs), ("launched", lambda _: None)):
+        with patch.object(LanguageModel, "new_graphs", make):
             torch.cuda.synchronize()
             began = time.perf_counter()
-            moving.transfer(target, student, TASK, prompt, public, moving.TransferConfig())
+            moving.transfer(target, student, TASK, prompt, public, moving.TransferOptions())
             torch.cuda.synchronize()
             found[name] = time.perf_counter() - began
     return found
@@ -146,9 +146,11 @@ def measure(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]
         if part == "tune":
             model = copy_student(model, chosen_layers(min(STUDENT_LAYERS, model.layers), model.layers))
         rate = matrix_rate(device, dtypes[part])
-        room = plan_step(model, longest=1).positions // 2  # graphs keep their memory, and what is launched takes more
+        reserved = (
+            plan_step(model, longest=1).positions // 2
+        )  # graphs keep their memory, and what is launched takes more
         for rows, tokens, length in CASES:
-            if rows * (tokens + length) > room:
+            if rows * (tokens + length) > reserved:
                 continue
             batch = texts(rows, tokens)
             start = 0.02 * torch.randn(length, model.hidden_size, device=device)

@@ -16,13 +16,14 @@ import httpx
 import numpy as np
 from safetensors.numpy import save_file
 
-from post_server.database import Database
-from post_server.keys import create_key
-from post_server.model_store import add_model
+from post_server.auth.keys import create_key
+from post_server.db.database import Database
+from post_server.models.service import add_model
 from post_server.serve import embedded_redis
 from post_server.settings import Settings
-from post_server.storage import BlobStore
-from post_shared.schemas import ModelRole, Role
+from post_server.storage.blob_store import BlobStore
+from post_shared.schemas.common import Role
+from post_shared.schemas.models import ModelRole
 
 
 class LiveApi:

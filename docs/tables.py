@@ -1,16 +1,23 @@
-"""Fills the tables of the reference pages from the code: ``.venv/bin/python docs/tables.py`` (or ``make docs``).
+"""Fills the tables of the pages: ``.venv/bin/python docs/tables.py`` (or ``make docs``).
 
-A table stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. A test keeps the pages in step.
+A table stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. Those of the reference pages come from the
+code. Those named ``results/NAME`` come from ``benchmarks/results/NAME.json``, so that no measured figure is typed by
+hand. A test keeps the pages in step.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+RESULTS_PAGES = ("results.md", "../README.md")
+"""Pages that show measured figures, relative to the folder of the documentation."""
+NOT_RECORDED = "not recorded"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -59,7 +66,7 @@ def commands_table() -> str:
     """Every command of ``post`` with its arguments and options."""
     import typer
 
-    from post_shared.cli import build_app
+    from post_shared.cli.app import build_app
 
     return "\n\n".join(_command_pages("post", typer.main.get_command(build_app()))).strip()
 
@@ -74,6 +81,62 @@ def canaries_table() -> str:
         for count in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
     ]
     return _table(["canaries", *(f"δ = {delta:g}" for delta in deltas)], rows)
+
+
+class Result(NamedTuple):
+    """One measured table and the facts without which its figures mean nothing."""
+
+    title: str
+    command: str
+    """What was run, as it was typed then; several commands stand on lines of their own."""
+    commit: str
+    date: str
+    machine: str
+    note: str
+    """One sentence on spread and limits."""
+    columns: list[str]
+    rows: list[list[str | None]]
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Numbers stay as they are written, so that 0.840 keeps its last digit.
+
+        Raises:
+            ValueError: a member is missing, unknown or empty, or a row has other cells than there are columns.
+        """
+        document = json.loads(path.read_text("utf-8"), parse_float=str, parse_int=str)
+        if tuple(document) != cls._fields:
+            raise ValueError(f"{path.name} has {', '.join(document)}; it must have {', '.join(cls._fields)}")
+        empty = [name for name in cls._fields if not document[name]]
+        if empty:
+            raise ValueError(f"{path.name}: {', '.join(empty)} may not be empty; write {NOT_RECORDED!r}")
+        if any(len(row) != len(document["columns"]) for row in document["rows"]):
+            raise ValueError(f"{path.name}: every row has {len(document['columns'])} cells")
+        return cls(**document)
+
+    def markdown(self) -> str:
+        """Title, table, the sentence on spread, and where the figures come from."""
+        table = _table(self.columns, [["" if cell is None else cell for cell in row] for row in self.rows])
+        commands = [line if line.startswith(NOT_RECORDED) else f"`{line}`" for line in self.command.splitlines()]
+        source = [
+            f"Command: {', '.join(commands)}",
+            f"commit: {self.commit}",
+            f"date: {self.date}",
+            f"machine: {self.machine}",
+        ]
+        return f"**{self.title}**\n\n{table}\n\n{self.note}<br>\n<sub>{' · '.join(source)}</sub>"
+
+
+def results_table(name: str) -> str:
+    """The measured table ``results/NAME``."""
+    return Result.read(RESULTS / f"{name}.json").markdown()
+
+
+def results_blocks() -> Iterator[tuple[str, str]]:
+    """(page, name) of every measured table that a page has a place for."""
+    for page in RESULTS_PAGES:
+        text = (DOCS / page).read_text("utf-8")
+        yield from ((page, name) for name in re.findall(r"<!-- begin: results/([a-z0-9-]+) -->", text))
 
 
 def _command_pages(name: str, command: Any) -> Iterator[str]:
@@ -128,10 +191,22 @@ def filled(page: str, name: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
+def fill(file: str, name: str, table: str) -> None:
+    """Write the table into its place on the page."""
+    path = DOCS / file
+    path.write_text(filled(path.read_text("utf-8"), name, table), encoding="utf-8")
+
+
+def fill_results() -> None:
+    """Only the measured tables: this needs none of POST's packages."""
+    for file, name in list(results_blocks()):
+        fill(file, f"results/{name}", results_table(name))
+
+
 def main() -> None:
+    fill_results()
     for name, (file, make) in TABLES.items():
-        path = DOCS / file
-        path.write_text(filled(path.read_text("utf-8"), name, make()), encoding="utf-8")
+        fill(file, name, make())
 
 
 if __name__ == "__main__":

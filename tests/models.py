@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,7 +22,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from post_shared.language_model import LanguageModel
+from post_shared.data.batches import Batch
+from post_shared.model.language_model import LanguageModel
 
 WORDS = "the a film story plot was is it bad good great terrible boring fine awful superb dull nice"
 TEXTS = [
@@ -85,6 +87,11 @@ def _config(family: str, layers: int, vocabulary: int) -> Any:
         "roberta": lambda: RobertaConfig(**small, **body, **dropped, max_position_embeddings=258, type_vocab_size=1),
     }
     return makers[family]()
+
+
+def per_row(prompt: Tensor | None, batch: Batch) -> Tensor | None:
+    """The prompt (l, d) once for each row: the plain path, on which every row runs its own."""
+    return None if prompt is None else prompt.expand(len(batch), -1, -1)
 
 
 CAUSAL = ("llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "opt", "bloom")

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from benchmarks import audit_runs, shadow_prompts
+from benchmarks import audit_runs
 from benchmarks.distil_speed import CLOCKS, RECIPES, draw, first_reach, result, run, table
 from benchmarks.dp_cost import LABEL_WORDS, measure, measure_runs, reviews
 from benchmarks.dp_memory import private_steps
 
-from post_client.tuning import TuneConfig, encode_private, starting_prompt
-from post_shared.batches import Batch
-from post_shared.data import Row
-from post_shared.live_memory import peak_bytes
-from post_shared.tasks import Task
+from post_shared.data.batches import Batch
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.engine.memory_profiler import peak_bytes
+from post_shared.schemas.tuning import TuneOptions
 from tests.models import TEXTS, tiny_model
 
 TASK = Task("{text}, it was", LABEL_WORDS)
@@ -69,7 +69,7 @@ def test_a_private_step_takes_the_memory_of_its_micro_batch(micro: int) -> None:
     model = tiny_model(layers=2)
     words = " ".join(["a film"] * 80)
     rows = [Row(words, "positive"), Row("a plot", "negative")] * 128
-    step, all_rows = private_steps(model, rows, micro=micro, length=4, longest=TuneConfig().max_length)
+    step, all_rows = private_steps(model, rows, micro=micro, length=4, longest=TuneOptions().max_length)
     longest = Batch(all_rows.encoded, tuple(range(0, 2 * micro, 2)))
     one = peak_bytes(lambda: step(longest))
     assert peak_bytes(lambda: step(all_rows)) <= 1.3 * one
@@ -89,20 +89,8 @@ def test_a_large_logical_batch_takes_the_memory_of_its_micro_batch() -> None:
     assert whole > 2 * small, "the measure sees memory that grows"
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_shadow_prompts_runs(private: bool) -> None:
-    model, config = tiny_model(), TuneConfig(length=5)
-    encoded, start = encode_private(model, TASK, reviews(40), config), starting_prompt(model, TASK, config)
-    result = shadow_prompts.measure(
-        model, encoded, start.embeddings, TASK, count=3, batch_size=4, steps=2, private=private
-    )
-    assert set(result) == {"one_by_one", "at_once"} | (set() if private else {"one_by_one_prompt_once"})
-    assert all(value > 0 for each in result.values() for value in each.values())
-    assert result["one_by_one"]["times_faster"] == result["one_by_one"]["times_less_arithmetic"] == 1.0
-
-
 def test_audit_runs_runs() -> None:
-    config = TuneConfig(length=4, steps=3, batch_size=8)
+    config = TuneOptions(num_virtual_tokens=4, steps=3, batch_size=8)
     result = audit_runs.measure(tiny_model(), TASK, reviews(40), config, epsilon=8.0, runs=3, canaries=10)
     assert {kind: len(some) for kind, some in result["bounds"].items()} == {"data": 3, "gradient": 3}
     assert set(result["not_refuted"]) == {"data", "gradient"}

@@ -19,7 +19,7 @@ MOMENTS = {
     "kill API": ("distil", "start"),
     "pause worker": ("transfer", "transfer"),
     "hang job": ("distil", "distil"),
-    "deliver again": ("transfer", "constants"),
+    "deliver again": ("transfer", "precompute"),
     "fill disk": ("distil", "loading"),
     "cut power": ("distil", "late"),
 }

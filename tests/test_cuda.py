@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,40 @@ from benchmarks import gpu_steps
 from torch import Tensor, distributed
 
 from post_client.privacy import PrivacyConfig
-from post_client.student_checks import load_student
-from post_client.tuning import TuneConfig, tune
-from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.layers import copy_student
-from post_server.ml.processes import Group, _free_port
-from post_server.ml.sharded import shard
-from post_server.ml.teacher_cache import CacheRoom
-from post_server.ml.transfer import TransferConfig, transfer
-from post_shared import language_model, packing
-from post_shared.batches import Batch, EncodedRow, EncodedRows, encode_rows
-from post_shared.data import Row
-from post_shared.decoding import Decoder, Sampling
-from post_shared.decoding import Row as Line
+from post_client.students.checks import load_student
+from post_client.tuning.tune import tune
+from post_server.distillations.launcher import _free_port
+from post_shared.data.batches import Batch, EncodedRow, EncodedRows
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.engine import packing
 from post_shared.errors import Cancelled, OutOfMemory
-from post_shared.evaluation import evaluate
-from post_shared.language_model import LanguageModel
-from post_shared.memory import held_per_position, plan_step, saved_per_position
-from post_shared.replays import recorder_of, replays
-from post_shared.serving import ServedPrompt, classify_mixed
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task
-from post_shared.training import Progress
+from post_shared.inference.classification import ServedPrompt, classify_mixed
+from post_shared.inference.evaluation import evaluate
+from post_shared.inference.generation import Decoder, Sampling
+from post_shared.inference.generation import DecodingRow as Line
+from post_shared.method.distillation.distil import distil
+from post_shared.method.distillation.teacher_cache import CacheBudget
+from post_shared.method.transfer.transfer import transfer
+from post_shared.model import language_model
+from post_shared.model.encoding import encode_rows
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.layers import copy_student
+from post_shared.model.memory_plan import held_per_position, plan_step, saved_per_position
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.schemas.distillations import DistilOptions
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.distributed import Group
+from post_shared.training.fsdp import shard
+from post_shared.training.progress import Progress
 from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 WORDS = {"negative": ("bad", "terrible"), "positive": ("good", "great")}
 ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
 PARAGRAPHS = [" ".join(TEXTS)] * 40
-DISTIL = DistilConfig(keep_layers=2, steps=40, batch_tokens=128, sequence_length=32)
+DISTIL = DistilOptions(keep_layers=2, steps=40, batch_tokens=128, sequence_length=32)
 
 
 def task_for(model: LanguageModel) -> Task:
@@ -67,7 +71,7 @@ def gradients(model: LanguageModel, *, several: bool = False) -> tuple[Tensor, T
     prompts = torch.stack([SoftPrompt.random(tiny_model(), 5, seed=at).embeddings for at in range(3)])
     prompt = (prompts if several else prompts[0]).to(model.device).requires_grad_()
     owner = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1], device=model.device) if several else None
-    logits = model.answer_logits_shared(batch, prompt, owner)
+    logits = model.answer_logits(batch, prompt, prompt_index=owner)
     logits.logsumexp(-1).sum().backward()
     assert prompt.grad is not None
     return logits.detach(), prompt.grad
@@ -89,7 +93,7 @@ def test_few_texts_behind_a_short_prompt_are_not_packed() -> None:
     short, long = (SoftPrompt.random(tiny_model(), length).embeddings for length in (5, 100))
     assert not packing.pays(model, batch, short)
     assert packing.pays(model, batch, long)
-    with replays(model, recorder_of(model)):
+    with model.replaying(model.new_graphs()):
         assert packing.pays(model, batch, short)
 
 
@@ -115,17 +119,17 @@ def test_replayed_passes(family: str, dtype: torch.dtype) -> None:
 
     def found(batch: Batch, prompt: Tensor) -> tuple[Tensor, Tensor]:
         leaf = prompt.clone().requires_grad_()
-        logits = model.answer_logits_shared(batch, leaf)
+        logits = model.answer_logits(batch, leaf)
         logits.logsumexp(-1).sum().backward()
         assert leaf.grad is not None
         return logits.detach(), leaf.grad
 
     expected = [found(*case) for case in cases]
-    recorder = recorder_of(model)
-    assert recorder is not None
-    with replays(model, recorder):
+    graphs = model.new_graphs()
+    assert graphs is not None
+    with model.replaying(graphs):
         replayed = [found(*case) for case in cases]
-    assert recorder.made
+    assert graphs.made
     for mine, plain in zip(replayed, expected, strict=True):
         for one, other in zip(mine, plain, strict=True):
             close(one, other, rtol=1e-4 if dtype == torch.float32 else 0.1)
@@ -143,7 +147,7 @@ def test_the_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_gpu_cannot_record_is_run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on("cuda")
-    expected, recorder = gradients(model), recorder_of(model)
+    expected, graphs = gradients(model), model.new_graphs()
     plain = packing._run_row
 
     def reads(*given: Any) -> Tensor:
@@ -151,7 +155,7 @@ def test_what_a_gpu_cannot_record_is_run(caplog: pytest.LogCaptureFixture, monke
         return hidden + 0.0 * float(hidden.detach().sum())  # waits for the GPU, which no recording may
 
     monkeypatch.setattr(packing, "_run_row", reads)
-    with caplog.at_level(logging.WARNING, "post.replays"), replays(model, recorder):
+    with caplog.at_level(logging.WARNING, "post.cuda_graphs"), model.replaying(graphs):
         for _ in range(3):
             for mine, other in zip(gradients(model), expected, strict=True):
                 close(mine, other, rtol=1e-4)
@@ -169,7 +173,7 @@ def test_sixteen_bits_say_about_the_same(family: str) -> None:
 @pytest.mark.parametrize("privacy", [None, PrivacyConfig(epsilon=8, batch_size=16, steps=6, seed=3)])
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_tuning(family: str, privacy: PrivacyConfig | None, tmp_path: Path) -> None:
-    config = TuneConfig(length=4, steps=6, batch_size=8, learning_rate=0.01)
+    config = TuneOptions(num_virtual_tokens=4, steps=6, batch_size=8, learning_rate=0.01)
     tiny_model(family).save(tmp_path / "student")
     mine, expected = (
         tune(
@@ -184,7 +188,7 @@ def test_tuning(family: str, privacy: PrivacyConfig | None, tmp_path: Path) -> N
 
 def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
     config, privacy = (
-        TuneConfig(length=4, steps=8, batch_size=4),
+        TuneOptions(num_virtual_tokens=4, steps=8, batch_size=4),
         PrivacyConfig(epsilon=8, batch_size=4, steps=8, seed=3),
     )
     model = on("cuda")
@@ -194,7 +198,7 @@ def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
             raise Cancelled("enough")
 
     with pytest.raises(Cancelled):
-        tune(model, task_for(model), ROWS * 20, config, privacy=privacy, report=stop, checkpoint=tmp_path)
+        tune(model, task_for(model), ROWS * 20, config, privacy=privacy, on_progress=stop, checkpoint=tmp_path)
     steps: list[int] = []
     resumed = tune(
         model,
@@ -202,7 +206,7 @@ def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
         ROWS * 20,
         config,
         privacy=privacy,
-        report=lambda progress: steps.append(progress.step),
+        on_progress=lambda progress: steps.append(progress.step),
         checkpoint=tmp_path,
     )
     assert steps == [6, 7, 8]
@@ -213,7 +217,7 @@ def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["ensemble", "paper"])
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_a_transfer(family: str, method: str, tmp_path: Path) -> None:
-    config = TransferConfig(steps=6, batch_size=5, method=method, learning_rate=0.003)  # type: ignore[arg-type]
+    config = TransferOptions(steps=6, batch_size=5, method=method, learning_rate=0.003)  # type: ignore[arg-type]
     found = []
     for device in ("cuda", "cpu"):
         target = on(device, family)
@@ -235,7 +239,7 @@ def test_a_distillation_in_mixed_precision_trains_float32_weights(tmp_path: Path
             if progress.stage == "distil":
                 seen.append(progress.metrics["ce"])
 
-        student = distil(target, PARAGRAPHS, DISTIL, report=note)
+        student = distil(target, PARAGRAPHS, DISTIL, on_progress=note)
         assert {weight.dtype for weight in student.model.parameters()} == {torch.float32}
         assert student.device.type == target.device.type
         student.save(tmp_path)
@@ -250,10 +254,15 @@ def test_a_distillation_in_mixed_precision_trains_float32_weights(tmp_path: Path
 
 def test_a_distillation_in_parts_with_the_targets_states_kept(tmp_path: Path) -> None:
     target = on("cuda", dtype=torch.bfloat16)
-    config = replace(DISTIL, accumulate=2, alignment=0.0, answer_forms=("{text}, it was",))
+    config = DISTIL.replace(gradient_accumulation_steps=2, alignment=0.0, templates=("{text}, it was",))
     steps: list[int] = []
     distil(
-        target, PARAGRAPHS, config, report=lambda p: steps.append(p.step), checkpoint=tmp_path, room=CacheRoom(2**24)
+        target,
+        PARAGRAPHS,
+        config,
+        on_progress=lambda p: steps.append(p.step),
+        checkpoint=tmp_path,
+        cache_budget=CacheBudget(2**24),
     )
     assert steps[-1] == DISTIL.steps
 
@@ -284,8 +293,8 @@ def test_mixed_prompts_and_generation() -> None:
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_a_model_with_most_layers_in_memory_answers_and_teaches_on_the_gpu(family: str, tmp_path: Path) -> None:
     tiny_model(family).save(tmp_path)
-    room = int(0.6 * tiny_model(family).nbytes)
-    spread = LanguageModel.load(tmp_path, device="spread", memory={0: room, "cpu": 2**30}, dtype=torch.float32)
+    reserved = int(0.6 * tiny_model(family).nbytes)
+    spread = LanguageModel.load(tmp_path, device="spread", memory={0: reserved, "cpu": 2**30}, dtype=torch.float32)
     assert {"cpu", 0} <= set(spread.model.hf_device_map.values())
     for mine, expected in zip(gradients(spread), gradients(on("cuda", family)), strict=True):
         close(mine, expected)
@@ -323,6 +332,6 @@ def test_a_long_packed_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on("cuda")
     rows = EncodedRows(tuple(EncodedRow([5 + at % 90] * (40 + at % 7), [39], [], None) for at in range(120)))
     prompt = SoftPrompt.random(tiny_model(), 5).embeddings
-    found = model.answer_logits_shared(rows.whole, prompt)
+    found = model.answer_logits(rows.whole, prompt)
     monkeypatch.setattr(packing, "ONE_MASK", 10**6)
-    close(model.answer_logits_shared(rows.whole, prompt), found, rtol=1e-4)
+    close(model.answer_logits(rows.whole, prompt), found, rtol=1e-4)

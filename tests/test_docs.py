@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,14 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+        *(ROOT / ".github").glob("*.md"),
+    ]
+)
 
 
 def _tables() -> ModuleType:
@@ -33,6 +41,72 @@ def test_generated_tables_are_up_to_date(name: str, tmp_path: Path, monkeypatch:
     file, make = tables.TABLES[name]
     page = (ROOT / "docs" / file).read_text("utf-8")
     assert tables.filled(page, name, make()) == page, "run: make docs"
+
+
+# --- measured figures ---------------------------------------------------------------------------------
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+BLOCKS = list(tables.results_blocks())
+FACTS = ("command", "commit", "date", "machine", "note")
+
+
+@pytest.mark.parametrize(("file", "name"), BLOCKS, ids=[name for _, name in BLOCKS])
+def test_measured_tables_are_up_to_date(file: str, name: str) -> None:
+    """``make docs`` would change nothing."""
+    page = (ROOT / "docs" / file).read_text("utf-8")
+    assert tables.filled(page, f"results/{name}", tables.results_table(name)) == page, "run: make docs"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_measured_table_has_its_facts(path: Path) -> None:
+    """A figure without its command, commit, date, machine and spread means nothing."""
+    document = json.loads(path.read_text("utf-8"))
+    assert all(isinstance(document[fact], str) and document[fact] for fact in FACTS)
+    assert re.search(r"\d{4}-\d{2}-\d{2}", document["date"])
+    assert tables.Result.read(path).title == document["title"]
+
+
+def test_every_results_file_is_shown() -> None:
+    assert {name for _, name in BLOCKS} == {path.stem for path in RESULTS}
+
+
+def test_the_readme_shows_one_measured_table() -> None:
+    assert len([name for file, name in BLOCKS if file == "../README.md"]) == 1
+
+
+@pytest.mark.parametrize("file", tables.RESULTS_PAGES)
+def test_no_accuracy_is_typed_by_hand(file: str) -> None:
+    """What has three decimals stands between the markers of a measured table."""
+    page = (ROOT / "docs" / file).read_text("utf-8")
+    by_hand = re.sub(r"<!-- begin: (results/\S+) -->.*?<!-- end: \1 -->", "", page, flags=re.S)
+    assert re.findall(r"\b0\.\d{3}\b", by_hand) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"machine": None}, "must have"),
+        ({"commit": ""}, "commit may not be empty"),
+        ({"rows": [["POST"]]}, "2 cells"),
+    ],
+    ids=["missing", "empty", "ragged"],
+)
+def test_a_results_file_without_its_facts_is_refused(change: dict[str, object], said: str, tmp_path: Path) -> None:
+    whole = dict.fromkeys(("title", *FACTS), "x") | {"columns": ["a", "b"], "rows": [["POST", 0.840]]}
+    path = tmp_path / "made.json"
+    path.write_text(json.dumps({name: value for name, value in (whole | change).items() if value is not None}))
+    with pytest.raises(ValueError, match=said):
+        tables.Result.read(path)
+
+
+def test_figures_keep_their_digits(tmp_path: Path) -> None:
+    path = tmp_path / "made.json"
+    facts = ", ".join(f'"{fact}": "{fact}"' for fact in ("title", *FACTS))
+    path.write_text(f'{{{facts}, "columns": ["a", "b", "c"], "rows": [[0.840, 100, null]]}}')
+    assert "| 0.840 | 100 |  |" in tables.Result.read(path).markdown()
+
+
+# --- links, commands, the picture ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

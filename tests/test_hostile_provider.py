@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,28 @@ import pytest
 import torch
 from torch import nn
 
-from post_client import Client, student_checks
-from post_client._http import LONGEST_WAIT
-from post_client.privacy import PrivacyConfig
-from post_client.student_checks import check_rows_are_apart, load_student
-from post_client.tuning import TuneConfig, encode_private, tune
-from post_shared import memory, packing
-from post_shared.batches import EncodedRows
-from post_shared.cli import build_app, print_error, run
-from post_shared.data import Row
+from post_client import Client
+from post_client.http.session import LONGEST_WAIT
+from post_client.privacy import PrivacyConfig, PrivacyPlan
+from post_client.students.checks import check_rows_are_apart, load_student
+from post_client.tuning.tune import encode_private, tune
+from post_shared.cli.app import build_app, print_error, run
+from post_shared.data.batches import Batch, EncodedRows
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.engine.shared_prefix import PrefixRows
 from post_shared.errors import InvalidInput, ModelUnsafe, OutOfMemory, Unavailable, from_problem
-from post_shared.language_model import LanguageModel
-from post_shared.model_files import check_safe
-from post_shared.prompt_runs import Rows, rows_of
-from post_shared.prompt_tuning import tuning_objective
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task
+from post_shared.files.model_folder import check_safe
+from post_shared.method.tuning.tune import tuning_objective
+from post_shared.model import memory_plan
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.schemas.tuning import TuneOptions
 from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
 
 TASK = Task("{text}, it was", {"negative": ("bad",), "positive": ("good",)})
 ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
-CONFIG = TuneConfig(length=4, steps=4, batch_size=8)
+CONFIG = TuneOptions(num_virtual_tokens=4, steps=4, batch_size=8)
 PRIVACY = PrivacyConfig(epsilon=8)
 
 
@@ -69,7 +69,7 @@ def test_a_private_row_changes_no_other_row_before_it_is_clipped() -> None:
     """One long answer once left all texts less room: a single row moved every gradient."""
     model, task = tiny_model("gpt2", layers=2), Task("{text} Answer:")
     some = [Row("the plot was dull and the story is boring and the film was fine", "dull"), Row("nice", "good")]
-    config = TuneConfig(length=4, max_length=24)
+    config = TuneOptions(num_virtual_tokens=4, max_length=24)
     without = encode_private(model, task, some, config)
     with_one = encode_private(model, task, [*some, Row("a film", " ".join(["good"] * 12))], config)
     assert with_one.rows[: len(some)] == without.rows
@@ -103,7 +103,7 @@ def test_a_student_whose_rows_are_not_apart_is_refused_in_private_runs(
     place = tmp_path / "config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | change))
     student = LanguageModel.load(tmp_path, device="cpu")
-    config = TuneConfig(length=4, steps=1, batch_size=8, max_length=36)
+    config = TuneOptions(num_virtual_tokens=4, steps=1, batch_size=8, max_length=36)
     with pytest.raises(ModelUnsafe, match="depends on the texts beside it"):
         tune(student, TASK, ROWS, config, privacy=PRIVACY)
 
@@ -119,17 +119,17 @@ def test_a_row_moves_the_sum_by_c_even_where_weights_hide_what_the_check_looks_f
     place.write_text(json.dumps(json.loads(place.read_text()) | change))
     student = LanguageModel.load(tmp_path, device="cpu")
     prompt = SoftPrompt.random(student, 4, seed=1).embeddings
-    privacy = PrivacyConfig(seed=0, unit=unit, clip_norm=0.1)
+    privacy = PrivacyConfig(seed=0, unit=unit, max_grad_norm=0.1)
     many = [
         Row(" ".join(["plot", text] * (1 + at % 3)), label)
         for at, (text, label) in enumerate(zip(TEXTS, LABELS, strict=True))
     ]
     for more in range(1, 30, 4):
         rows = [*many, Row("plot " * (8 + more), "positive")]
-        encoded = encode_private(student, TASK, rows, TuneConfig(length=4, max_length=64))
+        encoded = encode_private(student, TASK, rows, TuneOptions(num_virtual_tokens=4, max_length=64))
 
         def summed(count: int, encoded: EncodedRows = encoded) -> torch.Tensor:
-            plan = privacy.plan(100, batch_size=8, steps=1)
+            plan = PrivacyPlan.make(privacy, 100, batch_size=8, steps=1)
             tuned = plan.optimizer(
                 nn.Parameter(prompt.clone()), 0.1, range(len(encoded)), longest=64, student=student if once else None
             )
@@ -141,16 +141,17 @@ def test_a_row_moves_the_sum_by_c_even_where_weights_hide_what_the_check_looks_f
 
 def test_the_check_asks_the_student_as_a_private_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
     student = tiny_model("llama", layers=2)
-    asked: list[Rows | None] = []
+    asked: list[Any] = []
+    answer = LanguageModel.answer_logits
 
-    def seen(*given: Any) -> torch.Tensor:
-        asked.append(rows_of(given[2]))
-        return packing.logits_behind(*given)
+    def seen(self: LanguageModel, batch: Batch, prompt: Any = None, **more: Any) -> torch.Tensor:
+        asked.append(prompt)
+        return answer(self, batch, prompt, **more)
 
-    monkeypatch.setattr(student_checks, "logits_behind", seen)
+    monkeypatch.setattr(LanguageModel, "answer_logits", seen)
     check_rows_are_apart(student, SoftPrompt.random(student, 4).embeddings, 12)
     assert len(asked) == 11
-    assert None not in asked
+    assert all(isinstance(each, PrefixRows) for each in asked)
 
 
 def test_positions_that_remember_the_longest_row_are_refused(tmp_path: Path) -> None:
@@ -163,11 +164,13 @@ def test_positions_that_remember_the_longest_row_are_refused(tmp_path: Path) -> 
 
 def test_whether_a_private_run_begins_does_not_depend_on_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     student = tiny_model("llama", layers=2)
-    each = memory.saved_per_position(student)
-    for room, begins in ((40, True), (30, False)):
-        monkeypatch.setattr(memory, "free_bytes", lambda _, room=room: int((room + 0.5) * each / memory.SHARE))
+    each = memory_plan.saved_per_position(student)
+    for reserved, begins in ((40, True), (30, False)):
+        monkeypatch.setattr(
+            memory_plan, "free_bytes", lambda _, reserved=reserved: int((reserved + 0.5) * each / memory_plan.SHARE)
+        )
         for rows in (ROWS, [*ROWS, Row("plot " * 100, "positive")]):
-            run = partial(tune, student, TASK, rows, replace(CONFIG, max_length=36), privacy=PRIVACY)
+            run = partial(tune, student, TASK, rows, CONFIG.replace(max_length=36), privacy=PRIVACY)
             if begins:
                 run()
             else:
@@ -188,7 +191,7 @@ def test_a_private_run_wants_a_student_in_float32(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="float32, not bfloat16"):
         check_rows_are_apart(student, SoftPrompt.random(student, 4).embeddings, 16)
     with pytest.MonkeyPatch.context() as patch:  # what a machine with matrix units for bfloat16 says of a wide model
-        patch.setattr("post_shared.language_model.training_dtype", lambda *_: torch.bfloat16)
+        patch.setattr("post_shared.model.language_model.training_dtype", lambda *_: torch.bfloat16)
         assert load_student(tmp_path, "cpu").dtype == torch.float32
         assert load_student(tmp_path, "cpu", private=False).dtype == torch.bfloat16
 
@@ -217,7 +220,7 @@ def test_a_folder_that_does_not_load_is_an_error_of_ours(file: str, member: str,
 @pytest.mark.parametrize("asked", ["soon", [], {}, -1, 1e400, None, 1e9])
 def test_no_answer_makes_the_client_wait_for_ever_or_trip(asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("post_client._wire.time.sleep", waited.append)
+    monkeypatch.setattr("post_client.http.transports.time.sleep", waited.append)
     problem = json.dumps({"code": "unavailable", "detail": "away", "retry_after": asked})
     headers = {"Content-Type": "application/problem+json"}
     transport = httpx.MockTransport(lambda request: httpx.Response(503, headers=headers, content=problem))

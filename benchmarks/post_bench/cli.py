@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from post_bench.speed.cli import speed
-from post_client.cli.console import metrics_note
+from post_client.console import metrics_note
 
 if TYPE_CHECKING:
     import torch
 
-    from post_bench.quality import QualityConfig
-    from post_shared.language_model import LanguageModel
-    from post_shared.training import Progress as TrainingProgress
+    from post_bench.methods import QualityConfig
+    from post_shared.model.language_model import LanguageModel
+    from post_shared.training.progress import Progress as TrainingProgress
 
-DEFAULT_METHODS = "zero_shot,direct,compressed,paper,post,upper_bound,direct_dp,compressed_dp,post_dp"
+DEFAULT_METHODS = (
+    "zero_shot,direct_reuse,prompted_student,paper,post,upper_bound,direct_reuse_dp,prompted_student_dp,post_dp"
+)
 STUDENT, TRAINING = "Student", "Training"
 
 
@@ -60,7 +62,7 @@ def quality(
     student: Annotated[
         str | None, typer.Option(help="Take this student and distil none.", rich_help_panel=STUDENT)
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Of distillation.", rich_help_panel=STUDENT)] = 20.0,
+    max_minutes: Annotated[float, typer.Option(help="Of distillation.", rich_help_panel=STUDENT)] = 20.0,
     keep_layers: Annotated[int, typer.Option(min=1, help="Layers of the student.", rich_help_panel=STUDENT)] = 8,
     tune_steps: Annotated[
         int | None, typer.Option(min=1, help="Of tuning on the student without DP.", rich_help_panel=TRAINING)
@@ -76,9 +78,10 @@ def quality(
 ) -> None:
     """Accuracy of every method over private × public pairs and seeds: JSON, a Markdown table and a picture."""
     from post_bench import results as figures
-    from post_bench.quality import Bench, QualityConfig, wanted
+    from post_bench.methods import QualityConfig, wanted
+    from post_bench.quality import Bench
     from post_bench.sets import pairs, read_prose, read_set
-    from post_client.cli.console import check_writable, quiet_libraries, usage_error
+    from post_client.console import check_writable, quiet_libraries, usage_error
     from post_client.privacy import PrivacyConfig
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -90,7 +93,7 @@ def quality(
     keys = wanted(pairs(private, public), names, seeds)
     config = QualityConfig(epsilon=epsilon, test_rows=test_rows, max_length=max_length)
     config = _with_steps(config, tune_steps, dp_steps, transfer_steps, upper_steps)
-    config = replace(config, distil=replace(config.distil, minutes=minutes, keep_layers=keep_layers))
+    config = replace(config, distil=config.distil.replace(max_minutes=max_minutes, keep_layers=keep_layers))
     tasks = dict(_assignment(each) for each in task or [])
     PrivacyConfig(epsilon=epsilon)  # what is wrong or missing is said before a model is loaded
     for name in (*private, *public):
@@ -106,7 +109,7 @@ def quality(
     display = _Display(console)
     made = work or json.with_suffix(".work")
     more = {"student": small, "teacher": teacher}
-    bench = Bench(model, data, made, config, found, public=public, tasks=tasks, report=display.report, **more)
+    bench = Bench(model, data, made, config, found, public=public, tasks=tasks, on_progress=display.report, **more)
     with display:
         bench.run(keys, display.left)
     chosen = [row for row in found.rows if row.key in set(keys)]
@@ -125,15 +128,15 @@ def _with_steps(
     """The configuration with other numbers of steps, where they are given."""
     return replace(
         config,
-        plain=replace(config.plain, steps=plain or config.plain.steps),
-        private=replace(config.private, steps=private or config.private.steps),
-        transfer=replace(config.transfer, steps=moving or config.transfer.steps),
-        upper=replace(config.upper, steps=upper or config.upper.steps),
+        plain=config.plain.replace(steps=plain or config.plain.steps),
+        private=config.private.replace(steps=private or config.private.steps),
+        transfer=config.transfer.replace(steps=moving or config.transfer.steps),
+        upper=config.upper.replace(steps=upper or config.upper.steps),
     )
 
 
 def _assignment(text: str) -> tuple[str, str]:
-    from post_client.cli.console import usage_error
+    from post_client.console import usage_error
 
     name, equals, value = text.partition("=")
     if not (name and equals and value):
@@ -148,7 +151,7 @@ def _models(
     worker trains with it, and the student that was named."""
     from post_bench.models import target_and_teacher
     from post_client.demo import fetch
-    from post_client.student_checks import load_student
+    from post_client.students.checks import load_student
 
     models = target_and_teacher(target or fetch.model_file(fetch.fetch()), device)
     return *models, load_student(student, device) if student else None
@@ -166,17 +169,19 @@ def _about(
     tasks: dict[str, str],
 ) -> dict[str, Any]:
     """What the figures are of: rows made under another ``about`` are never mixed with these."""
-    from post_client.demo.report import versions
-    from post_shared.training import fingerprint
+    from post_client.demo.results import versions
+    from post_shared.training.checkpoint import fingerprint
 
     return {
-        "target": {"name": target or "SmolLM2-135M-Instruct", "fingerprint": fingerprint(model.model)[:16]},
+        "target": {"name": target or "SmolLM2-135M-Instruct", "fingerprint": fingerprint(model)[:16]},
         "taught_in": str(taught_in).removeprefix("torch."),
-        "student": fingerprint(small.model)[:16] if small else None,
+        "student": fingerprint(small)[:16] if small else None,
         "public": sorted(set(public)),  # the student is made with all of them
         "data": {"name": data.resolve().name, "bytes": _sizes(data, {*private, *public})},
         "tasks": dict(sorted(tasks.items())),
-        "config": loads(dumps(asdict(config))),  # as JSON reads it back
+        "config": loads(
+            dumps(asdict(config), default=lambda each: each.model_dump(mode="json"))
+        ),  # as JSON reads it back
         "versions": versions(),
     }
 

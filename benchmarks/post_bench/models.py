@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from post_shared.devices import training_dtype
-from post_shared.language_model import LanguageModel
+from post_shared.engine.devices import training_dtype
+from post_shared.model.language_model import LanguageModel
 
 
 def target_and_teacher(source: str | Path, device: str) -> tuple[LanguageModel, LanguageModel]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,51 +17,34 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from post_bench.methods import QualityConfig
 from post_bench.models import in_type
-from post_bench.results import METHODS, Figure, Results
+from post_bench.results import Figure, Key, Results
 from post_bench.sets import LabelledSet, read_prose, read_set, some_prose, task_of
 from post_bench.spent import Spent
 from post_client.privacy import PrivacyConfig
-from post_client.student_checks import load_student
-from post_client.tuning import PLAIN, PRIVATE, TuneConfig, starting_prompt, tune
-from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.teacher_cache import CACHE_BYTES, CacheRoom
-from post_server.ml.transfer import TransferConfig, transfer
-from post_shared.data import Row
-from post_shared.devices import training_dtype
-from post_shared.errors import DataInvalid, InvalidInput
-from post_shared.evaluation import evaluate
-from post_shared.language_model import LanguageModel
-from post_shared.lean import check_public
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task, preset_names
-from post_shared.training import Progress, Reporter, fingerprint
+from post_client.students.checks import load_student
+from post_client.tuning.tune import starting_prompt, tune
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task, preset_names
+from post_shared.engine.devices import training_dtype
+from post_shared.errors import DataInvalid
+from post_shared.inference.evaluation import evaluate
+from post_shared.method.distillation.distil import distil
+from post_shared.method.distillation.teacher_cache import CACHE_BYTES, CacheBudget
+from post_shared.method.transfer.transfer import transfer
+from post_shared.method.tuning.label_bias import check_public
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.checkpoint import fingerprint
+from post_shared.training.progress import Progress, ProgressCallback
 
-Key = tuple[str, str, str, int]
-UPPER = TuneConfig(steps=300, batch_size=16, learning_rate=0.01)
-"""Tuning on the large model itself: it learns at a lower rate than a student does."""
 PROSE = 500_000
 """Letters of prose that a student reads at least; it reads as many as the public sets have, if these have more."""
 
 OTHER = "{} isn't what it was, the student of the figures so far: put that back, or name another file"
-
-
-@dataclass(frozen=True)
-class QualityConfig:
-    """What is run. The parts are the defaults of the service and the owner's commands."""
-
-    distil: DistilConfig = field(default_factory=lambda: DistilConfig(minutes=20.0))
-    plain: TuneConfig = PLAIN
-    private: TuneConfig = PRIVATE
-    upper: TuneConfig = UPPER
-    transfer: TransferConfig = field(default_factory=TransferConfig)
-    epsilon: float = 8.0
-    test_rows: int | None = None
-    max_length: int = 128
-
-    def __post_init__(self) -> None:
-        if self.test_rows is not None and self.test_rows < 1:
-            raise InvalidInput("--test-rows is at least 1")
 
 
 class Bench:
@@ -83,12 +65,12 @@ class Bench:
         tasks: Mapping[str, str] | None = None,
         student: LanguageModel | None = None,
         teacher: LanguageModel | None = None,
-        report: Callable[[str, Progress], None] = lambda what, progress: None,
+        on_progress: Callable[[str, Progress], None] = lambda what, progress: None,
     ) -> None:
         self.target, self.data, self.work, self.config, self.results = target, data, work, config, results
         self.public, self.tasks = tuple(sorted(set(public))), tasks or {}
         self.given, self.teacher = student, teacher or target
-        self.tell = report
+        self.tell = on_progress
         self._set = lru_cache(maxsize=None)(lambda name: read_set(data, name))
         self._student_of = lru_cache(maxsize=1)(self._make_student)
         self._fast_of = lru_cache(maxsize=1)(self._make_fast)
@@ -114,7 +96,7 @@ class Bench:
         if plain == "zero_shot":
             (accuracy, seconds), settings = self._zero_shot(private), dict[str, Any]()
         else:
-            model = self._student(private) if plain == "compressed" else self.target
+            model = self._student(private) if plain == "prompted_student" else self.target
             prompt, made, settings = self._prompt_of(key)
             accuracy, seconds = self._measure(model, private, prompt)
             seconds += made
@@ -130,23 +112,23 @@ class Bench:
         plain, secret = method.removesuffix("_dp"), method.endswith("_dp")
         if plain == "upper_bound":
             config = self._seeded(self.config.upper, seed)
-            return (*self._tuned("target", self.target, private, config, public, secret=secret), asdict(config))
+            return (*self._tuned("target", self.target, private, config, public, secret=secret), config.model_dump())
         config = self._seeded(self.config.private if secret else self.config.plain, seed)
         if plain == "untuned":  # the control: what the transfer brings by itself
             start = starting_prompt(self._student(private), self._task(private), config).embeddings
             moving = self._moving("post", seed)
-            return (*self._transferred(start, private, public, moving, secret=False), asdict(moving))
+            return (*self._transferred(start, private, public, moving, secret=False), moving.model_dump())
         student = self._student(private) if secret else self._fast_of(self._others(private))
         prompt, seconds = self._tuned("student", student, private, config, public, secret=secret)
-        if plain == "compressed":
-            return prompt, seconds, asdict(config)
-        if plain == "direct":
-            return prompt, 0.0, asdict(config)
+        if plain == "prompted_student":
+            return prompt, seconds, config.model_dump()
+        if plain == "direct_reuse":
+            return prompt, 0.0, config.model_dump()
         moving = self._moving(plain, seed)
-        return (*self._transferred(prompt, private, public, moving, secret=secret), asdict(moving))
+        return (*self._transferred(prompt, private, public, moving, secret=secret), moving.model_dump())
 
     def _tuned(
-        self, where: str, model: LanguageModel, private: str, config: TuneConfig, public: str, *, secret: bool
+        self, where: str, model: LanguageModel, private: str, config: TuneOptions, public: str, *, secret: bool
     ) -> tuple[Tensor, float]:
         """An owner's prompt; a private run is helped by the public texts, as ``post tune --public`` does."""
         task, rows = self._task(private), self._set(private).train
@@ -154,36 +136,43 @@ class Bench:
         texts = self._set(public).texts if secret else None
         name = f"tuned-{private}-on-{where}{'-dp' if secret else ''}"
 
-        def make(report: Reporter, checkpoint: Path) -> Tensor:
+        def make(on_progress: ProgressCallback, checkpoint: Path) -> Tensor:
             result = tune(
-                model, task, rows, config, privacy=privacy, public=texts, report=report, checkpoint=checkpoint
+                model, task, rows, config, privacy=privacy, public=texts, on_progress=on_progress, checkpoint=checkpoint
             )
             return result.prompt.embeddings
 
-        return self._once(name, fingerprint(config, privacy, model.model, _plain(task, rows), texts), make)
+        return self._once(name, fingerprint(config, privacy, model, _plain(task, rows), texts), make)
 
     def _transferred(
-        self, prompt: Tensor, private: str, public: str, config: TransferConfig, *, secret: bool
+        self, prompt: Tensor, private: str, public: str, config: TransferOptions, *, secret: bool
     ) -> tuple[Tensor, float]:
         task, texts, student = self._task(private), self._set(public).texts, self._student(private)
         name = f"{config.method}-{private}-by-{public}{'-dp' if secret else ''}"
 
-        def make(report: Reporter, checkpoint: Path) -> Tensor:
+        def make(on_progress: ProgressCallback, checkpoint: Path) -> Tensor:
             moved = transfer(
-                self.teacher, student, task, SoftPrompt(prompt), texts, config, report=report, checkpoint=checkpoint
+                self.teacher,
+                student,
+                task,
+                SoftPrompt(prompt),
+                texts,
+                config,
+                on_progress=on_progress,
+                checkpoint=checkpoint,
             )
             return moved.prompt.embeddings
 
-        work = fingerprint(config, prompt, self.teacher.model, student.model, _plain(task, ()), texts)
+        work = fingerprint(config, prompt, self.teacher, student, _plain(task, ()), texts)
         return self._once(name, work, make)
 
-    def _once(self, name: str, work: str, make: Callable[[Reporter, Path], Tensor]) -> tuple[Tensor, float]:
+    def _once(self, name: str, work: str, make: Callable[[ProgressCallback, Path], Tensor]) -> tuple[Tensor, float]:
         """(what ``make`` makes, its seconds), from ``work`` if it was made before."""
         path = self.work / f"{name}-{work[:12]}.safetensors"
         if not path.exists():
             spent = Spent(path)
-            report = spent.noting(lambda progress: self.tell(name, progress))
-            prompt = make(report, path.with_name(f"{path.name}.checkpoint"))
+            on_progress = spent.noting(lambda progress: self.tell(name, progress))
+            prompt = make(on_progress, path.with_name(f"{path.name}.checkpoint"))
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(f"{path.name}.part")
             save_file({"prompt": prompt.contiguous()}, aside, {"seconds": repr(spent.over())})
@@ -204,21 +193,28 @@ class Bench:
             return self.given
         texts = list(dict.fromkeys(text for name in public for text in self._set(name).texts))
         corpus = some_prose(read_prose(self.data), max(PROSE, sum(map(len, texts)))) + texts
-        config = replace(self.config.distil, answer_forms=self._forms(public))
+        config = self.config.distil.replace(templates=self._forms(public))
         name = "-".join(("student", *public))
-        folder = self.work / f"{name}-{fingerprint(config, self.teacher.model, corpus)[:12]}"
+        folder = self.work / f"{name}-{fingerprint(config, self.teacher, corpus)[:12]}"
         known = self.results.students.get(name, {}).get("weights") if self.results.rows else None
         if not (folder / "model.safetensors").exists():
             if known:
                 raise DataInvalid(OTHER.format(folder))
             spent, last = Spent(folder), dict[str, float]()
 
-            def report(progress: Progress) -> None:
+            def on_progress(progress: Progress) -> None:
                 last.update(progress.metrics)
                 self.tell(name, progress)
 
-            kept, room = folder.with_name(f"{folder.name}.checkpoint"), CacheRoom(CACHE_BYTES)
-            student = distil(self.teacher, corpus, config, report=spent.noting(report), checkpoint=kept, room=room)
+            kept, reserved = folder.with_name(f"{folder.name}.checkpoint"), CacheBudget(CACHE_BYTES)
+            student = distil(
+                self.teacher,
+                corpus,
+                config,
+                on_progress=spent.noting(on_progress),
+                checkpoint=kept,
+                cache_budget=reserved,
+            )
             aside = folder.with_name(f"{folder.name}.part")
             shutil.rmtree(aside, ignore_errors=True)
             student.save(aside)
@@ -226,7 +222,7 @@ class Bench:
             self.results.students[name] = {"seconds": spent.over(), **last}
             self.results.save()
         student = load_student(folder, str(self.target.device))
-        weights = fingerprint(student.model)[:16]
+        weights = fingerprint(student)[:16]
         if known not in {None, weights}:
             raise DataInvalid(OTHER.format(folder))
         self.results.students.setdefault(name, {})["weights"] = weights
@@ -272,29 +268,14 @@ class Bench:
         some: LabelledSet = self._set(name)
         return task_of(self.data, some, self.tasks)
 
-    def _seeded(self, config: TuneConfig, seed: int) -> TuneConfig:
-        return TuneConfig(**asdict(config) | {"seed": seed, "max_length": self.config.max_length})
+    def _seeded(self, config: TuneOptions, seed: int) -> TuneOptions:
+        return TuneOptions(**config.model_dump() | {"seed": seed, "max_length": self.config.max_length})
 
-    def _moving(self, method: str, seed: int) -> TransferConfig:
-        chosen = asdict(self.config.transfer) | {"seed": seed, "max_length": self.config.max_length}
-        return TransferConfig(**chosen | ({"method": "paper"} if method == "paper" else {}))
+    def _moving(self, method: str, seed: int) -> TransferOptions:
+        chosen = self.config.transfer.model_dump() | {"seed": seed, "max_length": self.config.max_length}
+        return TransferOptions(**chosen | ({"method": "paper"} if method == "paper" else {}))
 
 
 def _plain(task: Task, rows: Sequence[Row]) -> list[Any]:
     """A task and rows as :func:`fingerprint` takes them."""
-    return [task.form().model_dump(), task.description, *([row.text, row.label] for row in rows)]
-
-
-def wanted(pairs: list[tuple[str, str]], methods: list[str], seeds: int) -> list[Key]:
-    """Every figure, in an order in which early ones already compare: all methods of a pair and seed, then the next.
-
-    Raises:
-        InvalidInput: an unknown method, or no seed.
-    """
-    unknown = sorted(set(methods) - set(METHODS))
-    if unknown:
-        raise InvalidInput(f"there is no method {unknown[0]!r}; there are: {', '.join(METHODS)}")
-    if seeds < 1:
-        raise InvalidInput("--seeds is at least 1")
-    names = [name for name in METHODS if name in methods]
-    return [(*pair, method, seed) for seed in range(seeds) for pair in pairs for method in names]
+    return [task.spec().model_dump(), task.description, *([row.text, row.label] for row in rows)]

@@ -9,19 +9,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from post_client.cli.console import write_file
+from post_client.console import write_file
 from post_shared.errors import DataInvalid, InvalidInput
 
+Key = tuple[str, str, str, int]
+"""(private, public, method, seed)"""
 METHODS: dict[str, str] = {
     "zero_shot": "large model, no prompt",
-    "direct": "the student's prompt on the large model as it is",
-    "compressed": "prompted student",
+    "direct_reuse": "the student's prompt on the large model as it is",
+    "prompted_student": "prompted student",
     "untuned": "POST with a prompt that saw no private data",
     "paper": "transferred by the paper's loss",
     "post": "POST",
     "upper_bound": "prompt tuned on the large model (forbidden)",
-    "direct_dp": "direct, DP",
-    "compressed_dp": "prompted student, DP",
+    "direct_reuse_dp": "direct_reuse, DP",
+    "prompted_student_dp": "prompted student, DP",
     "paper_dp": "the paper's loss, DP",
     "post_dp": "POST, DP",
 }

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from post_shared.data import Row, read_corpus, read_rows
+from post_shared.data.rows import Row, read_corpus, read_rows
+from post_shared.data.tasks import Task, preset_names
 from post_shared.errors import DataInvalid, InvalidInput
-from post_shared.tasks import Task, preset_names
 
 CORPUS = "corpus.txt"
 TASK_FILE = "task.json"

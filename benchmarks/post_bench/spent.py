@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from post_shared.training import Progress, Reporter
+from post_shared.training.progress import Progress, ProgressCallback
 
 EVERY = 10.0
 """Seconds from one note of the time spent to the next: what a kill can lose."""
@@ -24,7 +24,7 @@ class Spent:
     def seconds(self) -> float:
         return self._before + self._clock() - self._began
 
-    def noting(self, report: Reporter) -> Reporter:
+    def noting(self, on_progress: ProgressCallback) -> ProgressCallback:
         """As ``report``, and now and then the time is noted."""
 
         def tell(progress: Progress) -> None:
@@ -34,7 +34,7 @@ class Spent:
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 aside.write_text(repr(self.seconds), "utf-8")
                 aside.replace(self._kept)
-            report(progress)
+            on_progress(progress)
 
         return tell
 

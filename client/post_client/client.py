@@ -18,28 +18,22 @@ from typing import Self
 
 import httpx
 
-from post_client._http import async_http, blocking_http
-from post_client._wire import run
+from post_client.http.session import async_http, blocking_http
+from post_client.http.transports import run
 from post_client.resources.completions import AsyncCompletions, Completions
 from post_client.resources.datasets import AsyncDatasets, Datasets
+from post_client.resources.distillations import AsyncDistillations, Distillations
+from post_client.resources.evaluations import AsyncEvaluations, Evaluations
 from post_client.resources.jobs import AsyncJobs, Jobs
 from post_client.resources.models import AsyncModels, Models
-from post_client.resources.orders import (
-    AsyncDistillations,
-    AsyncEvaluations,
-    AsyncReports,
-    AsyncTransfers,
-    Distillations,
-    Evaluations,
-    Reports,
-    Transfers,
-)
 from post_client.resources.predictions import AsyncPredictions, Predictions
 from post_client.resources.prompts import AsyncPrompts, Prompts
+from post_client.resources.reports import AsyncReports, Reports
 from post_client.resources.server import AsyncServer, Server
+from post_client.resources.transfers import AsyncTransfers, Transfers
 from post_client.resources.uploads import AsyncUploads, Uploads
 from post_shared.errors import InvalidInput
-from post_shared.schemas import Health
+from post_shared.schemas.health import Health
 
 URL_VARIABLE = "POST_URL"
 KEY_VARIABLE = "POST_API_KEY"

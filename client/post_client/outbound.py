@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from post_client._http import USER_AGENT
+from post_client.http.session import USER_AGENT
 from post_shared.errors import InvalidInput
-from post_shared.prompt_file import PromptFile, read_prompt, write_prompt
+from post_shared.files.prompt_file import PromptFile, read_prompt, write_prompt
 
 UPLOAD_PATH = "/v1/prompts"
 

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from post_shared.errors import InvalidInput
-from post_shared.mistakes import mistakes
-from post_shared.schemas import JobKind
+from post_shared.schemas.jobs import JobKind
+from post_shared.schemas.validation import validation_errors
 
 _ROOM = r"(\d+|cpu)=\d+(\.\d+)?([KMGT]i?B)?"
 _KINDS = f"({'|'.join(JobKind)})"
@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
 
     teacher_cache_bytes: int = Field(
-        default=2 * 2**30,  # post_server.ml.teacher_cache.CACHE_BYTES: importing it would load torch
+        default=2 * 2**30,  # post_shared.method.distillation.teacher_cache.CACHE_BYTES: importing it would load torch
         ge=0,
         description="Disk that a distillation may use for the target's hidden states, for later passes of its corpus.",
     )
@@ -166,6 +166,6 @@ def settings_with(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        found = mistakes(error.errors())
+        found = validation_errors(error.errors())
         detail = "; ".join(f"POST_{name.upper()}: {message}" if name else message for name, message in found)
         raise InvalidInput(detail) from None

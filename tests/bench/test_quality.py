@@ -9,26 +9,37 @@ from pathlib import Path
 
 import pytest
 
-from post_bench.quality import Bench, QualityConfig, wanted
+from post_bench.methods import QualityConfig, wanted
+from post_bench.quality import Bench
 from post_bench.results import Figure, Results, gap_share, summary, table
 from post_bench.sets import LabelledSet, pairs, read_prose, read_set, some_prose, task_of
 from post_bench.spent import Spent
-from post_client.tuning import TuneConfig
-from post_server.ml.distillation import DistilConfig
-from post_server.ml.transfer import TransferConfig
-from post_shared.cli import EXIT_INTERRUPTED, build_app, run
-from post_shared.data import Row
+from post_shared.cli.app import EXIT_INTERRUPTED, build_app, run
+from post_shared.data.rows import Row
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput
-from post_shared.training import Progress
+from post_shared.schemas.distillations import DistilOptions
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.progress import Progress
 from tests.models import LABELS, TEXTS, tiny_model
 
-ALL = ("zero_shot", "direct", "compressed", "untuned", "paper", "post", "upper_bound", "compressed_dp", "post_dp")
+ALL = (
+    "zero_shot",
+    "direct_reuse",
+    "prompted_student",
+    "untuned",
+    "paper",
+    "post",
+    "upper_bound",
+    "prompted_student_dp",
+    "post_dp",
+)
 SMALL = QualityConfig(
-    distil=DistilConfig(keep_layers=2, steps=2, batch_tokens=32, sequence_length=16),
-    plain=TuneConfig(length=3, steps=2, batch_size=4),
-    private=TuneConfig(length=3, steps=2, batch_size=4),
-    upper=TuneConfig(length=3, steps=2, batch_size=4),
-    transfer=TransferConfig(steps=2, batch_size=4),
+    distil=DistilOptions(keep_layers=2, steps=2, batch_tokens=32, sequence_length=16),
+    plain=TuneOptions(num_virtual_tokens=3, steps=2, batch_size=4),
+    private=TuneOptions(num_virtual_tokens=3, steps=2, batch_size=4),
+    upper=TuneOptions(num_virtual_tokens=3, steps=2, batch_size=4),
+    transfer=TransferOptions(steps=2, batch_size=4),
     max_length=32,
 )
 
@@ -69,7 +80,7 @@ def test_every_method_has_its_figure(data: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures that are there aren't made again, and neither are the models and prompts behind missing ones."""
-    keys = wanted([("films", "products")], ["compressed", "post"], seeds=1)
+    keys = wanted([("films", "products")], ["prompted_student", "post"], seeds=1)
     _bench(data, tmp_path).run(keys[:1])
     before = (tmp_path / "q.json").read_text("utf-8")
     monkeypatch.setattr("post_bench.quality.distil", lambda *_, **__: pytest.fail("distilled again"))
@@ -78,7 +89,7 @@ def test_a_stopped_run_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.M
     bench.run(keys, seen.append)
     rows = json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"]
     assert rows[0] == json.loads(before)["rows"][0]
-    assert [row["method"] for row in rows] == ["compressed", "post"]
+    assert [row["method"] for row in rows] == ["prompted_student", "post"]
     assert seen == [rows[0]["seconds"]], "no transfer was timed before: the time left is what a figure took so far"
 
 
@@ -102,7 +113,7 @@ def test_a_stopped_work_keeps_its_time(tmp_path: Path) -> None:
 
 
 def test_figures_hold_the_time_before_a_stop(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = wanted([("films", "products")], ["compressed"], seeds=1)
+    keys = wanted([("films", "products")], ["prompted_student"], seeds=1)
     bench = _bench(data, tmp_path)
     bench.run(wanted([("films", "products")], ["zero_shot"], seeds=1))
 
@@ -118,7 +129,9 @@ def test_figures_hold_the_time_before_a_stop(data: Path, tmp_path: Path, monkeyp
     kept.write_text("1000.0", encoding="utf-8")
     _bench(data, tmp_path).run(keys)
     (row,) = (
-        row for row in json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"] if row["method"] == "compressed"
+        row
+        for row in json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"]
+        if row["method"] == "prompted_student"
     )
     assert 1000 < row["seconds"] < 1100
     assert not kept.exists()
@@ -128,13 +141,13 @@ def test_the_student_never_sees_the_private_set(data: Path, tmp_path: Path, monk
     seen: list[str] = []
     monkeypatch.setattr("post_bench.quality.distil", lambda target, corpus, *_, **__: seen.extend(corpus) or target)
     bench = _bench(data, tmp_path, public=["products", "films"])  # another pair of the run could have films in public
-    bench.run(wanted([("films", "products")], ["compressed"], seeds=1))
+    bench.run(wanted([("films", "products")], ["prompted_student"], seeds=1))
     assert not set(seen) & {row.text for row in read_set(data, "films").train}
     assert {row.text for row in read_set(data, "products").train} <= set(seen)
 
 
 def test_figures_are_of_one_student(data: Path, tmp_path: Path) -> None:
-    first, second = (wanted([("films", "products")], ["compressed"], seeds=2)[at : at + 1] for at in (0, 1))
+    first, second = (wanted([("films", "products")], ["prompted_student"], seeds=2)[at : at + 1] for at in (0, 1))
     _bench(data, tmp_path).run(first)
     (folder,) = (tmp_path / "work").glob("student-products-????????????")
     folder.rename(tmp_path / "aside")
@@ -194,13 +207,13 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out.parent.mkdir()
     command = ["bench", "quality", "--data", str(data), "--private", "films", "--public", "products"]
     command += ["--json", str(out), "--target", str(tmp_path / "target"), "--student", str(tmp_path / "target")]
-    command += ["--seeds", "1", "--methods", "zero_shot,compressed", "--tune-steps", "2", "--test-rows", "6"]
+    command += ["--seeds", "1", "--methods", "zero_shot,prompted_student", "--tune-steps", "2", "--test-rows", "6"]
     command += ["--max-length", "32"]
     assert run(build_app(), command) == 0
     shutil.copy(out, data)  # beside the sets, too, it can be gone on with
     assert run(build_app(), [str(data / out.name) if part == str(out) else part for part in command]) == 0
     document = json.loads(out.read_text("utf-8"))
-    assert [row["method"] for row in document["rows"]] == ["zero_shot", "compressed"]
+    assert [row["method"] for row in document["rows"]] == ["zero_shot", "prompted_student"]
     assert {row["n_test"] for row in document["rows"]} == {6}
     assert "| prompted student |" in out.with_suffix(".md").read_text("utf-8")
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -216,7 +229,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--seeds", "0"], "seeds"),
         (["--methods", ","], "--methods"),
         (["--epsilon", "-1"], "epsilon"),
-        (["--minutes", "-1"], "minutes"),
+        (["--max-minutes", "-1"], "minutes"),
         (["--plot", "picture.txt"], "no kind of picture"),
         (["--tune-steps", "0"], "--tune-steps"),
     ],

@@ -19,13 +19,14 @@ from post_bench.speed.machine import Peak, matrix_rate
 from post_bench.speed.memory import transfer_memory
 from post_bench.speed.parts import PARTS, TEACHING, Requests
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
-from post_server.ml.constants import constants
-from post_server.ml.layers import copy_student
-from post_server.ml.transfer import TransferConfig, paper_objective
-from post_shared.data import Row
-from post_shared.prompt_tuning import PLAIN
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.method.transfer.teacher_outputs import teacher_outputs
+from post_shared.method.transfer.transfer import paper_objective
+from post_shared.model.layers import copy_student
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import PLAIN
 from tests.client.terminal import Captured, post
 from tests.models import LABELS, TEXTS, tiny_model
 
@@ -53,7 +54,7 @@ def bench() -> Bench:
 
 def test_the_published_loop_makes_the_step_that_ours_makes_for_the_same_loss(bench: Bench) -> None:
     prompt, batch = bench.prompt(bench.target), bench.batches(bench.public_rows, 8)(0)
-    known = constants(bench.target, bench.student, SoftPrompt(prompt), bench.public_rows)
+    known = teacher_outputs(bench.target, bench.student, SoftPrompt(prompt), bench.public_rows)
     ours = nn.Parameter(prompt.clone())
     optimizer = torch.optim.Adam([ours], lr=1e-3)
     paper_objective(bench.target, known, 0.7, 2.0)(ours, batch).mean().backward()
@@ -118,7 +119,7 @@ def test_the_journey_is_made_in_the_type_that_a_worker_takes(bench: Bench) -> No
     parts = {name: PARTS[name](replace(bench, teacher=teacher)).run(1, device) for name in names}
     assert TEACHING in parts["transfer"].ways
     legs = journey(parts)
-    assert legs["transfer"] == TransferConfig().steps * parts["transfer"].ways[TEACHING].seconds
+    assert legs["transfer"] == TransferOptions().steps * parts["transfer"].ways[TEACHING].seconds
     assert legs["tune"] == PLAIN.steps * parts["tune_whole"].ways["post"].seconds
     assert TEACHING not in PARTS["transfer"](bench).ways
 

@@ -10,27 +10,27 @@ import pytest
 
 from post_client import Client
 from tests.models import tiny_model
-from tests.server.front import Front
+from tests.server.http_harness import HttpHarness
 
 
 @pytest.fixture
-def front() -> Iterator[Front]:
+def http_harness() -> Iterator[HttpHarness]:
     """A real API server on a loopback port."""
     with tempfile.TemporaryDirectory(prefix="post-") as folder:
-        server = Front(Path(folder))
+        server = HttpHarness(Path(folder))
         yield server
         server.close()
 
 
 @pytest.fixture
-def owner(front: Front) -> Iterator[Client]:
-    with Client(url=front.url, api_key=front.keys["alice"]) as client:
+def owner(http_harness: HttpHarness) -> Iterator[Client]:
+    with Client(url=http_harness.url, api_key=http_harness.keys["alice"]) as client:
         yield client
 
 
 @pytest.fixture
-def provider(front: Front) -> Iterator[Client]:
-    with Client(url=front.url, api_key=front.keys["provider"]) as client:
+def provider(http_harness: HttpHarness) -> Iterator[Client]:
+    with Client(url=http_harness.url, api_key=http_harness.keys["provider"]) as client:
         yield client
 
 

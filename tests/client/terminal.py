@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from post_shared.cli import build_app, run
+from post_shared.cli.app import build_app, run
 
 Captured = pytest.CaptureFixture[str]
 

@@ -20,9 +20,9 @@ from pydantic import BaseModel
 from post_client import AsyncClient, Client, build_upload
 from post_client.resources.jobs import AsyncJob, Job
 from post_shared.errors import Conflict, InvalidInput, NotFound, Unavailable
-from post_shared.prompt_file import read_prompt
-from post_shared.report_schemas import TradeOffReport
-from tests.server.front import ROWS, TASK, Front, prompt_bytes
+from post_shared.files.prompt_file import read_prompt
+from post_shared.schemas.reports import TradeOffReport
+from tests.server.http_harness import ROWS, TASK, HttpHarness, prompt_bytes
 from tests.server.operations import operation_of, operations, resolved
 
 
@@ -77,7 +77,7 @@ CALLS: dict[str, Callable[[Any, Things], Any]] = {
     "jobs.metrics": lambda client, has: client.jobs.metrics(has.job, name=["loss"]),
     "jobs.events": lambda client, has: client.jobs.events(has.job, after=0),
     "distillations.create": lambda client, has: client.distillations.create(
-        target="large", name="tiny", corpus=["public"], keep_layers=2
+        target="large", name="tiny", corpus=["public"], keep_layers=2, steps=1
     ),
     "distillations.list": lambda client, has: client.distillations.list(),
     "transfers.create": lambda client, has: client.transfers.create(
@@ -126,18 +126,19 @@ class Recording(httpx.BaseTransport, httpx.AsyncBaseTransport):
 
 
 @pytest.fixture
-def things(front: Front, tmp_path: Path) -> Things:
-    _, student = front.add_pair()
-    front.add_dataset("public")
-    front.add_dataset("other", ROWS.replace(b"fine", b"good"))
+def things(http_harness: HttpHarness, tmp_path: Path) -> Things:
+    _, student = http_harness.add_pair()
+    http_harness.add_dataset("public")
+    http_harness.add_dataset("other", ROWS.replace(b"fine", b"good"))
     prompts = [
-        front("provider", "POST", "/v1/prompts", content=prompt_bytes(student.hash, seed=n)).json()["id"]
+        http_harness("provider", "POST", "/v1/prompts", content=prompt_bytes(student.hash, seed=n)).json()["id"]
         for n in (1, 2)
     ]
     order = ORDER | {"task": TASK.model_dump()}
-    job = front("provider", "POST", "/v1/evaluations", json=order).json()["id"]
+    job = http_harness("provider", "POST", "/v1/evaluations", json=order).json()["id"]
     uploads = [
-        front("provider", "POST", "/v1/uploads", json={"name": f"up-{n}", "kind": "rows"}).json()["id"] for n in (1, 2)
+        http_harness("provider", "POST", "/v1/uploads", json={"name": f"up-{n}", "kind": "rows"}).json()["id"]
+        for n in (1, 2)
     ]
     return Things(tmp_path, *prompts, job, *uploads, student.hash)
 
@@ -145,10 +146,10 @@ def things(front: Front, tmp_path: Path) -> Things:
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[httpx.Response, type[BaseModel]]]:
     """Every document that a client has read, with the class that it was read as."""
-    from post_client import _answers
+    from post_client.http import responses
 
     seen: list[tuple[httpx.Response, type[BaseModel]]] = []
-    real = _answers.parse
+    real = responses.parse
 
     def parse(answer: httpx.Response, document: type[Any]) -> Any:
         seen.append((answer, document))
@@ -160,9 +161,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[httpx.Response, type[B
     return seen
 
 
-def reach_all(front: Front, things: Things, transport: Recording) -> None:
+def reach_all(http_harness: HttpHarness, things: Things, transport: Recording) -> None:
     """Call every verb of the blocking client."""
-    with Client(url=front.url, api_key=front.keys["provider"], transport=transport, attempts=1) as client:
+    with Client(url=http_harness.url, api_key=http_harness.keys["provider"], transport=transport, attempts=1) as client:
         for call in CALLS.values():
             _all(lambda call=call: call(client, things))  # type: ignore[misc]
         job = client.jobs.get(things.job)
@@ -178,9 +179,11 @@ def _all(call: Callable[[], Any]) -> None:
             list(found)
 
 
-async def reach_all_async(front: Front, things: Things, transport: Recording) -> None:
+async def reach_all_async(http_harness: HttpHarness, things: Things, transport: Recording) -> None:
     """Call every verb of the asynchronous client."""
-    async with AsyncClient(url=front.url, api_key=front.keys["provider"], transport=transport, attempts=1) as client:
+    async with AsyncClient(
+        url=http_harness.url, api_key=http_harness.keys["provider"], transport=transport, attempts=1
+    ) as client:
         for call in CALLS.values():
             with suppress(*REFUSALS):
                 found = call(client, things)
@@ -210,14 +213,14 @@ def test_every_verb_is_tried_here() -> None:
 
 @pytest.mark.parametrize("kind", ["blocking", "asynchronous"])
 def test_every_operation_is_reached_and_every_document_is_as_described(
-    front: Front, things: Things, parsed: list[tuple[httpx.Response, type[BaseModel]]], kind: str
+    http_harness: HttpHarness, things: Things, parsed: list[tuple[httpx.Response, type[BaseModel]]], kind: str
 ) -> None:
     transport = Recording()
     if kind == "blocking":
-        reach_all(front, things, transport)
+        reach_all(http_harness, things, transport)
     else:
-        asyncio.run(reach_all_async(front, things, transport))
-    document = front.app.openapi()
+        asyncio.run(reach_all_async(http_harness, things, transport))
+    document = http_harness.app.openapi()
     reached = {
         operation_of(document, request.method, request.url.path)["operationId"]: request for request in transport.seen
     }
@@ -249,9 +252,9 @@ def _check_answer(document: dict[str, Any], answer: httpx.Response, document_cla
     assert resolved(document, described)["properties"].keys() == read["properties"].keys(), answer.request.url
 
 
-def test_every_member_of_every_document_is_the_same_on_both_sides(front: Front) -> None:
+def test_every_member_of_every_document_is_the_same_on_both_sides(http_harness: HttpHarness) -> None:
     """By name: what the client can read or send has the schema that the server's document gives it."""
-    schemas = front.app.openapi()["components"]["schemas"]
+    schemas = http_harness.app.openapi()["components"]["schemas"]
     modules = [module for name, module in sys.modules.items() if name.startswith("post_shared.") and "schemas" in name]
     assert TradeOffReport.__module__ in [module.__name__ for module in modules]
     classes = {
@@ -267,9 +270,9 @@ def test_every_member_of_every_document_is_the_same_on_both_sides(front: Front) 
         assert set(own.get("required", [])) == set(schemas[name].get("required", [])), name
 
 
-def test_every_filter_of_a_list_can_be_given(front: Front) -> None:
+def test_every_filter_of_a_list_can_be_given(http_harness: HttpHarness) -> None:
     """A query parameter that no verb takes would be a thing that the client can't ask for."""
-    document = front.app.openapi()
+    document = http_harness.app.openapi()
     client = Client(url="http://127.0.0.1:1", api_key="x")
     for operation, (method, path) in operations(document).items():
         queries = {

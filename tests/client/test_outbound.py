@@ -19,9 +19,9 @@ from safetensors import safe_open
 from post_client import Client, OutboundRequest, build_upload
 from post_client.outbound import describe
 from post_shared.errors import InvalidInput
-from post_shared.prompt_file import PromptFile, read_prompt, write_prompt
-from post_shared.schemas import TaskForm
-from tests.server.front import TASK, prompt_bytes
+from post_shared.files.prompt_file import PromptFile, read_prompt, write_prompt
+from post_shared.schemas.tasks import TaskSpec
+from tests.server.http_harness import TASK, prompt_bytes
 
 HASH = "ab" * 32
 
@@ -104,7 +104,7 @@ def test_the_request_is_a_function_of_the_prompt_alone(tmp_path: Path, monkeypat
     st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and text.isprintable() and "{" not in text),
 )
 def test_what_is_shown_is_what_is_in_the_bytes(length: int, width: int, word: str) -> None:
-    task = TaskForm(template="{text} " + word.replace("}", ""), label_words={"a": [word], "b": [word + "x"]})
+    task = TaskSpec(template="{text} " + word.replace("}", ""), label_words={"a": [word], "b": [word + "x"]})
     prompt = PromptFile(np.ones((length, width), np.float32), HASH, task)
     request = build_upload(prompt)
     facts = describe(request)

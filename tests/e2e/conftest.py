@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.models import LABELS, TEXTS, tiny_model
-from tests.server.backstage import wait_for
+from tests.server.server_harness import wait_for
 
 
 class Machine:
@@ -28,7 +28,7 @@ class Machine:
         self.environment |= {"POST_LEDGER": str(folder / "ledger.db"), "POST_JOB_NICE": "0"}  # other tests run too
 
     def command(self, *arguments: object) -> list[str]:
-        return [sys.executable, "-m", "post_shared.cli", *map(str, arguments)]
+        return [sys.executable, "-m", "post_shared.cli.app", *map(str, arguments)]
 
     def post(self, *arguments: object) -> str:
         done = subprocess.run(

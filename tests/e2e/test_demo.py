@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.backstage import processes_in, wait_for
+from tests.server.server_harness import processes_in, wait_for
 
 MEMBERS = (
-    "zero_shot compressed direct post compressed_dp post_dp upper_bound epsilon delta n_private_test seconds "
+    "zero_shot prompted_student direct_reuse post prompted_student_dp post_dp upper_bound epsilon delta n_private_test seconds "
     "bytes_uploaded versions seed"
 )
-ACCURACIES = ("zero_shot", "compressed", "direct", "post", "compressed_dp", "post_dp", "upper_bound")
+ACCURACIES = ("zero_shot", "prompted_student", "direct_reuse", "post", "prompted_student_dp", "post_dp", "upper_bound")
 
 
 def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     """``post demo --fast`` in ``folder``, its temporary files there too."""
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith("POST_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "post_shared.cli", "demo", "--fast", "--report", "r.json", *more],
+        [sys.executable, "-m", "post_shared.cli.app", "demo", "--fast", "--results", "r.json", *more],
         cwd=folder,
         env=surroundings | {"TMPDIR": str(folder)} | environment,
         stdout=subprocess.PIPE,

@@ -7,18 +7,22 @@ import torch
 
 from post_client.demo import fetch, texts
 from post_client.demo.settings import DemoSettings
-from post_client.tuning import TuneConfig, tune
-from post_server.ml.corpus import next_token, prepare_corpus
-from post_server.ml.distillation import DistilConfig, distil
-from post_server.ml.layers import copy_student
-from post_server.ml.objective import distillation_losses
-from post_server.ml.transfer import TransferConfig, transfer
-from post_shared.batches import encode_rows
-from post_shared.evaluation import classify
-from post_shared.language_model import LanguageModel
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task
-from post_shared.training import Progress
+from post_client.tuning.tune import tune
+from post_shared.data.tasks import Task
+from post_shared.inference.evaluation import classify
+from post_shared.method.distillation.corpus import next_token, prepare_corpus
+from post_shared.method.distillation.distil import distil
+from post_shared.method.transfer.transfer import transfer
+from post_shared.model.encoding import encode_rows
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.layers import copy_student
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.schemas.distillations import DistilOptions
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.progress import Progress
+from tests.distillation import distillation_losses
+from tests.models import per_row
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TASK = Task.preset("sst2")
@@ -49,16 +53,16 @@ def test_padded_batch_and_prefix_equal_single_rows(target: LanguageModel, data: 
     batch = encode_rows(target, TASK, [row.text for row in data.test[:6]]).batch(range(6))
     prompt = SoftPrompt.from_text(target, TASK.description, 10).embeddings
     with torch.no_grad():
-        together = target.answer_logits(batch, prompt)
+        together = target.answer_logits(batch, per_row(prompt, batch))
         alone = torch.cat([target.answer_logits(batch.encoded.batch([at]), prompt) for at in range(6)])
-        after = target.answer_logits_after(batch, target.prefix(prompt))
+        after = target.answer_logits(batch, target.prefix(prompt))
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(after, alone, rtol=1e-3, atol=1e-3)
 
 
 def test_all_presets_fit_the_real_tokenizer(target: LanguageModel) -> None:
-    from post_shared.label_words import label_words
-    from post_shared.tasks import preset_names
+    from post_shared.data.tasks import preset_names
+    from post_shared.model.verbalizer import label_words
 
     for name in preset_names():
         task = Task.preset(name)
@@ -68,27 +72,27 @@ def test_all_presets_fit_the_real_tokenizer(target: LanguageModel) -> None:
 
 def test_distil_tune_transfer_each_lower_their_loss_on_real_text(target: LanguageModel, data: texts.DemoTexts) -> None:
     seen: list[Progress] = []
-    config = DistilConfig(keep_layers=4, steps=10, start_tokens=4_000, answer_forms=("{text}, it was",))
-    student = distil(target, data.corpus[:3000], config, report=seen.append)
+    config = DistilOptions(keep_layers=4, steps=10, init_tokens=4_000, templates=("{text}, it was",))
+    student = distil(target, data.corpus[:3000], config, on_progress=seen.append)
     corpus = prepare_corpus(target, data.corpus[3000:3400], 64, None)
     held_out = next_token(corpus.batch(0, 8, 0), 0.25, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = distillation_losses(target, student, held_out, 2.0)
-        naive = distillation_losses(target, copy_student(target, [0, 1, 28, 29]), held_out, 2.0)
+        ours = distillation_losses(target, student, held_out)
+        naive = distillation_losses(target, copy_student(target, [0, 1, 28, 29]), held_out)
     assert float(ours["ce"]) < 0.6 * float(naive["ce"])
     seen.clear()
     tuned = tune(
         student,
         TASK,
         data.train[:512],
-        TuneConfig(length=10, steps=30, max_length=64),
+        TuneOptions(num_virtual_tokens=10, steps=30, max_length=64),
         privacy=None,
-        report=seen.append,
+        on_progress=seen.append,
     )
     assert seen[-1].metrics["loss"] < seen[0].metrics["loss"]
     public = [row.text for row in data.public[:32]]
     moved = transfer(
-        target, student, TASK, tuned.prompt, public, TransferConfig(steps=40, batch_size=8, max_rows=32, max_length=64)
+        target, student, TASK, tuned.prompt, public, TransferOptions(steps=40, batch_size=8, max_rows=32, max_length=64)
     )
     assert moved.last_loss < moved.first_loss
     scores = classify(target, TASK, [row.text for row in data.test], moved.prompt.embeddings)

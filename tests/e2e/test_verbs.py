@@ -10,17 +10,17 @@ import pytest
 
 from tests.e2e.conftest import Machine
 from tests.models import LABELS, TEXTS
-from tests.server.backstage import wait_for
+from tests.server.server_harness import wait_for
 
 
 def test_all_verbs_in_their_order(machine: Machine) -> None:
     post = machine.post
     distil = ("--target", "large", "--corpus", "prose", "--name", "small", "--steps", 3, "--keep-layers", "0,3")
-    student = post("distil", *distil, "--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)
+    student = post("distil", *distil, "--student-init", "copy", "--batch-tokens", 128, "--sequence-length", 32)
     assert student.startswith("mod_")
     assert machine.json("pull", "small", "--to", "student")["id"] == student
 
-    small = ("--steps", 3, "--batch-size", 4, "--length", 2, "--out", "p.safetensors")
+    small = ("--steps", 3, "--batch-size", 4, "--num-virtual-tokens", 2, "--out", "p.safetensors")
     post("tune", "--student", "student", "--data", "rows.jsonl", "--task", "sst2", *small)
     source = post("push", "p.safetensors", "--yes")
     moved = ("--prompt", source, "--target", "large", "--dataset", "public", "--steps", 2)
@@ -48,7 +48,7 @@ def test_all_verbs_in_their_order(machine: Machine) -> None:
 @pytest.mark.slow
 def test_a_report_of_a_student(machine: Machine) -> None:
     distil = ("--target", "large", "--corpus", "prose", "--name", "weighed", "--steps", 3, "--keep-layers", "0,3")
-    small = ("--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)
+    small = ("--student-init", "copy", "--batch-tokens", 128, "--sequence-length", 32)
     distilled = machine.json("distil", *distil, *small)
     rows = [
         json.dumps({"text": f"{a}, {b}", "label": label}) for a, label in zip(TEXTS, LABELS, strict=True) for b in TEXTS
@@ -58,7 +58,9 @@ def test_a_report_of_a_student(machine: Machine) -> None:
     machine.post("dataset", "add", "tasks.jsonl", "--name", "tasks")
     machine.post("dataset", "add", "unseen.txt", "--name", "unseen")
     order = ("weighed", "--public", "tasks=sst2", "--members", "prose", "--non-members", "unseen", "--out", "weighed")
-    report = machine.json("report", "make", *order, "--steps", 3, "--batch-size", 4, "--length", 2, "--texts", 30)
+    report = machine.json(
+        "report", "make", *order, "--steps", 3, "--batch-size", 4, "--num-virtual-tokens", 2, "--texts", 30
+    )
     assert report["recorded_loss"]["job_id"] == distilled["id"]
     assert report["recorded_loss"]["losses"]["ce"] == distilled["metrics"]["ce"]
     assert report["student"]["layers"] == 2
@@ -72,7 +74,7 @@ def test_a_report_of_a_student(machine: Machine) -> None:
 
 def test_ctrl_c_leaves_a_job_running(machine: Machine) -> None:
     distil = ("distil", "--target", "large", "--corpus", "prose", "--name", "long", "--steps", 10**6)
-    distil += ("--keep-layers", "0,3", "--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)
+    distil += ("--keep-layers", "0,3", "--student-init", "copy", "--batch-tokens", 128, "--sequence-length", 32)
     verb = subprocess.Popen(
         machine.command(*distil), env=machine.environment, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
     )

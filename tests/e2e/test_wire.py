@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from post_shared.cli import build_app, run
-from post_shared.prompt_file import read_prompt
+from post_shared.cli.app import build_app, run
+from post_shared.files.prompt_file import read_prompt
 from tests.e2e.conftest import Machine
 from tests.e2e.wire import Request, Wiretap, requests_in
 
@@ -31,7 +31,7 @@ def journey(machine: Machine, folder: Path, name: str, tap: Wiretap) -> tuple[li
         assert run(build_app(), [str(each) for each in arguments]) == 0
 
     post("pull", "wired", "--to", student)
-    small = ("--steps", 3, "--batch-size", 4, "--length", 2, "--user-column", "who")
+    small = ("--steps", 3, "--batch-size", 4, "--num-virtual-tokens", 2, "--user-column", "who")
     post("tune", "--student", student, "--data", data, "--task", "sst2", "--out", prompt, *small)
     post("push", prompt, "--yes")
     source = _newest(machine, "source")
@@ -53,7 +53,7 @@ def test_only_the_numbers_of_the_prompt_depend_on_private_data(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distil = ("--target", "large", "--corpus", "prose", "--name", "wired", "--steps", 2, "--keep-layers", "0,3")
-    machine.post("distil", *distil, "--start", "copy", "--batch-tokens", 128, "--sequence-length", 32)
+    machine.post("distil", *distil, "--student-init", "copy", "--batch-tokens", 128, "--sequence-length", 32)
     port = int(machine.environment["POST_URL"].rsplit(":", 1)[1].strip("/"))
     monkeypatch.setenv("POST_API_KEY", machine.environment["POST_API_KEY"])
     with Wiretap(port) as tap:

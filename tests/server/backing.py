@@ -10,7 +10,7 @@ import pytest
 
 from post_server.serve import embedded_redis
 from post_server.settings import Settings
-from tests.server.real_parts import ObjectStore, Postgres, free_port, missing_parts
+from tests.server.external_services import ObjectStore, Postgres, free_port, missing_parts
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import pytest
 
 from post_server.settings import Settings
 from tests.server.backing import Backing, check_real_parts, real_backing
-from tests.server.backstage import Backstage
-from tests.server.front import Front
-from tests.server.real_parts import ObjectStore, Postgres
+from tests.server.external_services import ObjectStore, Postgres
+from tests.server.http_harness import HttpHarness
+from tests.server.server_harness import ServerHarness
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def backing(request: pytest.FixtureRequest) -> Backing:
 
 
 @pytest.fixture
-def backstage(home: Path, backing: Backing) -> Iterator[Backstage]:
+def server_harness(home: Path, backing: Backing) -> Iterator[ServerHarness]:
     """Database, store and, on demand, real Redis, worker and predictor processes, with short leases."""
     settings = Settings(
         home=home,
@@ -67,33 +67,33 @@ def backstage(home: Path, backing: Backing) -> Iterator[Backstage]:
         threads=1,
         job_nice=0,  # other tests run beside it
     )
-    stage = Backstage(settings)
+    stage = ServerHarness(settings)
     yield stage
     stage.close()
     print(stage.log()[-10_000:])  # seen where the test failed
 
 
 @pytest.fixture
-def front(home: Path, backing: Backing) -> Iterator[Front]:
+def http_harness(home: Path, backing: Backing) -> Iterator[HttpHarness]:
     """A real API server, without workers."""
-    server = Front(home, **backing.urls)
+    server = HttpHarness(home, **backing.urls)
     yield server
     server.close()
 
 
 @pytest.fixture
-def small_front(home: Path, backing: Backing) -> Iterator[Front]:
+def small_front(home: Path, backing: Backing) -> Iterator[HttpHarness]:
     """The same with limits that a test can reach."""
     limits = {"prompt_bytes": 4096, "dataset_bytes": 4096, "document_bytes": 4096, "jobs_per_key": 2}
-    server = Front(home, **backing.urls, **limits)
+    server = HttpHarness(home, **backing.urls, **limits)
     yield server
     server.close()
 
 
 @pytest.fixture
-def ready(backstage: Backstage) -> Backstage:
+def ready(server_harness: ServerHarness) -> ServerHarness:
     """With a target model, a corpus and a broker: a distillation can be ordered."""
-    backstage.add_target()
-    backstage.add_corpus()
-    backstage.start_redis()
-    return backstage
+    server_harness.add_target()
+    server_harness.add_corpus()
+    server_harness.start_redis()
+    return server_harness

@@ -15,8 +15,8 @@ import structlog
 
 from post_server.logs import configure_logs
 from post_server.settings import Settings
-from tests.server.backstage import environment
-from tests.server.front import Front, prompt_bytes
+from tests.server.http_harness import HttpHarness, prompt_bytes
+from tests.server.server_harness import environment
 
 SECRET = "my private review of a film"
 
@@ -60,7 +60,7 @@ def test_a_jobs_lines_carry_its_id_and_no_value_of_a_statement(home: Any) -> Non
 import logging, structlog
 from post_server.logs import configure_logs
 from post_server.settings import Settings
-from post_server.database import Database
+from post_server.db.database import Database
 from sqlalchemy import text
 settings = Settings()
 configure_logs(settings)
@@ -82,14 +82,14 @@ except Exception as error:
     assert SECRET not in done.stderr
 
 
-def test_an_order_ties_its_job_to_its_request(front: Front) -> None:
-    target, student = front.add_pair()
-    front.add_dataset()
-    prompt = front.push("alice", prompt_bytes(student.hash)).json()["id"]
-    stream = logged(front.settings.model_copy(update={"log_level": "INFO"}))
+def test_an_order_ties_its_job_to_its_request(http_harness: HttpHarness) -> None:
+    target, student = http_harness.add_pair()
+    http_harness.add_dataset()
+    prompt = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
+    stream = logged(http_harness.settings.model_copy(update={"log_level": "INFO"}))
     order = {"prompt": prompt, "target": target.id, "dataset": "public"}
-    answer = front("alice", "POST", "/v1/transfers", json=order)
+    answer = http_harness("alice", "POST", "/v1/transfers", json=order)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    (line,) = [line for line in lines if line["event"] == "job ordered"]
+    (line,) = [line for line in lines if line["event"] == "job queued"]
     assert (line["job"], line["kind"]) == (answer.json()["id"], "transfer")
     assert line["request_id"] == answer.headers["x-request-id"]

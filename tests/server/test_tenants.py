@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from post_server.auth.keys import create_key
+from post_server.db.tables import JobRow
 from post_server.jobs import states
-from post_server.keys import create_key
-from post_server.records import JobRow
-from post_shared.schemas import Role
-from tests.server.front import ROWS, TASK, Front, code, prompt_bytes
+from post_shared.schemas.common import Role
+from tests.server.http_harness import ROWS, TASK, HttpHarness, code, prompt_bytes
 from tests.server.operations import operations
 
 
@@ -67,7 +67,9 @@ CASES: dict[str, Case] = {
     "get_prompt": Foreign(),
     "get_prompt_file": Foreign(),
     "remove_prompt": Foreign(),
-    "create_distillation": Providers({"target": "large", "name": "tiny", "corpus": ["public"], "keep_layers": 2}),
+    "create_distillation": Providers(
+        {"target": "large", "name": "tiny", "corpus": ["public"], "keep_layers": 2, "steps": 1}
+    ),
     "create_transfer": Foreign({"prompt": "{prompt}", "target": "large", "dataset": "public"}),
     "create_evaluation": Foreign({"prompt": "{prompt}", "model": "small", "dataset": "public"}),
     "create_report": Providers(
@@ -94,27 +96,27 @@ QUERY = {"create_dataset": {"name": "x", "kind": "rows"}}
 
 
 @pytest.fixture
-def ids(front: Front) -> dict[str, str]:
+def ids(http_harness: HttpHarness) -> dict[str, str]:
     """Things of alice, and an upload of the provider; keys of a second provider."""
-    _, student = front.add_pair()
-    front.add_dataset()
-    prompt = front.push("alice", prompt_bytes(student.hash)).json()["id"]
+    _, student = http_harness.add_pair()
+    http_harness.add_dataset()
+    prompt = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
     order = {"prompt": prompt, "target": "large", "dataset": "public"}
-    job = front("alice", "POST", "/v1/transfers", json=order).json()["id"]
-    with front.database.write() as session:
+    job = http_harness("alice", "POST", "/v1/transfers", json=order).json()["id"]
+    with http_harness.database.write() as session:
         _, lease = states.claim(session, job, lease_seconds=600, max_attempts=3) or pytest.fail("not claimed")
-        states.report(session, lease, progress=0.1, stage="transfer", step=1, steps=2, metrics={"loss": 1.0})
-        _, front.keys["other"] = create_key(session, name="other", role=Role.PROVIDER)
-    front._clients["other"] = front._client("other")
-    upload = front("provider", "POST", "/v1/uploads", json={"name": "big", "kind": "rows"}).json()["id"]
-    front("provider", "PUT", f"/v1/uploads/{upload}/parts/1", content=ROWS)
+        states.record_progress(session, lease, progress=0.1, stage="transfer", step=1, steps=2, metrics={"loss": 1.0})
+        _, http_harness.keys["other"] = create_key(session, name="other", role=Role.PROVIDER)
+    http_harness._clients["other"] = http_harness._client("other")
+    upload = http_harness("provider", "POST", "/v1/uploads", json={"name": "big", "kind": "rows"}).json()["id"]
+    http_harness("provider", "PUT", f"/v1/uploads/{upload}/parts/1", content=ROWS)
     shared = {"model": "small", "path": "config.json", "dataset": "public", "number": "1"}
     return {"prompt": prompt, "job": job, "upload": upload, "report": job, **shared}
 
 
-def ask(front: Front, who: str, operation: str, ids: dict[str, str]) -> Any:
+def ask(http_harness: HttpHarness, who: str, operation: str, ids: dict[str, str]) -> Any:
     """The request of a case, with the ids in their places."""
-    method, template = operations(front.app.openapi())[operation]
+    method, template = operations(http_harness.app.openapi())[operation]
     case = CASES[operation]
     path = template.replace("{path}", ids["path"]).format_map(ids)
     body = getattr(case, "body", None)
@@ -123,15 +125,17 @@ def ask(front: Front, who: str, operation: str, ids: dict[str, str]) -> Any:
         content = {"content": body}
     elif body is not None:
         content = {"json": json.loads(json.dumps(body).replace("{prompt}", ids["prompt"]))}
-    return front(who, method, path, params=QUERY.get(operation), headers=getattr(case, "headers", {}), **content)
+    return http_harness(who, method, path, params=QUERY.get(operation), headers=getattr(case, "headers", {}), **content)
 
 
 def names(kind: type) -> list[str]:
     return [name for name, case in CASES.items() if isinstance(case, kind)]
 
 
-def test_every_operation_has_its_case_and_every_id_in_a_path_is_known(front: Front, ids: dict[str, str]) -> None:
-    found = operations(front.app.openapi())
+def test_every_operation_has_its_case_and_every_id_in_a_path_is_known(
+    http_harness: HttpHarness, ids: dict[str, str]
+) -> None:
+    found = operations(http_harness.app.openapi())
     assert set(found) == set(CASES)
     for operation, (_, path) in found.items():
         owned = [name for name in ("prompt", "job", "upload", "report") if f"{{{name}}}" in path]
@@ -139,24 +143,24 @@ def test_every_operation_has_its_case_and_every_id_in_a_path_is_known(front: Fro
         path.replace("{path}", "x").format_map(ids)
 
 
-def test_what_is_foreign_is_not_found_and_stays_as_it_is(front: Front, ids: dict[str, str]) -> None:
-    before = front.everything()
+def test_what_is_foreign_is_not_found_and_stays_as_it_is(http_harness: HttpHarness, ids: dict[str, str]) -> None:
+    before = http_harness.everything()
     for operation in names(Foreign):
-        answer = ask(front, "bob", operation, ids)
+        answer = ask(http_harness, "bob", operation, ids)
         assert code(answer) == (404, "not_found"), operation
-        unknown = ask(front, "bob", operation, ids | {"prompt": "prm_" + "0" * 24, "job": "job_" + "0" * 24})
+        unknown = ask(http_harness, "bob", operation, ids | {"prompt": "prm_" + "0" * 24, "job": "job_" + "0" * 24})
         assert code(unknown) == code(answer), operation
         same = {"detail", "message", "request_id", "prompt", "job"}  # they quote what was asked for
         assert {k: v for k, v in unknown.json().items() if k not in same} == {
             k: v for k, v in answer.json().items() if k not in same
         }, operation
-    stream = front("bob", "GET", f"/v1/jobs/{ids['job']}/events", headers={"Accept": "text/event-stream"})
+    stream = http_harness("bob", "GET", f"/v1/jobs/{ids['job']}/events", headers={"Accept": "text/event-stream"})
     assert code(stream) == (404, "not_found")
-    assert front._clients["bob"].head(f"/v1/prompts/{ids['prompt']}/file").status_code == 404
-    assert front.everything() == before
+    assert http_harness._clients["bob"].head(f"/v1/prompts/{ids['prompt']}/file").status_code == 404
+    assert http_harness.everything() == before
 
 
-def test_the_owner_and_the_provider_do_find_it(front: Front, ids: dict[str, str]) -> None:
+def test_the_owner_and_the_provider_do_find_it(http_harness: HttpHarness, ids: dict[str, str]) -> None:
     """The cases above are about who asks, and not about a mistake in what is asked."""
     for operation in names(Foreign):
         if operation in (
@@ -166,25 +170,27 @@ def test_the_owner_and_the_provider_do_find_it(front: Front, ids: dict[str, str]
         ):  # a job needs it; no predictor runs here
             continue
         for who in ("alice", "provider"):
-            assert ask(front, who, operation, ids).status_code < 300, (operation, who)
-    with front.database.write() as session:
+            assert ask(http_harness, who, operation, ids).status_code < 300, (operation, who)
+    with http_harness.database.write() as session:
         session.execute(update(JobRow).values(state="cancelled"))
-    assert ask(front, "alice", "remove_prompt", ids).status_code == 204
+    assert ask(http_harness, "alice", "remove_prompt", ids).status_code == 204
 
 
-def test_lists_have_nothing_of_others(front: Front, ids: dict[str, str]) -> None:
+def test_lists_have_nothing_of_others(http_harness: HttpHarness, ids: dict[str, str]) -> None:
     for operation in names(Listed):
-        assert ask(front, "bob", operation, ids).json()["items"] == [], operation
+        assert ask(http_harness, "bob", operation, ids).json()["items"] == [], operation
         for who in ("alice", "provider"):
-            assert len(ask(front, who, operation, ids).json()["items"]) == 1, (operation, who)
+            assert len(ask(http_harness, who, operation, ids).json()["items"]) == 1, (operation, who)
 
 
-def test_what_is_the_providers_is_refused_to_owners_and_changes_nothing(front: Front, ids: dict[str, str]) -> None:
-    before = front.everything()
+def test_what_is_the_providers_is_refused_to_owners_and_changes_nothing(
+    http_harness: HttpHarness, ids: dict[str, str]
+) -> None:
+    before = http_harness.everything()
     for operation in names(Providers):
         for who in ("alice", "bob"):
-            assert code(ask(front, who, operation, ids)) == (403, "forbidden"), operation
+            assert code(ask(http_harness, who, operation, ids)) == (403, "forbidden"), operation
         case = CASES[operation]
         if isinstance(case, Providers) and case.own:
-            assert code(ask(front, "other", operation, ids)) == (404, "not_found"), operation
-    assert front.everything() == before
+            assert code(ask(http_harness, "other", operation, ids)) == (404, "not_found"), operation
+    assert http_harness.everything() == before

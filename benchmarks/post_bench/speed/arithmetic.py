@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from post_shared.language_model import LanguageModel
+from post_shared.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

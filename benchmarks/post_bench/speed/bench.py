@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from post_bench.speed.machine import Peak, finish, matrix_rate
-from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
-from post_shared.data import Row
-from post_shared.language_model import LanguageModel
-from post_shared.prompt_tuning import TuneConfig, starting_prompt
-from post_shared.replays import Recorder, replays
-from post_shared.tasks import Task
-from post_shared.training import Loss, PromptOptimizer
+from post_shared.data.batches import Batch, EncodedRows, ShuffledBatches
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.engine.cuda_graphs import CudaGraphs
+from post_shared.method.tuning.tune import starting_prompt
+from post_shared.model.encoding import encode_rows
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.optimizer import Loss, PromptOptimizer
 
 Case = TypeVar("Case")
 """What one step is made on: a batch, or the number of a step."""
@@ -57,11 +59,11 @@ class Bench:
     def private_rows(self) -> EncodedRows:
         labels = [row.label for row in self.private]
         texts = [row.text for row in self.private]
-        return encode_rows(self.student, self.task, texts, self.max_length, labels=labels, room=self.length)
+        return encode_rows(self.student, self.task, texts, self.max_length, labels=labels, reserved=self.length)
 
     @cached_property
     def public_rows(self) -> EncodedRows:
-        return encode_rows(self.target, self.task, self.public, self.max_length, room=self.length)
+        return encode_rows(self.target, self.task, self.public, self.max_length, reserved=self.length)
 
     def batches(self, encoded: EncodedRows, size: int) -> Callable[[int], Batch]:
         """As the training loops draw them: a function of the step."""
@@ -69,7 +71,7 @@ class Bench:
 
     def prompt(self, model: LanguageModel) -> Tensor:
         """(l, d), where tuning starts."""
-        return starting_prompt(model, self.task, TuneConfig(length=self.length)).embeddings.clone()
+        return starting_prompt(model, self.task, TuneOptions(num_virtual_tokens=self.length)).embeddings.clone()
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,12 @@ def fresh(batch: Batch) -> Batch:
 
 
 def steps(
-    model: LanguageModel, optimizer: PromptOptimizer, loss: Loss, recorder: Recorder | None
+    model: LanguageModel, optimizer: PromptOptimizer, loss: Loss, graphs: CudaGraphs | None
 ) -> Callable[[Batch], None]:
-    """The optimizer's step, its passes replayed by ``recorder``."""
+    """The optimizer's step, its passes replayed from ``graphs``."""
 
     def step(batch: Batch) -> None:
-        with replays(model, recorder):
+        with model.replaying(graphs):
             optimizer.update(loss, fresh(batch))
 
     return step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +33,7 @@ def speed(
     from post_bench.speed import results
     from post_bench.speed.memory import transfer_memory
     from post_bench.speed.parts import PARTS
-    from post_client.cli.console import check_writable, quiet_libraries, usage_error
+    from post_client.console import check_writable, quiet_libraries, usage_error
 
     table, plot = json.with_suffix(".md"), json.with_suffix(".png")
     for path in (json, table, plot):
@@ -85,9 +84,10 @@ def _bench(
     from post_client.demo import fetch
     from post_client.demo.settings import DemoSettings
     from post_client.demo.texts import make_texts
-    from post_server.ml.layers import chosen_layers, copy_student
-    from post_shared.language_model import LanguageModel
-    from post_shared.tasks import Task
+    from post_shared.data.tasks import Task
+    from post_shared.method.distillation.layer_selection import chosen_layers
+    from post_shared.model.language_model import LanguageModel
+    from post_shared.model.layers import copy_student
 
     files = fetch.fetch()
     settings = DemoSettings()
@@ -98,7 +98,7 @@ def _bench(
         if student
         else copy_student(large, chosen_layers(keep_layers, large.layers))
     )
-    public = [row.text for row in texts.public[: settings.transfer_rows]]
+    public = [row.text for row in texts.public[: settings.transfer.max_rows]]
     task = Task.preset(settings.task)
     own = teacher if teacher is not large else None
     learner = None if own is None else in_type(small, own.dtype)
@@ -108,8 +108,8 @@ def _bench(
 
 def _about(bench: Bench, target: str | None, rounds: int) -> dict[str, Any]:
     from post_bench.speed.machine import about
-    from post_server.ml.transfer import TransferConfig
-    from post_shared.prompt_tuning import PLAIN
+    from post_shared.schemas.transfers import TransferOptions
+    from post_shared.schemas.tuning import PLAIN
 
     return {
         **about(bench.device),
@@ -119,7 +119,7 @@ def _about(bench: Bench, target: str | None, rounds: int) -> dict[str, Any]:
         "dtype": str(bench.target.dtype).removeprefix("torch."),
         "rounds": rounds,
         "length": bench.length,
-        "tune": asdict(PLAIN),
-        "transfer": asdict(TransferConfig()),
+        "tune": PLAIN.model_dump(),
+        "transfer": TransferOptions().model_dump(),
         "batch_size": bench.batch_size,
     }

@@ -8,7 +8,8 @@ from typing import Any
 
 from post_bench.speed.bench import Bench, Race
 from post_bench.speed.parts import predict, transfer, transfer_constants, tune
-from post_server.ml.layers import chosen_layers, copy_student
+from post_shared.method.distillation.layer_selection import chosen_layers
+from post_shared.model.layers import copy_student
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from post_bench.speed.bench import Part
 from post_bench.speed.parts import CONSTANT_ROWS, TEACHING
-from post_server.ml.transfer import TransferConfig
-from post_shared.prompt_tuning import PLAIN
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import PLAIN
 
 
 def journey(parts: Mapping[str, Part]) -> dict[str, float]:
@@ -22,11 +22,11 @@ def journey(parts: Mapping[str, Part]) -> dict[str, float]:
     ``vs_target`` compares with PEFT and the Trainer on the target model, as one would do without POST; ``vs_own``
     with POST's own tuning step on the target model.
     """
-    config = TransferConfig()
+    config = TransferOptions()
     of = {name: part.ways.get(TEACHING, part.ways["post"]).seconds for name, part in parts.items()}
     legs = {
         "tune": PLAIN.steps * of["tune_whole"],
-        "constants": config.max_rows / CONSTANT_ROWS * of["transfer_constants"],
+        "precompute": config.max_rows / CONSTANT_ROWS * of["transfer_constants"],
         "transfer": config.steps * of["transfer"],
     }
     total = sum(legs.values())

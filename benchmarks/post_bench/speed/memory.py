@@ -17,10 +17,11 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from post_bench.speed.machine import Peak
-from post_server.ml.transfer import TransferConfig, transfer
-from post_shared.language_model import LanguageModel
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.tasks import Task
+from post_shared.data.tasks import Task
+from post_shared.method.transfer.transfer import transfer
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.schemas.transfers import TransferOptions
 
 STEPS = 10
 
@@ -52,7 +53,7 @@ def measure(folder: Path, device: str) -> dict[str, float]:
     with Peak(torch.device(device)) as peak:
         target = LanguageModel.load(folder / "target", device=device)
         student = partial(LanguageModel.load, folder / "student", device=device)
-        transfer(target, student, task, SoftPrompt(prompt), given["texts"], TransferConfig(steps=STEPS))
+        transfer(target, student, task, SoftPrompt(prompt), given["texts"], TransferOptions(steps=STEPS))
     return {"peak_bytes": peak.bytes, "target_bytes": target.nbytes, "ratio": peak.bytes / target.nbytes}
 
 

@@ -13,24 +13,27 @@ from post_bench.speed.arithmetic import Arithmetic, distillation_step, prompt_st
 from post_bench.speed.bench import Bench, Case, Race, Way, fresh, steps, tokens_of
 from post_bench.speed.references import PeftPrompts, PeftTrainer, PublishedTransfer
 from post_bench.speed.serving import mixed, mixed_generation
-from post_client.privacy import PrivacyConfig
-from post_server.ml.asking import asked, opinion
-from post_server.ml.constants import constants, student_answers
-from post_server.ml.corpus import prepare_corpus
-from post_server.ml.descent import HEAD_SHARE, Descent, Student, predictions
-from post_server.ml.distillation import DistilConfig
-from post_server.ml.layers import chosen_layers, copy_student
-from post_server.ml.objective import Objective
-from post_server.ml.processes import ALONE
-from post_server.ml.transfer import TransferConfig, ensemble_objective, most_kept
-from post_shared.batches import Batch, EncodedRows, ShuffledBatches, encode_rows
-from post_shared.label_words import label_words
-from post_shared.language_model import LanguageModel
-from post_shared.memory import plan_step, runs_prompt_once
-from post_shared.prompt_tuning import PLAIN, lean_for, tuning_objective
-from post_shared.replays import recorder_of
-from post_shared.soft_prompt import SoftPrompt
-from post_shared.training import PromptAdam, PromptOptimizer
+from post_client.privacy import PrivacyConfig, PrivacyPlan
+from post_shared.data.batches import Batch, EncodedRows, ShuffledBatches
+from post_shared.method.distillation.corpus import prepare_corpus
+from post_shared.method.distillation.layer_selection import chosen_layers
+from post_shared.method.distillation.objective import Objective
+from post_shared.method.distillation.trainer import HEAD_SHARE, Descent, Student, predictions
+from post_shared.method.transfer.prompt_ensemble import instruction_prompts, target_scores
+from post_shared.method.transfer.teacher_outputs import student_outputs, teacher_outputs
+from post_shared.method.transfer.transfer import ensemble_objective, max_kept_bytes
+from post_shared.method.tuning.tune import calibrated_loss, tuning_objective
+from post_shared.model.encoding import encode_rows
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.layers import copy_student
+from post_shared.model.memory_plan import plan_step, runs_prompt_once
+from post_shared.model.soft_prompt import SoftPrompt
+from post_shared.model.verbalizer import label_words
+from post_shared.schemas.distillations import DistilOptions
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import PLAIN
+from post_shared.training.distributed import ALONE
+from post_shared.training.optimizer import PromptAdam, PromptOptimizer
 
 TEACHING = "teaching"
 """The way in which a worker on this machine makes a step, where the target then computes in another type."""
@@ -40,15 +43,16 @@ CONSTANT_ROWS = 32
 
 def transfer(bench: Bench) -> Race[Batch]:
     """A step of the transfer against the published loop's, on the same public texts."""
-    target, config = bench.target, TransferConfig()
+    target, config = bench.target, TransferOptions()
+    alpha = float(config.alpha)
     prompt, words = bench.prompt(target), label_words(target, bench.task)
-    known = constants(target, bench.student, SoftPrompt(bench.prompt(bench.student)), bench.public_rows, words)
+    known = teacher_outputs(target, bench.student, SoftPrompt(bench.prompt(bench.student)), bench.public_rows, words)
 
     def step(model: LanguageModel) -> Callable[[Batch], None]:
-        loss = ensemble_objective(model, known, config.alpha, words)
-        return steps(model, _adam(prompt, model, most=most_kept(model)), loss, recorder_of(model))
+        loss = ensemble_objective(model, known, alpha, words)
+        return steps(model, _adam(prompt, model, most=max_kept_bytes(model)), loss, model.new_graphs())
 
-    theirs = PublishedTransfer(target, bench.student, prompt, alpha=config.alpha, temperature=config.temperature)
+    theirs = PublishedTransfer(target, bench.student, prompt, alpha=alpha, temperature=config.temperature)
     return Race(
         {**_ways(bench, step), "published": lambda batch: theirs.step(fresh(batch))},
         bench.batches(bench.public_rows, config.batch_size),
@@ -65,12 +69,12 @@ def transfer_constants(bench: Bench, rows: int = CONSTANT_ROWS) -> Race[Batch]:
     def way(model: LanguageModel) -> Callable[[Batch], None]:
         def compute(batch: Batch) -> None:
             some = EncodedRows(tuple(batch.encoded.rows[at] for at in batch.index))
-            student_answers(student, prompt, some, words)
-            opinion(model, some, words, bench.task)
+            student_outputs(student, prompt, some, words)
+            target_scores(model, some, words, bench.task)
 
         return compute
 
-    said = [0, *(each.length for each in asked(target, bench.public_rows, bench.task))]
+    said = [0, *(each.length for each in instruction_prompts(target, bench.public_rows, bench.task))]
 
     def flop(batch: Batch) -> float:
         tokens, heads = tokens_of(batch), len(batch)
@@ -92,7 +96,7 @@ def tune_target(bench: Bench) -> Race[Batch]:
 
 def _tune(bench: Bench, model: LanguageModel) -> Race[Batch]:
     size, loss, start = bench.batch_size or PLAIN.batch_size, tuning_objective(model, bench.task), bench.prompt(model)
-    plan = PrivacyConfig(seed=0).plan(1000, batch_size=size, steps=100)
+    plan = PrivacyPlan.make(PrivacyConfig(seed=0), 1000, batch_size=size, steps=100)
     optimizers: dict[str, PromptOptimizer] = {
         "post": _adam(start, model),
         "private": plan.optimizer(
@@ -103,7 +107,7 @@ def _tune(bench: Bench, model: LanguageModel) -> Race[Batch]:
         ),
     }
     ways: dict[str, Any] = {
-        name: steps(model, optimizer, loss, recorder_of(model)) for name, optimizer in optimizers.items()
+        name: steps(model, optimizer, loss, model.new_graphs()) for name, optimizer in optimizers.items()
     }
     peft = PeftTrainer(model, bench.task, length=bench.length)
     return Race(
@@ -120,13 +124,13 @@ def tune_whole(bench: Bench) -> Race[Batch]:
 
     def way(student: LanguageModel) -> Callable[[Batch], None]:
         optimizer = _adam(start, student)
-        lean = lean_for(student, bench.task, bench.private, None, PLAIN, private=False)
-        step = steps(student, optimizer, lean or tuning_objective(student, bench.task), recorder_of(student))
+        calibrated = calibrated_loss(student, bench.task, bench.private, None, PLAIN, private=False)
+        step = steps(student, optimizer, calibrated or tuning_objective(student, bench.task), student.new_graphs())
         numbers = iter(range(1_000_000))
 
         def update(batch: Batch) -> None:
-            if lean is not None:
-                lean.look(next(numbers), optimizer.prompt)
+            if calibrated is not None:
+                calibrated.measure(next(numbers), optimizer.prompt)
             step(batch)
 
         return update
@@ -141,7 +145,7 @@ def tune_whole(bench: Bench) -> Race[Batch]:
 
 def distil(bench: Bench) -> Race[int]:
     """A step of distillation; beside it, the vocabulary losses at every position, as the paper takes them."""
-    target, config = bench.target, DistilConfig(steps=1)
+    target, config = bench.target, DistilOptions(steps=1)
     corpus = prepare_corpus(target, bench.corpus, config.sequence_length, None)
     kept = chosen_layers(bench.student.layers, target.layers, config.layer_pattern)
 

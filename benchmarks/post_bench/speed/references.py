@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from post_shared.batches import Batch
-from post_shared.label_words import label_words
-from post_shared.language_model import LanguageModel
-from post_shared.losses import divergence, soften, transfer_loss
-from post_shared.tasks import Task
+from post_shared.data.batches import Batch
+from post_shared.data.tasks import Task
+from post_shared.method.losses import divergence, soften, transfer_loss
+from post_shared.model.language_model import LanguageModel
+from post_shared.model.verbalizer import label_words
 
 PADDED = 128
 """Tokens to which the published loop pads every text."""

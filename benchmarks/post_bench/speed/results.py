@@ -10,7 +10,7 @@ from typing import Any
 
 from post_bench.speed.bench import Part
 from post_bench.speed.journey import journey
-from post_client.cli.console import write_file
+from post_client.console import write_file
 from post_shared.errors import DataInvalid
 
 JOURNEY = ("transfer", "transfer_constants", "tune_whole", "tune_target")

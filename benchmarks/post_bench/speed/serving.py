@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from post_shared.decoding import Decoder, Row
-from post_shared.language_model import LanguageModel
-from post_shared.serving import ServedPrompt, classify_mixed
-from post_shared.tasks import Task
+from post_shared.data.tasks import Task
+from post_shared.inference.classification import ServedPrompt, classify_mixed
+from post_shared.inference.generation import Decoder, DecodingRow
+from post_shared.model.language_model import LanguageModel
 
 
 def mixed(model: LanguageModel, task: Task, prompts: Sequence[Tensor], texts: Sequence[str]) -> Callable[[int], None]:
@@ -30,7 +30,7 @@ def mixed_generation(
 
     def way(_: int) -> None:
         decoder = Decoder(model)
-        decoder.add([Row(ids, prefix, new_tokens) for ids, prefix in zip(token_ids, prefixes, strict=True)])
+        decoder.add([DecodingRow(ids, prefix, new_tokens) for ids, prefix in zip(token_ids, prefixes, strict=True)])
         while decoder.rows:
             decoder.step()
 

@@ -9,25 +9,25 @@ from them are shown to anyone who may not see the rows.
 
 from __future__ import annotations
 
-from post_client.audit.bound import Evidence, epsilon_lower_bound, evidence, p_value, strongest
+from post_client.audit.audit import Arm, AuditConfig, AuditReport, audit
 from post_client.audit.canaries import Finding, audit_in_one_run
-from post_client.audit.lira import Attack, attack, likelihood_ratios
 from post_client.audit.report import to_json, to_markdown, to_picture
-from post_client.audit.shadows import Shadows, confidences, random_halves, tune_shadows
-from post_client.audit.whole import Arm, AuditConfig, Report, audit
-from post_shared.estimates import Curve, Ranking
-from post_shared.report_schemas import Estimate
+from post_client.audit.shadow_prompts import Shadows, confidences, tune_shadows
+from post_shared.method.audit.lira import Attack, attack, likelihood_ratios, random_halves
+from post_shared.method.audit.one_run_bound import Evidence, epsilon_lower_bound, evidence, p_value, strongest
+from post_shared.method.audit.roc import Curve, Ranking
+from post_shared.schemas.reports import Estimate
 
 __all__ = [
     "Arm",
     "Attack",
     "AuditConfig",
+    "AuditReport",
     "Curve",
     "Estimate",
     "Evidence",
     "Finding",
     "Ranking",
-    "Report",
     "Shadows",
     "attack",
     "audit",

@@ -17,16 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from post_client.audit.bound import CONFIDENCE, Evidence, evidence
-from post_client.audit.many import Inserted
-from post_client.audit.shadows import Members, confidences, tune_shadows
-from post_client.privacy import PoissonSampler, PrivacyConfig, SecureRandomness, SeededRandomness
-from post_client.tuning import TuneConfig, check_rows, starting_prompt
-from post_shared.data import Row
+from post_client.audit.shadow_prompts import confidences, tune_shadows
+from post_client.privacy import PoissonSampler, PrivacyConfig, PrivacyPlan, SecureRandomness, SeededRandomness
+from post_client.tuning.tune import check_rows, starting_prompt
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
 from post_shared.errors import InvalidInput
-from post_shared.language_model import LanguageModel
-from post_shared.tasks import Task
-from post_shared.training import Reporter, ignore
+from post_shared.method.audit.lira import Members
+from post_shared.method.audit.one_run_bound import CONFIDENCE, Evidence, evidence
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.progress import ProgressCallback, ignore
 
 Kind = Literal["data", "gradient"]
 MOST = 1000
@@ -75,23 +76,16 @@ class DataCanaries:
 
 
 class GradientCanaries:
-    """One direction of the prompt for each canary, at right angles to all others."""
+    """One direction of the prompt for each canary of one run, at right angles to all others.
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        count: int,
-        runs: int,
-        *,
-        first: int,
-        rate: float,
-        privacy: PrivacyConfig,
-        seed: int,
-    ) -> None:
+    See :class:`post_client.privacy.Canaries`.
+    """
+
+    def __init__(self, shape: tuple[int, int], count: int, run: int, *, rate: float, privacy: PrivacyConfig, seed: int):
         """
         Args:
             shape: (l, d) of the prompt.
-            first: the number of the first run that gets them; the others get none.
+            run: its number; each has coins and batches of its own, and all have the same directions.
             rate: how often each included canary is sampled, that of the rows.
 
         Raises:
@@ -99,32 +93,26 @@ class GradientCanaries:
         """
         if count > shape[0] * shape[1]:
             raise InvalidInput(f"a prompt of {shape[0]} × {shape[1]} has no {count} directions; use fewer canaries")
-        generator = np.random.default_rng([seed, 2])
-        self.shape, self.first = shape, first
-        self.length = 2.0 * privacy.clip_norm  # above the clipping norm, so that each counts as much as a row can
-        self.directions = torch.from_numpy(generator.permutation(shape[0] * shape[1])[:count])
-        self.included: Members = generator.random((runs, count)) < 0.5
-        self.scores = torch.zeros(runs, count, dtype=torch.float64)
-        self._samplers = [
-            PoissonSampler(max(1, int(own.sum())), rate, _randomness(privacy, run))
-            for run, own in enumerate(self.included)
-        ]
+        self.shape = shape
+        self.length = 2.0 * privacy.max_grad_norm  # above the clipping norm, so that each counts as much as a row can
+        directions = np.random.default_rng([seed, 2]).permutation(shape[0] * shape[1])[:count]
+        self.directions = torch.from_numpy(directions)
+        self.included: NDArray[np.bool_] = np.random.default_rng([seed, 3, run]).random(count) < 0.5
+        self.scores = torch.zeros(count, dtype=torch.float64)
+        self._sampler = PoissonSampler(max(1, int(self.included.sum())), rate, _randomness(privacy, run))
 
-    def inserted(self) -> Inserted:
-        return Inserted(self._gradients, self._see, {"scores": self.scores})
-
-    def _gradients(self, k: int, step: int) -> Tensor:
-        if k < self.first:
-            return torch.zeros(0, *self.shape)
-        own = np.flatnonzero(self.included[k - self.first])
-        sampled = own[self._samplers[k - self.first].draw(step)] if len(own) else own
+    def gradients(self, step: int) -> Tensor:
+        own = np.flatnonzero(self.included)
+        sampled = own[self._sampler.draw(step)] if len(own) else own
         rows = torch.zeros(len(sampled), self.shape[0] * self.shape[1])
         rows[torch.arange(len(sampled)), self.directions[sampled]] = self.length
         return rows.reshape(-1, *self.shape)
 
-    def _see(self, k: int, noisy: Tensor) -> None:
-        if k >= self.first:
-            self.scores[k - self.first] += noisy.flatten()[self.directions].cpu()
+    def observe(self, noisy: Tensor) -> None:
+        self.scores += noisy.flatten()[self.directions].cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"scores": self.scores}
 
 
 def _randomness(privacy: PrivacyConfig, run: int) -> SecureRandomness | SeededRandomness:
@@ -140,7 +128,7 @@ def audit_in_one_run(
     student: LanguageModel,
     task: Task,
     rows: Sequence[Row],
-    config: TuneConfig,
+    config: TuneOptions,
     privacy: PrivacyConfig,
     *,
     canaries: int | None = None,
@@ -148,12 +136,12 @@ def audit_in_one_run(
     runs: int = 1,
     seed: int = 0,
     confidence: float = CONFIDENCE,
-    report: Reporter = ignore,
+    on_progress: ProgressCallback = ignore,
     checkpoint: Path | None = None,
 ) -> list[Finding]:
     """Tune privately with canaries of each kind and bound ε from below: first the data canaries' findings.
 
-    Each finding comes from a single run; ``runs`` makes several of each kind, all at once.
+    Each finding comes from a single run; ``runs`` makes several of each kind.
 
     Raises:
         InvalidInput: more canaries than half of the rows, or none.
@@ -165,21 +153,21 @@ def audit_in_one_run(
         raise InvalidInput(f"{count} canaries for {len(rows)} rows; there are 1 at least and half as many as rows")
     chosen = DataCanaries.choose(task, rows, count, runs, seed)
     nominal = len(rows) - count // 2
-    plan = privacy.plan(nominal, batch_size=config.batch_size, steps=config.steps)
+    plan = PrivacyPlan.make(privacy, nominal, batch_size=config.batch_size, steps=config.steps)
     start = starting_prompt(student, task, config).embeddings
     shape = (int(start.shape[0]), int(start.shape[1]))
-    sharp = GradientCanaries(shape, count, runs, first=runs, rate=plan.rate, privacy=privacy, seed=seed)
+    sharp = [GradientCanaries(shape, count, run, rate=plan.rate, privacy=privacy, seed=seed) for run in range(runs)]
     without = np.ones((runs, len(rows)), dtype=bool)
     without[:, chosen.places] = False  # the places of rows are taken by gradient canaries there
     tuned = tune_shadows(
         student, task, chosen.rows, np.concatenate([chosen.members(), without]), config, privacy=privacy, public=public,
-        nominal=nominal, inserted=sharp.inserted(), stage="canaries", report=report, checkpoint=checkpoint,
+        nominal=nominal, canaries=lambda k: sharp[k - runs] if k >= runs else None, stage="canaries", on_progress=on_progress, checkpoint=checkpoint,
     )  # fmt: skip
     rows_in_question = [chosen.rows[at] for at in chosen.places]
     prompts = torch.cat([start[None], tuned.prompts[:runs].cpu()])
-    before, *after = confidences(student, task, rows_in_question, prompts, config, report=report)
+    before, *after = confidences(student, task, rows_in_question, prompts, config, on_progress=on_progress)
     found = [("data", own - before, coins) for own, coins in zip(after, chosen.included, strict=True)]
-    found += [("gradient", own.numpy(), coins) for own, coins in zip(sharp.scores, sharp.included, strict=True)]
+    found += [("gradient", each.scores.numpy(), each.included) for each in sharp]
     return [
         Finding(kind, privacy.epsilon, evidence(scores, coins, plan.delta, confidence))  # type: ignore[arg-type]
         for kind, scores, coins in found

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from io import BytesIO
 from typing import Any
 
+from post_client.audit.audit import AuditReport
 from post_client.audit.canaries import Finding
-from post_client.audit.lira import Attack
-from post_client.audit.whole import Report
-from post_shared.report_schemas import Estimate
+from post_shared.method.audit.lira import Attack
+from post_shared.schemas.reports import Estimate
 
 KEEP = (
     "PRIVATE: these figures are computed from your rows without noise, and no epsilon covers them. Nothing was sent. "
@@ -21,7 +21,7 @@ KINDS = {"data": "rows with wrong labels", "gradient": "gradients (white box)"}
 CURVE_POINTS = 400
 
 
-def to_json(report: Report) -> str:
+def to_json(report: AuditReport) -> str:
     """Everything in the report, curves thinned."""
     document: dict[str, Any] = {
         "private": KEEP,
@@ -47,12 +47,12 @@ def _attack(each: Attack) -> dict[str, Any]:
     }
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: AuditReport) -> str:
     """Both tables, and what may be done with them."""
     return "\n".join([KEEP, *_lira_lines(report), *_one_run_lines(report)]) + "\n"
 
 
-def _lira_lines(report: Report) -> Iterator[str]:
+def _lira_lines(report: AuditReport) -> Iterator[str]:
     if not report.attacks:
         return
     rates = list(next(iter(report.attacks.values()))[0].true_positives)
@@ -71,7 +71,7 @@ def _estimate(each: Estimate) -> str:
     return f"{each.value:.3f} ({each.low:.3f}–{each.high:.3f})"
 
 
-def _one_run_lines(report: Report) -> Iterator[str]:
+def _one_run_lines(report: AuditReport) -> Iterator[str]:
     if not report.findings:
         return
     yield ""
@@ -90,7 +90,7 @@ def _finding(each: Finding) -> str:
     )
 
 
-def to_picture(report: Report) -> bytes:
+def to_picture(report: AuditReport) -> bytes:
     """The ROC curves on logarithmic axes, as PNG: what matters is who is found at very few false alarms."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -9,13 +9,15 @@ from importlib.util import find_spec
 
 import typer
 
+from post_client.cli.accountant import accountant
 from post_client.cli.audit import audit
-from post_client.cli.complete import complete
 from post_client.cli.demo import demo
+from post_client.cli.distil import distil
+from post_client.cli.evaluate import evaluate
+from post_client.cli.generate import generate
 from post_client.cli.jobs import jobs
-from post_client.cli.ledger import epsilon, ledger
+from post_client.cli.ledger import ledger
 from post_client.cli.predict import predict
-from post_client.cli.provider import distil, evaluate
 from post_client.cli.pull import pull
 from post_client.cli.push import push
 from post_client.cli.report import report
@@ -33,7 +35,7 @@ def register(app: typer.Typer) -> None:
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    verbs = (pull, tune, audit, push, transfer, predict, complete, ledger, epsilon)
+    verbs = (pull, tune, audit, push, transfer, predict, generate, ledger, accountant)
     for verb in verbs:
         app.command(verb.__name__, rich_help_panel=OWNER)(verb)
     app.command("distil", rich_help_panel=PROVIDER)(distil)

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from post_client.cli.console import Url, connect, err, follow, metrics_note, out, print_facts
-from post_shared.schemas import Job, JobKind, JobState
-from post_shared.terminal import AsJson, plain_table, print_json, print_table
+from post_client.console import Url, connect, err, follow, metrics_note, out, print_facts
+from post_shared.cli.output import AsJson, plain_table, print_json, print_table
+from post_shared.schemas.jobs import Job, JobKind, JobState
 
 jobs = typer.Typer(no_args_is_help=True, help="Work at the provider: distillations, transfers, evaluations, reports.")
 JobId = Annotated[str, typer.Argument(help="Id of the job.")]

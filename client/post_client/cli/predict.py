@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from post_client.cli.console import Url, bar, check_writable, connect, err, usage_error, write_file
 from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
+from post_client.console import Url, bar, check_writable, connect, err, usage_error, write_file
+from post_shared.cli.output import AsJson, print_json
 from post_shared.errors import DataInvalid
-from post_shared.schemas import PromptRole
-from post_shared.terminal import AsJson, print_json
+from post_shared.schemas.prompts import PromptRole
 
 if TYPE_CHECKING:
     from post_client.client import Client
-    from post_shared.data import Row
-    from post_shared.schemas import Prediction, TaskForm
+    from post_shared.data.rows import Row
+    from post_shared.schemas.predictions import Prediction
+    from post_shared.schemas.tasks import TaskSpec
 
 
 def predict(
@@ -43,7 +44,7 @@ def predict(
         usage_error("Say what to ask: either --text or --data.")
     if prompt is not None and (task or template or label_word):
         usage_error("A prompt brings its own task: give either --prompt or a task.")
-    form = None if prompt else task_from(task, template, label_word).form()
+    form = None if prompt else task_from(task, template, label_word).spec()
     rows = _rows(text, data, text_column, label_column)
     if to is not None:
         check_writable(to)
@@ -63,7 +64,7 @@ def predict(
 
 
 def _rows(text: list[str] | None, data: Path | None, text_column: str, label_column: str | None) -> list[Row]:
-    from post_shared.data import Row, read_rows
+    from post_shared.data.rows import Row, read_rows
 
     if data is None:
         return [Row(each, None) for each in text or []]
@@ -73,7 +74,7 @@ def _rows(text: list[str] | None, data: Path | None, text_column: str, label_col
     return rows
 
 
-def _form_of(client: Client, prompt: str) -> TaskForm:
+def _form_of(client: Client, prompt: str) -> TaskSpec:
     """The task of a prompt; says so if it was never transferred."""
     found = client.prompts.get(prompt)
     if found.role == PromptRole.SOURCE:
@@ -81,9 +82,9 @@ def _form_of(client: Client, prompt: str) -> TaskForm:
     return found.task
 
 
-def _check_labels(rows: Sequence[Row], form: TaskForm) -> None:
+def _check_labels(rows: Sequence[Row], spec: TaskSpec) -> None:
     """Before any text leaves: labels that the task doesn't have could never be right."""
-    known = form.label_words
+    known = spec.label_words
     unknown = sorted({row.label for row in rows if row.label is not None} - set(known or ())) if known else []
     if unknown:
         raise DataInvalid(

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from post_client.cli.console import Url, bar, byte_column, connect, err, print_facts
-from post_shared.terminal import AsJson, print_json
+from post_client.console import Url, bar, byte_column, connect, err, print_facts
+from post_shared.cli.output import AsJson, print_json
 
 
 def pull(

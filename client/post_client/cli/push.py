@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from post_client.cli.console import Url, confirm, connect, err, naming, out, read_file, write_file
-from post_shared.terminal import AsJson, print_json, print_table
+from post_client.console import Url, confirm, connect, err, naming, out, read_file, write_file
+from post_shared.cli.output import AsJson, print_json, print_table
 
 
 def push(
@@ -26,7 +26,7 @@ def push(
 ) -> None:
     """Send a prompt to the provider. Shows exactly what will leave, and asks."""
     from post_client.outbound import build_upload, describe
-    from post_shared.prompt_file import read_prompt
+    from post_shared.files.prompt_file import read_prompt
 
     content = read_file(file)
     with naming(file):

@@ -9,13 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from post_client.cli.console import Url, check_writable, connect, err, follow, out, usage_error, write_file
 from post_client.cli.task_options import task_from
-from post_shared.terminal import AsJson, print_json, print_table
+from post_client.console import Url, check_writable, connect, err, follow, out, usage_error, write_file
+from post_shared.cli.output import AsJson, print_json, print_table
 
 if TYPE_CHECKING:
-    from post_shared.report_schemas import TradeOffReport
-    from post_shared.schemas import TaskForm
+    from post_shared.schemas.reports import TradeOffReport
+    from post_shared.schemas.tasks import TaskSpec
 
 report = typer.Typer(no_args_is_help=True, help="What a student can do and what it leaks, beside its target.")
 Folder = Annotated[
@@ -41,7 +41,7 @@ def make(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each tuning.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a step of tuning.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of each tuning, at its start; it falls to 0.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Vectors in a prompt.")] = None,
+    num_virtual_tokens: Annotated[int | None, typer.Option(min=1, help="Vectors in a prompt.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Draws what is held out and the order of the batches.")
@@ -51,15 +51,19 @@ def make(
     json: AsJson = False,
 ) -> None:
     """Measure a student and its target on public data, at the provider; wait, and show the report."""
+    tuning: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "num_virtual_tokens": num_virtual_tokens,
+        "max_length": max_length,
+        "seed": seed,
+    }
     options: dict[str, Any] = {
         "tune_rows": tune_rows,
         "test_rows": test_rows,
         "texts": texts,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "length": length,
-        "max_length": max_length,
+        "tuning": {name: value for name, value in tuning.items() if value is not None} or None,
         "seed": seed,
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -85,16 +89,16 @@ def show(
         _give(client.reports.get(report), folder, json)
 
 
-def _tasks(options: list[str]) -> dict[str, TaskForm]:
+def _tasks(options: list[str]) -> dict[str, TaskSpec]:
     """``["reviews=sst2"]`` -> the forms by their dataset."""
-    found: dict[str, TaskForm] = {}
+    found: dict[str, TaskSpec] = {}
     for option in options:
         dataset, equals, name = option.partition("=")
         if not equals or not dataset or not name:
             usage_error(f"--public is DATASET=TASK, such as reviews=sst2; not {option!r}.")
         if dataset in found:
             usage_error(f"--public names the dataset {dataset!r} twice.")
-        found[dataset] = task_from(name, None, None).form()
+        found[dataset] = task_from(name, None, None).spec()
     return found
 
 
@@ -105,7 +109,7 @@ def _check(folder: Path | None) -> None:
 
 def _give(found: TradeOffReport, folder: Path | None, json: bool) -> None:
     """To the files, if wanted, and to standard output."""
-    from post_client.report import draw, markdown, sections
+    from post_client.report_rendering import draw, markdown, sections
 
     if folder is not None:
         write_file(folder / "report.json", (found.model_dump_json(indent=2) + "\n").encode())

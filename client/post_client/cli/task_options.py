@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from post_client.cli.console import usage_error
+from post_client.console import usage_error
 
 if TYPE_CHECKING:
-    from post_shared.tasks import Task
+    from post_shared.data.tasks import Task
 
 TaskName = Annotated[str | None, typer.Option("--task", help="A preset (sst2, agnews, …) or a JSON file.")]
 Template = Annotated[
@@ -24,7 +24,7 @@ LabelWords = Annotated[
 
 def task_from(name: str | None, template: str | None, label_words: list[str] | None) -> Task:
     """The task that the options describe."""
-    from post_shared.tasks import Task, preset_names
+    from post_shared.data.tasks import Task, preset_names
 
     if (name is None) == (template is None):
         usage_error("Say what the task is: either --task, or --template with --label-word.")

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from post_client.cli.console import Url, connect, err, follow, out, usage_error
-from post_shared.terminal import AsJson, print_json
+from post_client.console import Url, connect, err, follow, out, usage_error
+from post_shared.cli.output import AsJson, print_json
 
 
 def transfer(
@@ -18,12 +18,17 @@ def transfer(
     method: Annotated[
         str | None, typer.Option(help="ensemble (student and target together, over classes) or paper (Eq. 3).")
     ] = None,
-    start: Annotated[
-        str | None, typer.Option(help="task (words that state it) or source (the prompt itself). [default: by method]")
+    prompt_init: Annotated[
+        str | None,
+        typer.Option(
+            help="instruction (words that state the task) or source (the prompt itself). [default: by method]"
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of training.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Public rows in a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At the start; falls to 0. [default: by start]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At the start; falls to 0. [default: by --prompt-init]")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="With --method paper: softens what is imitated; above 0.")
     ] = None,
@@ -42,7 +47,7 @@ def transfer(
     options: dict[str, Any] = {
         "alpha": None if alpha is None else _alpha(alpha),
         "method": method,
-        "start": start,
+        "prompt_init": prompt_init,
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from post_client.cli.console import (
+from post_client.cli.ledger import LedgerPath, UserColumn, open_ledger
+from post_client.cli.private_inputs import DEFAULT_EPSILON, check_outside, privacy_config, public_rows
+from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
+from post_client.cli.tune_report import NO_GUARANTEE, report_result
+from post_client.console import (
     check_new,
     check_writable,
     err,
@@ -22,22 +25,19 @@ from post_client.cli.console import (
     watched,
     write_file,
 )
-from post_client.cli.ledger import LedgerPath, UserColumn, open_ledger
-from post_client.cli.task_options import LabelWords, TaskName, Template, task_from
-from post_client.cli.tune_report import NO_GUARANTEE, report_result
-from post_shared.terminal import AsJson
+from post_shared.cli.output import AsJson
+from post_shared.schemas.tuning import PLAIN, PRIVATE
 
 if TYPE_CHECKING:
     from post_client.ledger import Ledger, Reserve
     from post_client.privacy import PrivacyConfig
-    from post_client.search import Trial
-    from post_client.tuning import TuneConfig, TuneResult
-    from post_shared.data import Row
-    from post_shared.language_model import LanguageModel
-    from post_shared.tasks import Task
-    from post_shared.training import Reporter
-
-DEFAULT_EPSILON = 8.0
+    from post_client.tuning.search import Trial
+    from post_client.tuning.tune import TuneResult
+    from post_shared.data.rows import Row
+    from post_shared.data.tasks import Task
+    from post_shared.model.language_model import LanguageModel
+    from post_shared.schemas.tuning import TuneOptions
+    from post_shared.training.progress import ProgressCallback
 
 
 def tune(
@@ -61,29 +61,46 @@ def tune(
     ] = None,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Tune without differential privacy: no guarantee.")] = False,
     delta: Annotated[float | None, typer.Option(help="Below 1 / rows (or users); by default chosen from it.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of one row's (or user's) gradient.")] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="c: each row's (or user's) gradient is clipped to this norm.")
+    ] = None,
     user_column: UserColumn = None,
     trials: Annotated[
         int, typer.Option(min=1, help="Learning rates to try; all are charged, the public rows' labels choose.")
     ] = 1,
-    cap: Annotated[
+    epsilon_cap: Annotated[
         float | None,
-        typer.Option(envvar="POST_CAP", help="Most that all runs on these rows may spend; kept. By default POST_CAP."),
+        typer.Option(
+            envvar="POST_EPSILON_CAP",
+            help="Most that all runs on these rows may spend; kept. By default POST_EPSILON_CAP.",
+        ),
     ] = None,
     ledger: LedgerPath = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of training; by default 80, or 200 with --no-dp.")
+        int | None,
+        typer.Option(min=1, help=f"Steps of training; by default {PRIVATE.steps}, or {PLAIN.steps} with --no-dp."),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows (or users) in a step, with DP on average; by default 64, or 32 with --no-dp."),
+        typer.Option(
+            min=1,
+            help=f"Rows (or users) in a step, with DP on average; by default {PRIVATE.batch_size}, or {PLAIN.batch_size} "
+            "with --no-dp.",
+        ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At the start; it falls to 0. By default 0.015, or 0.02 with --no-dp.")
+        float | None,
+        typer.Option(
+            help=f"At the start; it falls to 0. By default {PRIVATE.learning_rate:g}, or {PLAIN.learning_rate:g} with --no-dp."
+        ),
     ] = None,
-    start: Annotated[str | None, typer.Option(help="What the prompt starts from: task or random.")] = None,
-    iterate: Annotated[str | None, typer.Option(help="What is kept: the last iterate, or their average.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, max=1000, help="Vectors in the prompt.")] = None,
+    prompt_init: Annotated[
+        str | None, typer.Option(help="What the prompt starts from: instruction (words that state the task) or random.")
+    ] = None,
+    average_iterates: Annotated[
+        bool, typer.Option("--average-iterates", help="Keep the average of the second half's iterates, not the last.")
+    ] = False,
+    num_virtual_tokens: Annotated[int | None, typer.Option(min=1, max=1000, help="Vectors in the prompt.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
     text_column: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
     label_column: Annotated[str, typer.Option(help="Name of the label column.")] = "label",
@@ -99,8 +116,8 @@ def tune(
     The same command goes on with a run that was stopped or killed, at no further cost. Once the prompt is there it is
     refused; with --force it is a new run, charged as one.
     """
-    if no_dp and any(value is not None for value in (epsilon, delta, clip, statement, user_column)):
-        usage_error("--no-dp goes with none of --epsilon, --delta, --clip, --user-column and --statement.")
+    if no_dp and any(value is not None for value in (epsilon, delta, max_grad_norm, statement, user_column)):
+        usage_error("--no-dp goes with none of --epsilon, --delta, --max-grad-norm, --user-column and --statement.")
     if public is not None and public.exists() and data.exists() and public.samefile(data):
         usage_error("--public is the private file itself: public texts enter without noise.")
     if trials > 1 and public is None:
@@ -113,26 +130,25 @@ def tune(
             check_new(path, force)
     if no_dp:
         err.print(f"[bold yellow]{NO_GUARANTEE}[/]")
-    names = ("length", "steps", "batch_size", "learning_rate", "max_length", "start", "iterate", "seed")
-    given = (length, steps, batch_size, learning_rate, max_length, start, iterate, seed)
-    settings = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    settings: dict[str, Any] = {
+        "num_virtual_tokens": num_virtual_tokens,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "prompt_init": prompt_init,
+        "average_iterates": average_iterates or None,
+        "seed": seed,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
     columns = {"text_column": text_column, "label_column": label_column, "user_column": user_column}
-    order = _order(data, chosen, columns, settings, None if no_dp else (epsilon, delta, clip), public, trials)
+    order = _order(data, chosen, columns, settings, None if no_dp else (epsilon, delta, max_grad_norm), public, trials)
     with open_ledger(ledger) as book:
-        result, digest, found = _run(order, student, pin, chosen, book, cap, checkpoint, device)
+        result, digest, found = _run(order, student, pin, chosen, book, epsilon_cap, checkpoint, device)
         size = _keep(result, digest, chosen, to, statement, force)
         _finish(book, result)
         account = book.account(order.rows, order.unit)  # type: ignore[arg-type]
     report_result(result, digest, to, size, account, found, json)
-
-
-def check_outside(student: Path, paths: Sequence[Path | None]) -> None:
-    """A prompt names the student by a hash of its folder: nothing private may lie in there."""
-    for path in paths:
-        if path is not None and path.resolve().is_relative_to(student.resolve()):
-            usage_error(
-                f"{path} lies in the student's folder, and a hash of all that lies there leaves with the prompt."
-            )
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,7 @@ class _Order:
     name: str
     rows: list[Row]
     public: list[Row] | None
-    config: TuneConfig
+    config: TuneOptions
     privacy: PrivacyConfig | None
     trials: int
 
@@ -161,10 +177,10 @@ def _order(
     trials: int,
 ) -> _Order:
     """Read and check the rows."""
-    from post_client.tuning import PLAIN, PRIVATE, charge_of, check_rows
-    from post_shared.data import read_rows
+    from post_client.tuning.tune import charge_of, check_rows
+    from post_shared.data.rows import read_rows
 
-    config = replace(PLAIN if privacy is None else PRIVATE, **settings)
+    config = (PLAIN if privacy is None else PRIVATE).replace(**settings)
     budget = None if privacy is None else privacy_config(*privacy, per_user=columns["user_column"] is not None)
     rows = read_rows(data, **columns, labels=task.labels or None)  # type: ignore[arg-type]
     with naming(data):
@@ -185,13 +201,13 @@ def _run(
     pin: str | None,
     task: Task,
     book: Ledger,
-    cap: float | None,
+    epsilon_cap: float | None,
     checkpoint: Path | None,
     device: str,
 ) -> tuple[TuneResult, str, tuple[Trial, ...]]:
     """Load the model and tune; Ctrl-C ends between two steps."""
-    from post_client.student_checks import load_student
-    from post_client.student_store import student_hash
+    from post_client.students.checks import load_student
+    from post_client.students.download import student_hash
 
     quiet_libraries()
     digest = student_hash(student, pin)
@@ -202,22 +218,29 @@ def _run(
         f"Stopped. The ledger has charged this run; the same command goes on {escape(where)}, with the same "
         "randomness, and costs nothing more."
     )
-    with watched("tune", stopped) as report:
-        result, found = _tune(order, model, task, report, checkpoint, partial(book.reserve, name=order.name, cap=cap))
+    with watched("tune", stopped) as on_progress:
+        result, found = _tune(
+            order, model, task, on_progress, checkpoint, partial(book.reserve, name=order.name, epsilon_cap=epsilon_cap)
+        )
     return result, digest, found
 
 
 def _tune(
-    order: _Order, model: LanguageModel, task: Task, report: Reporter, checkpoint: Path | None, reserve: Reserve
+    order: _Order,
+    model: LanguageModel,
+    task: Task,
+    on_progress: ProgressCallback,
+    checkpoint: Path | None,
+    reserve: Reserve,
 ) -> tuple[TuneResult, tuple[Trial, ...]]:
     """One run, or several with different learning rates."""
-    from post_client.search import search
-    from post_client.tuning import tune as tune_prompt
+    from post_client.tuning.search import search
+    from post_client.tuning.tune import tune as tune_prompt
 
     common: dict[str, Any] = {
         "privacy": order.privacy,
         "public": None if order.public is None else [row.text for row in order.public],
-        "report": report,
+        "on_progress": on_progress,
         "checkpoint": checkpoint,
         "reserve": reserve,
     }
@@ -228,46 +251,11 @@ def _tune(
     return found.best, found.trials
 
 
-def public_rows(public: Path, columns: dict[str, str | None], judged: Task | None, private: Sequence[Row]) -> list[Row]:
-    """The rows of ``public``, with labels if they judge. A warning for these eyes only when private ones are there."""
-    from post_client.privacy.statement import also_public
-    from post_shared.data import read_rows
-    from post_shared.lean import check_public
-
-    label_column = columns["label_column"] if judged else None
-    rows = read_rows(
-        public,
-        text_column=str(columns["text_column"]),
-        label_column=label_column,
-        labels=judged.labels if judged else None,
-    )
-    texts = [row.text for row in rows]
-    check_public(texts, str(public))
-    shared = also_public(private, texts)
-    if shared:
-        err.print(
-            f"[bold yellow]{shared} private rows have a text that is in {escape(str(public))} too. Public texts enter "
-            "without noise: for those rows nothing is promised. Take them out.[/]"
-        )
-    return rows
-
-
-def privacy_config(
-    epsilon: float | None, delta: float | None, clip: float | None, *, per_user: bool = False
-) -> PrivacyConfig:
-    from post_client.privacy import PrivacyConfig
-
-    budget = PrivacyConfig(
-        epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, delta=delta, unit="user" if per_user else "row"
-    )
-    return budget if clip is None else replace(budget, clip_norm=clip)
-
-
 def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path | None, force: bool) -> int:
     """Write the prompt file and the statement; the prompt file's size."""
-    from post_client.prompt_making import prompt_file
+    from post_client.tuning.export import prompt_file
     from post_shared.errors import InvalidInput
-    from post_shared.prompt_file import write_prompt
+    from post_shared.files.prompt_file import write_prompt
 
     content = write_prompt(prompt_file(result, digest, task))
     try:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from post_client.cli.console import out
-from post_shared.terminal import print_json
+from post_client.console import out
+from post_shared.cli.output import print_json
 
 if TYPE_CHECKING:
     from post_client.ledger import Account
-    from post_client.search import Trial
-    from post_client.tuning import TuneResult
+    from post_client.tuning.search import Trial
+    from post_client.tuning.tune import TuneResult
 
 NO_GUARANTEE = (
     "NO PRIVACY GUARANTEE: this prompt is tuned without differential privacy. Whoever sees it may learn which "

@@ -22,7 +22,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from post_shared.errors import IntegrityError, Unavailable
-from post_shared.model_files import sha256_of
+from post_shared.files.model_folder import sha256_of
 
 CACHE_VARIABLE = "POST_CACHE"
 

@@ -12,51 +12,51 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from post_client.cli.console import interruptible, quiet_libraries
 from post_client.client import Client
+from post_client.console import interruptible, quiet_libraries
 from post_client.demo import texts, tiny
 from post_client.demo.display import Display
 from post_client.demo.owner import Owner, upper_bound
 from post_client.demo.provider import DemoProvider
-from post_client.demo.report import Report, draw_report, print_report, versions
+from post_client.demo.results import DemoResults, draw_results, print_results, versions
 from post_client.demo.settings import DemoSettings
 from post_client.demo.texts import DemoTexts
 from post_shared.errors import InvalidInput
-from post_shared.schemas import Job as JobDocument
-from post_shared.schemas import Role
+from post_shared.schemas.common import Role
+from post_shared.schemas.jobs import Job as JobDocument
 
 if TYPE_CHECKING:
     from post_client.demo.owner import Note
     from post_client.resources.jobs import Job
-    from post_client.tuning import TuneResult
+    from post_client.tuning.tune import TuneResult
 
 TARGET, STUDENT, PUBLIC, CORPUS = "smollm2", "smollm2-student", "reviews", "prose"
 TINY_TARGET = "tiny"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """A closed terminal or a ``kill`` stops the server child as Ctrl-C does."""
-DEFAULT_REPORT = Path("demo-report") / "report.json"
+DEFAULT_RESULTS = Path("demo-results") / "results.json"
 
 
 def run_demo(
     settings: DemoSettings,
     *,
-    report_file: Path | None = None,
+    results_file: Path | None = None,
     picture_file: Path | None = None,
     home: Path | None = None,
     keep: bool = False,
-) -> Report:
+) -> DemoResults:
     """Run the whole journey and save what came out. On a failure the folder of the run stays, to look into."""
     quiet_libraries()
     console = Console(stderr=True)
-    report_file = (report_file or DEFAULT_REPORT).absolute()
-    picture_file = (picture_file or report_file.with_suffix(".png")).absolute()
+    results_file = (results_file or DEFAULT_RESULTS).absolute()
+    picture_file = (picture_file or results_file.with_suffix(".png")).absolute()
     folder = _home(home)
     provider = DemoProvider(folder / "provider")
     provider.home.mkdir(parents=True, exist_ok=True)
     console.print(f"Everything of this run is in {folder}", highlight=False, markup=False, soft_wrap=True)
     try:
         with interruptible(*STOPS) as stopped, Display(console, stopped) as display:
-            report = Journey(settings, folder, provider, display).run()
+            results = Journey(settings, folder, provider, display).run()
     except KeyboardInterrupt:
         _tidy(folder, keep or home is not None, console)
         raise
@@ -64,12 +64,12 @@ def run_demo(
         console.print(f"[bold]The end of the server's log[/] ({provider.log}):\n{escape(provider.last_lines())}")
         console.print(f"The folder of this run is kept: {escape(str(folder))}")
         raise
-    report.save(report_file)
-    draw_report(report, picture_file)
-    print_report(report, Console())
-    console.print(f"Saved {report_file} and {picture_file}", highlight=False, markup=False, soft_wrap=True)
+    results.save(results_file)
+    draw_results(results, picture_file)
+    print_results(results, Console())
+    console.print(f"Saved {results_file} and {picture_file}", highlight=False, markup=False, soft_wrap=True)
     _tidy(folder, keep or home is not None, console)
-    return report
+    return results
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Journey:
     def target(self) -> str:
         return TINY_TARGET if self.settings.fast else TARGET
 
-    def run(self) -> Report:
+    def run(self) -> DemoResults:
         """All stages."""
         model, data = self._prepare()
         with self.display.stage("model", "provider", "add the large model, make API keys"):
@@ -100,7 +100,7 @@ class Journey:
         if self.settings.upper_bound:
             with self.display.stage("upper_bound", "nobody", "tune on the large model: forbidden in reality") as note:
                 best = upper_bound(model, data.train, data.test, self.settings, note)
-        return Report(
+        return DemoResults(
             **figures.__dict__,
             upper_bound=best,
             n_private_test=len(data.test),
@@ -135,7 +135,7 @@ class Journey:
             note(f"{len(data.public):,} reviews, {len(data.corpus):,} paragraphs")
         with self.display.stage("distil", "provider", "distil the large model into a student") as note:
             job = client.distillations.create(
-                target=self.target, name=STUDENT, corpus=[CORPUS], **self.settings.distillation()
+                target=self.target, name=STUDENT, corpus=[CORPUS], options=self.settings.distillation
             )
             _wait(job, note)
 
@@ -161,15 +161,19 @@ class Journey:
         moved = [self._transfer(client, prompt, name) for prompt, name in zip(prompts, ("", "_dp"), strict=True)]
         with stage("predict", "owner", "ask the large model, score the answers here") as note:
             asked = (None, prompts[0], moved[0], moved[1])
-            zero, direct, post, post_dp = [owner.score_target(client, self.target, each, note) for each in asked]
-            compressed, compressed_dp = [owner.score_student(result) for result in (plain, private)]
+            zero, direct_reuse, post, post_dp = [owner.score_target(client, self.target, each, note) for each in asked]
+            prompted_student, prompted_student_dp = [owner.score_student(result) for result in (plain, private)]
         epsilon, delta = _claim(private)
-        return Figures(zero, compressed, direct, post, compressed_dp, post_dp, epsilon, delta, uploaded)
+        return Figures(
+            zero, prompted_student, direct_reuse, post, prompted_student_dp, post_dp, epsilon, delta, uploaded
+        )
 
     def _transfer(self, client: Client, prompt: str, name: str) -> str:
         what = "transfer the private prompt" if name else "transfer the prompt"
         with self.display.stage(f"transfer{name}", "provider", f"{what} with public reviews") as note:
-            job = client.transfers.create(prompt=prompt, target=self.target, dataset=PUBLIC, **self.settings.transfer())
+            job = client.transfers.create(
+                prompt=prompt, target=self.target, dataset=PUBLIC, options=self.settings.transfer
+            )
             return str(_wait(job, note).result["prompt_id"])
 
 
@@ -178,10 +182,10 @@ class Figures:
     """What the owner found out."""
 
     zero_shot: float
-    compressed: float
-    direct: float
+    prompted_student: float
+    direct_reuse: float
     post: float
-    compressed_dp: float
+    prompted_student_dp: float
     post_dp: float
     epsilon: float
     delta: float

@@ -11,16 +11,16 @@ from post_client.client import Client
 from post_client.demo.settings import DemoSettings
 from post_client.demo.texts import DemoTexts
 from post_client.outbound import OutboundRequest, build_upload
-from post_client.prompt_making import prompt_file
-from post_client.student_store import student_hash
-from post_shared.data import Row
-from post_shared.schemas import TaskForm
+from post_client.students.download import student_hash
+from post_client.tuning.export import prompt_file
+from post_shared.data.rows import Row
+from post_shared.schemas.tasks import TaskSpec
 
 if TYPE_CHECKING:
-    from post_client.tuning import TuneConfig, TuneResult
-    from post_shared.language_model import LanguageModel
-    from post_shared.tasks import Task
-    from post_shared.training import Progress
+    from post_client.tuning.tune import TuneResult
+    from post_shared.data.tasks import Task
+    from post_shared.model.language_model import LanguageModel
+    from post_shared.training.progress import Progress
 
 Note = Callable[[str], None]
 
@@ -41,8 +41,8 @@ class Owner:
     @classmethod
     def with_student(cls, folder: Path, data: DemoTexts, settings: DemoSettings) -> Owner:
         """Load the student that was pulled into ``folder``."""
-        from post_client.student_checks import load_student
-        from post_shared.tasks import Task
+        from post_client.students.checks import load_student
+        from post_shared.data.tasks import Task
 
         student = load_student(folder, settings.device)
         public = [row.text for row in data.public]
@@ -51,25 +51,27 @@ class Owner:
 
     def tune(self, note: Note) -> TuneResult:
         """A prompt without differential privacy."""
-        from post_client.student_checks import load_student
-        from post_client.tuning import TuneConfig, tune
+        from post_client.students.checks import load_student
+        from post_client.tuning.tune import tune
 
         s, student = self.settings, load_student(self.folder, self.settings.device, private=False)
-        config = TuneConfig(
-            s.prompt_length, s.tune_steps, s.tune_batch_size, s.tune_learning_rate, s.max_length, s.seed
-        )
-        return tune(student, self.task, self.train, config, privacy=None, report=reporter(note))
+        return tune(student, self.task, self.train, s.tuning, privacy=None, on_progress=reporter(note))
 
     def tune_privately(self, note: Note) -> TuneResult:
         """A prompt with differential privacy."""
         from post_client.privacy import PrivacyConfig
-        from post_client.tuning import TuneConfig, tune
+        from post_client.tuning.tune import tune
 
         s = self.settings
-        config = TuneConfig(s.prompt_length, s.dp_steps, s.dp_batch_size, s.dp_learning_rate, s.max_length, s.seed)
-        privacy = PrivacyConfig(epsilon=s.epsilon, clip_norm=s.dp_clip_norm)
+        privacy = PrivacyConfig(epsilon=s.epsilon)
         return tune(
-            self.student, self.task, self.train, config, privacy=privacy, public=self.public, report=reporter(note)
+            self.student,
+            self.task,
+            self.train,
+            s.private_tuning,
+            privacy=privacy,
+            public=self.public,
+            on_progress=reporter(note),
         )
 
     def upload(self, result: TuneResult) -> OutboundRequest:
@@ -82,11 +84,11 @@ class Owner:
 
     def score_target(self, client: Client, model: str, prompt: str | None, note: Note) -> float:
         """Accuracy of the target model: the provider answers, the labels stay here."""
-        form: TaskForm | None = None if prompt else self.task.form()
+        spec: TaskSpec | None = None if prompt else self.task.spec()
         found = client.predictions.create(
             model=model,
             prompt=prompt,
-            task=form,
+            task=spec,
             texts=[row.text for row in self.test],
             texts_per_request=self.settings.texts_per_request,
             progress=lambda done, count: note(f"{done}/{count}"),
@@ -99,33 +101,30 @@ def score_here(
     model: LanguageModel, task: Task, rows: Sequence[Row], result: TuneResult, settings: DemoSettings
 ) -> float:
     """Accuracy of a model on this machine, with a prompt."""
-    from post_shared.evaluation import evaluate
+    from post_shared.inference.evaluation import evaluate
 
     prompt = result.prompt.embeddings.to(model.device)
-    return evaluate(model, task, rows, prompt, max_length=settings.max_length).accuracy
+    return evaluate(model, task, rows, prompt, max_length=settings.tuning.max_length).accuracy
 
 
 def upper_bound(source: Path, train: Sequence[Row], test: Sequence[Row], settings: DemoSettings, note: Note) -> float:
     """Accuracy of a prompt tuned on the target model itself. Nobody has both that model and these rows in reality."""
-    from post_client.tuning import TuneConfig, tune
-    from post_shared.language_model import LanguageModel
-    from post_shared.tasks import Task
+    from post_client.tuning.tune import tune
+    from post_shared.data.tasks import Task
+    from post_shared.model.language_model import LanguageModel
 
     s = settings
     target, task = LanguageModel.load(source, device=s.device), Task.preset(s.task)
-    config: TuneConfig = TuneConfig(
-        s.prompt_length, s.upper_steps, s.upper_batch_size, s.upper_learning_rate, s.max_length, s.seed
-    )
-    result = tune(target, task, train, config, privacy=None, report=reporter(note))
+    result = tune(target, task, train, s.upper, privacy=None, on_progress=reporter(note))
     return score_here(target, task, test, result, s)
 
 
 def reporter(note: Note) -> Callable[[Progress], None]:
     """A reporter that says step, loss and ε spent."""
 
-    def report(progress: Progress) -> None:
+    def results(progress: Progress) -> None:
         parts = [f"{progress.step}/{progress.steps}"]
         parts += [f"{'ε' if name == 'epsilon' else name} {value:.3f}" for name, value in progress.metrics.items()]
         note("  ".join(parts))
 
-    return report
+    return results

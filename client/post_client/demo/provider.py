@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from post_shared.errors import Unavailable
-from post_shared.schemas import Role
+from post_shared.schemas.common import Role
 
 START_SECONDS, STOP_SECONDS = 120.0, 30.0
 KEPT_VARIABLES = ("POST_CACHE", "POST_DEVICE", "POST_THREADS")
@@ -91,7 +91,7 @@ class DemoProvider:
 
 
 def _command() -> list[str]:
-    return [sys.executable, "-m", "post_shared.cli"]
+    return [sys.executable, "-m", "post_shared.cli.app"]
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from post_shared.errors import InvalidInput
+from post_shared.schemas.distillations import DistilOptions
+from post_shared.schemas.transfers import TransferOptions
+from post_shared.schemas.tuning import PRIVATE, TuneOptions
+
+MAX_LENGTH = 64
+"""Tokens of a text: the demo's are sentences."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,6 @@ class DemoSettings:
     """Preset of the private task, film reviews."""
     device: str = "auto"
 
-    # data
     train_rows: int = 8000
     """Private rows to tune on."""
     test_rows: int = 400
@@ -28,67 +32,22 @@ class DemoSettings:
     news_paragraphs: int = 300
     """News prose in the distillation corpus, next to the review, editorial and tweet snippets."""
 
-    # distil
-    keep_layers: int = 8
-    distil_minutes: float = 6.0
-    distil_steps: int | None = None
-    distil_learning_rate: float = 1e-3
-    distil_batch_tokens: int = 512
-    sequence_length: int = 64
-    answer_forms: tuple[str, ...] = ("{text} It was",)
-    """The provider knows the family of tasks that its customers have, not their tasks."""
-
-    # tune
-    prompt_length: int = 20
-    max_length: int = 64
-    tune_steps: int = 100
-    tune_batch_size: int = 32
-    tune_learning_rate: float = 0.02
-
-    # tune with differential privacy
+    distillation: DistilOptions = DistilOptions(max_minutes=6.0, templates=("{text} It was",))
+    """The provider knows the family of tasks that its customers have (the template), not their tasks."""
+    tuning: TuneOptions = TuneOptions(steps=100, max_length=MAX_LENGTH)
+    private_tuning: TuneOptions = PRIVATE.replace(steps=60, max_length=MAX_LENGTH)
     epsilon: float = 8.0
-    dp_steps: int = 60
-    dp_batch_size: int = 64
-    dp_learning_rate: float = 0.015
-    dp_clip_norm: float = 0.1
+    transfer: TransferOptions = TransferOptions(steps=100, max_length=MAX_LENGTH)
+    upper: TuneOptions = TuneOptions(steps=150, batch_size=16, learning_rate=0.01, max_length=MAX_LENGTH)
+    """The forbidden upper bound: a prompt tuned on the target model itself."""
 
-    # transfer
-    transfer_steps: int = 100
-    transfer_batch_size: int = 16
-    transfer_rows: int = 512
-    alpha: float = 0.7
-
-    # the forbidden upper bound: a prompt tuned on the target model itself
-    upper_steps: int = 150
-    upper_batch_size: int = 16
-    upper_learning_rate: float = 0.01
-
-    # predictions
     texts_per_request: int = 32
+    """Of a prediction."""
 
-    def distillation(self) -> dict[str, Any]:
-        """Options of ``client.distillations.create``."""
-        return {
-            "keep_layers": self.keep_layers,
-            "minutes": self.distil_minutes,
-            "steps": self.distil_steps,
-            "learning_rate": self.distil_learning_rate,
-            "batch_tokens": self.distil_batch_tokens,
-            "sequence_length": self.sequence_length,
-            "answer_forms": list(self.answer_forms),
-            "seed": self.seed,
-        }
-
-    def transfer(self) -> dict[str, Any]:
-        """Options of ``client.transfers.create``."""
-        return {
-            "alpha": self.alpha,
-            "steps": self.transfer_steps,
-            "batch_size": self.transfer_batch_size,
-            "max_rows": self.transfer_rows,
-            "max_length": self.max_length,
-            "seed": self.seed,
-        }
+    def seeded(self, seed: int) -> DemoSettings:
+        """The same run with another seed in all its parts."""
+        names = ("distillation", "tuning", "private_tuning", "transfer", "upper")
+        return replace(self, seed=seed, **{name: getattr(self, name).replace(seed=seed) for name in names})
 
 
 REAL = DemoSettings()
@@ -98,19 +57,13 @@ FAST = DemoSettings(
     test_rows=64,
     public_rows=96,
     news_paragraphs=0,
-    keep_layers=2,
-    distil_minutes=0.1,
-    distil_steps=20,
-    distil_batch_tokens=256,
-    sequence_length=32,
-    prompt_length=4,
-    max_length=32,
-    tune_steps=20,
-    dp_steps=20,
-    dp_batch_size=16,
-    transfer_steps=10,
-    transfer_rows=64,
-    upper_steps=20,
+    distillation=REAL.distillation.replace(
+        keep_layers=2, max_minutes=0.1, steps=20, batch_tokens=256, sequence_length=32
+    ),
+    tuning=REAL.tuning.replace(num_virtual_tokens=4, steps=20, max_length=32),
+    private_tuning=REAL.private_tuning.replace(num_virtual_tokens=4, steps=20, batch_size=16, max_length=32),
+    transfer=REAL.transfer.replace(steps=10, max_rows=64, max_length=32),
+    upper=REAL.upper.replace(num_virtual_tokens=4, steps=20, max_length=32),
 )
 
 
@@ -120,9 +73,9 @@ def demo_settings(*, fast: bool, seed: int, minutes: float | None, upper_bound: 
     Raises:
         InvalidInput: ``minutes`` isn't above 0.
     """
-    chosen = replace(FAST if fast else REAL, seed=seed, upper_bound=upper_bound)
+    chosen = replace((FAST if fast else REAL).seeded(seed), upper_bound=upper_bound)
     if minutes is None:
         return chosen
     if minutes <= 0:
-        raise InvalidInput(f"--minutes is above 0, not {minutes}")
-    return replace(chosen, distil_minutes=minutes, distil_steps=None)
+        raise InvalidInput(f"--max-minutes is above 0, not {minutes}")
+    return replace(chosen, distillation=chosen.distillation.replace(max_minutes=minutes, steps=None))

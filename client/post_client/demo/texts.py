@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from post_client.demo.settings import DemoSettings
-from post_shared.data import Row
+from post_shared.data.rows import Row
 from post_shared.errors import DataInvalid
 
 POSITIVE, NEGATIVE = "positive", "negative"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from post_client.demo.settings import DemoSettings
 from post_client.demo.texts import NEGATIVE, POSITIVE, DemoTexts, split
-from post_shared.data import Row
+from post_shared.data.rows import Row
 
 PRAISE = "great good superb lovely clever moving funny brilliant charming gripping warm fresh"
 BLAME = "terrible bad awful dull boring clumsy tired flat lazy noisy empty bland"

@@ -10,8 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from post_client.privacy.accounting import Mechanism, compose
-from post_client.privacy.config import Unit
+from post_client.privacy.accounting import Mechanism, Unit, compose
 
 WITHOUT_PRIVACY = "a run without differential privacy is among them"
 MIXED_UNITS = "runs per row and per user are mixed, and no sum of the two is proven"

@@ -29,9 +29,9 @@ from post_client.ledger.queries import (
 from post_client.ledger.records import records_of, salted
 from post_client.ledger.reservation import Run, RunLock
 from post_client.ledger.store import Store
-from post_client.privacy.config import Unit
-from post_client.privacy.sampling import new_key
-from post_shared.data import Row
+from post_client.privacy.accounting import Unit
+from post_client.privacy.randomness import new_key
+from post_shared.data.rows import Row
 from post_shared.errors import Conflict, NotFound
 
 
@@ -56,7 +56,7 @@ class Account:
     unit: Unit
     rows: int
     units: int
-    cap: float | None
+    epsilon_cap: float | None
     """The least cap of all data sets that share rows with it."""
     spent: Total
     runs: tuple[RunRecord, ...]
@@ -102,11 +102,11 @@ class Ledger:
     # --- charging -------------------------------------------------------------------------------------
 
     def reserve(
-        self, rows: Sequence[Row], charge: Charge, work: str, *, name: str = "", cap: float | None = None
+        self, rows: Sequence[Row], charge: Charge, run_id: str, *, name: str = "", epsilon_cap: float | None = None
     ) -> Run:
         """Charge a run before it begins; on disk when this returns. A run of the same work that never ended goes on.
 
-        ``cap`` is kept with the data set; a later one can only lower it (:meth:`set_cap` also raises it). It stops no
+        ``cap`` is kept with the data set; a later one can only lower it (:meth:`set_epsilon_cap` also raises it). It stops no
         run that is charged already.
 
         Raises:
@@ -115,12 +115,12 @@ class Ledger:
             LedgerInvalid: the charge couldn't be written.
         """
         records = records_of(rows, charge.unit, self._salt)
-        secret = salted(self._salt, "work", work)
+        secret = salted(self._salt, "work", run_id)
         with ExitStack() as undo, self._store.transaction() as connection:
             data_set = enter(connection, records, len(rows), name)
             run = unfinished(connection, data_set, secret, charge)
-            if cap is not None:
-                lower_cap(connection, data_set, checked_cap(cap))
+            if epsilon_cap is not None:
+                lower_cap(connection, data_set, checked_cap(epsilon_cap))
             if run is None:
                 check_caps(connection, data_set, charge, name)
                 run = Run(insert(connection, data_set, secret, charge, key := new_key()), key, False)
@@ -166,10 +166,10 @@ class Ledger:
             every = connection.execute("SELECT * FROM data_sets ORDER BY id").fetchall()
             return [self._account(connection, each) for each in every]
 
-    def set_cap(self, rows: Sequence[Row], unit: Unit, cap: float | None, *, name: str = "") -> None:
+    def set_epsilon_cap(self, rows: Sequence[Row], unit: Unit, epsilon_cap: float | None, *, name: str = "") -> None:
         """Set, raise or (with None) remove the cap of a data set."""
         records = records_of(rows, unit, self._salt)
-        value = None if cap is None else checked_cap(cap)
+        value = None if epsilon_cap is None else checked_cap(epsilon_cap)
         with self._store.transaction() as connection:
             data_set = enter(connection, records, len(rows), name)
             connection.execute("UPDATE data_sets SET cap = ? WHERE id = ?", (value, data_set))
@@ -196,7 +196,9 @@ class Ledger:
             unit=data_set["unit"],
             rows=data_set["rows"],
             units=data_set["units"],
-            cap=min((cap for group in met if (cap := cap_of(connection, group)) is not None), default=None),
+            epsilon_cap=min(
+                (epsilon_cap for group in met if (epsilon_cap := cap_of(connection, group)) is not None), default=None
+            ),
             spent=worst(connection, data_set["id"]),
             runs=tuple(map(self._record, runs)),
             shared=tuple(str(one(connection, "SELECT name FROM data_sets WHERE id = ?", other)) for other in others),

@@ -46,22 +46,22 @@ def enter(connection: sqlite3.Connection, records: Records, rows: int, name: str
     return number
 
 
-def unfinished(connection: sqlite3.Connection, data_set: int, work: bytes, charge: Charge) -> Run | None:
+def unfinished(connection: sqlite3.Connection, data_set: int, run_id: bytes, charge: Charge) -> Run | None:
     """The run of the same work, with the same charge, whose result was never kept."""
     question = "SELECT * FROM runs WHERE data_set = ? AND work = ? AND key NOT NULL ORDER BY id DESC"
-    for row in connection.execute(question, (data_set, work)):
+    for row in connection.execute(question, (data_set, run_id)):
         if charge_of(row) == charge:
             return Run(int(row["id"]), bytes(row["key"]), True)
     return None
 
 
-def insert(connection: sqlite3.Connection, data_set: int, work: bytes, charge: Charge, key: bytes) -> int:
+def insert(connection: sqlite3.Connection, data_set: int, run_id: bytes, charge: Charge, key: bytes) -> int:
     m = charge.mechanism
     mechanism = (None, None, None) if m is None else (m.noise_multiplier, m.rate, m.steps)
     made = connection.execute(
         "INSERT INTO runs (data_set, work, key, unit, delta, noise_multiplier, rate, steps, started) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (data_set, work, key, charge.unit, charge.delta, *mechanism, now()),
+        (data_set, run_id, key, charge.unit, charge.delta, *mechanism, now()),
     )
     return int(made.lastrowid or 0)
 
@@ -82,8 +82,9 @@ def charges_on(connection: sqlite3.Connection, group: frozenset[int]) -> list[Ch
 
 def cap_of(connection: sqlite3.Connection, group: frozenset[int]) -> float | None:
     marks = ",".join("?" * len(group))
-    cap = connection.execute(f"SELECT min(cap) FROM data_sets WHERE id IN ({marks})", tuple(group)).fetchone()[0]  # noqa: S608
-    return None if cap is None else float(cap)
+    question = f"SELECT min(cap) FROM data_sets WHERE id IN ({marks})"  # noqa: S608  question marks alone
+    (epsilon_cap,) = connection.execute(question, tuple(group)).fetchone()
+    return None if epsilon_cap is None else float(epsilon_cap)
 
 
 def worst(connection: sqlite3.Connection, data_set: int, *more: Charge) -> Total:
@@ -94,35 +95,35 @@ def worst(connection: sqlite3.Connection, data_set: int, *more: Charge) -> Total
 
 def check_caps(connection: sqlite3.Connection, data_set: int, charge: Charge, name: str) -> None:
     for group in groups(connection, data_set):
-        cap = cap_of(connection, group)
-        if cap is None:
+        epsilon_cap = cap_of(connection, group)
+        if epsilon_cap is None:
             continue
         charges = charges_on(connection, group)
         before, after = total(charges), total([*charges, charge])
-        if after.epsilon > cap:
+        if after.epsilon > epsilon_cap:
             whose = f"a {charge.unit} of {name or 'this data set'}"
-            found = (
-                f"with this run, {whose} would have {after.in_runs()}; the cap is {cap:g} and {before.words()} is spent"
-            )
-            if before.epsilon > cap:
-                found = f"{whose} has {before.in_runs()} already, and the cap is {cap:g}"
+            found = f"with this run, {whose} would have {after.in_runs()}; the cap is {epsilon_cap:g} and {before.words()} is spent"
+            if before.epsilon > epsilon_cap:
+                found = f"{whose} has {before.in_runs()} already, and the cap is {epsilon_cap:g}"
             raise BudgetExceeded(
                 f"{found}. Nothing was charged and nothing trained: ask for less, or raise the cap "
-                "(post ledger --data FILE --cap X) if you may",
-                cap=cap,
+                "(post ledger --data FILE --epsilon-cap X) if you may",
+                epsilon_cap=epsilon_cap,
                 spent=finite(before.epsilon),
                 would_be=finite(after.epsilon),
             )
 
 
-def lower_cap(connection: sqlite3.Connection, data_set: int, cap: float) -> None:
-    connection.execute("UPDATE data_sets SET cap = min(coalesce(cap, ?), ?) WHERE id = ?", (cap, cap, data_set))
+def lower_cap(connection: sqlite3.Connection, data_set: int, epsilon_cap: float) -> None:
+    connection.execute(
+        "UPDATE data_sets SET cap = min(coalesce(cap, ?), ?) WHERE id = ?", (epsilon_cap, epsilon_cap, data_set)
+    )
 
 
-def checked_cap(cap: float) -> float:
-    if not (math.isfinite(cap) and cap > 0):
-        raise InvalidInput(f"a cap on epsilon is a finite number above 0, not {cap}")
-    return cap
+def checked_cap(epsilon_cap: float) -> float:
+    if not (math.isfinite(epsilon_cap) and epsilon_cap > 0):
+        raise InvalidInput(f"a cap on epsilon is a finite number above 0, not {epsilon_cap}")
+    return epsilon_cap
 
 
 def charge_of(row: sqlite3.Row) -> Charge:

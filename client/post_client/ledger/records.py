@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from post_client.privacy.config import Unit
-from post_shared.data import Row
+from post_client.privacy.accounting import Unit
+from post_shared.data.rows import Row
 from post_shared.errors import DataInvalid
 
 HASH_BYTES = 16

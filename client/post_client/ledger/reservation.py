@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from post_client.ledger.budget import Charge
-from post_client.privacy.sampling import trial_key
-from post_shared.data import Row
+from post_client.privacy.randomness import trial_key
+from post_shared.data.rows import Row
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Run:
 class Reserve(Protocol):
     """Charges ``charge`` to ``rows`` before they are used. ``work`` names what will be done, to the last number."""
 
-    def __call__(self, rows: Sequence[Row], charge: Charge, work: str) -> Run: ...
+    def __call__(self, rows: Sequence[Row], charge: Charge, run_id: str) -> Run: ...
 
 
 class RunLock:

@@ -1,6 +1,6 @@
 """Differential privacy of the data owner's tuning: PromptDPSGD, its randomness, its accounting, its statement.
 
-plan = PrivacyConfig(epsilon=8).plan(len(rows), batch_size=32, steps=300)
+plan = PrivacyPlan.make(PrivacyConfig(epsilon=8), len(rows), batch_size=32, steps=300)
 sampler, optimizer = plan.sampler(), plan.optimizer(prompt, learning_rate=0.05)
 for step in range(plan.steps):
     optimizer.update(loss, encoded.batch(sampler.draw(step)))
@@ -9,23 +9,18 @@ print(plan.statement().words())
 
 from __future__ import annotations
 
-from post_client.privacy.accounting import Mechanism, Spending, compose, default_delta, epsilon_for, noise_for
-from post_client.privacy.config import PrivacyConfig, Unit
+from post_client.privacy.accounting import Mechanism, Spending, Unit, compose, default_delta, epsilon_for, noise_for
+from post_client.privacy.config import PrivacyConfig
+from post_client.privacy.dp_optimizer import Canaries, PromptDPSGD
 from post_client.privacy.noise import gaussian
-from post_client.privacy.optimizer import PromptDPSGD
 from post_client.privacy.plan import PrivacyPlan
-from post_client.privacy.sampling import (
-    KeyedRandomness,
-    PoissonSampler,
-    Randomness,
-    SecureRandomness,
-    SeededRandomness,
-    new_key,
-)
+from post_client.privacy.randomness import KeyedRandomness, Randomness, SecureRandomness, SeededRandomness, new_key
+from post_client.privacy.sampling import PoissonSampler
 from post_client.privacy.statement import PrivacyStatement
-from post_client.privacy.users import UserDPSGD
+from post_client.privacy.user_level import UserDPSGD
 
 __all__ = [
+    "Canaries",
     "KeyedRandomness",
     "Mechanism",
     "PoissonSampler",

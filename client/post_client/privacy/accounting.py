@@ -21,6 +21,10 @@ from opacus.accountants.analysis import rdp as renyi
 
 from post_shared.errors import PrivacyInvalid
 
+Unit = Literal["row", "user"]
+"""What is added or removed between neighbouring data sets: one row, or all rows of one user."""
+
+
 ORDERS = (
     [1.1, 1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5]
     + [float(x) for x in range(2, 64)]

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import get_args
 
-from post_client.privacy.accounting import check_epsilon
+from post_client.privacy.accounting import Unit, check_epsilon
 from post_shared.errors import PrivacyInvalid
-
-if TYPE_CHECKING:
-    from post_client.privacy.plan import PrivacyPlan
-
-
-Unit = Literal["row", "user"]
-"""What is added or removed between neighbouring data sets: one row, or all rows of one user."""
 
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """A privacy budget and how to spend it. Checked when made; what depends on the data is checked by :meth:`plan`."""
+    """A privacy budget and how to spend it. Checked when made; what depends on the data is checked by
+    :meth:`post_client.privacy.PrivacyPlan.make`."""
 
     epsilon: float = 8.0
     """The budget of the whole run (the paper's value)."""
@@ -28,7 +22,7 @@ class PrivacyConfig:
     """``user``: users are sampled, the sum of a user's gradients is clipped, and every row must name its user."""
     trials: int = 1
     """How many runs share this budget: a search over hyperparameters is charged for all of them."""
-    clip_norm: float = 0.1
+    max_grad_norm: float = 0.1
     """c. Adam forgets the scale of gradients, so c matters only against their norm: small means "always clip"."""
     batch_size: int | None = None
     """Rows (or users) expected in a batch; large ones carry less noise per row. None: as in tuning without privacy."""
@@ -43,21 +37,11 @@ class PrivacyConfig:
         check_epsilon(self.epsilon)
         if self.delta is not None and not 0 < self.delta < 1:
             raise PrivacyInvalid(f"delta is {self.delta}; it must lie above 0 and below 1 / (number of rows or users)")
-        if not 0 < self.clip_norm < float("inf"):
-            raise PrivacyInvalid(f"the clipping norm is {self.clip_norm}; it must be a finite number above 0")
+        if not 0 < self.max_grad_norm < float("inf"):
+            raise PrivacyInvalid(f"the clipping norm is {self.max_grad_norm}; it must be a finite number above 0")
         if self.unit not in get_args(Unit):
             raise PrivacyInvalid(f"privacy is per {' or '.join(get_args(Unit))}, not per {self.unit!r}")
         for name in ("batch_size", "steps", "micro_batch_size", "trials"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PrivacyInvalid(f"{name} is {value}; it must be at least 1")
-
-    def plan(self, examples: int, *, batch_size: int, steps: int) -> PrivacyPlan:
-        """Fix everything for ``examples`` rows (or users); the arguments stand in for what this config leaves open.
-
-        Raises:
-            PrivacyInvalid: δ is not below 1/N, or no bearable noise gives this ε.
-        """
-        from post_client.privacy.plan import PrivacyPlan
-
-        return PrivacyPlan.make(self, examples, batch_size=self.batch_size or batch_size, steps=self.steps or steps)

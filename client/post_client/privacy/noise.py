@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from post_client.privacy.sampling import RESOLUTION, Randomness
+from post_client.privacy.randomness import RESOLUTION, Randomness
 
 ADDENDS = 4
 

@@ -19,18 +19,13 @@ from post_client.privacy.accounting import (
     running_epsilon,
 )
 from post_client.privacy.config import PrivacyConfig
-from post_client.privacy.optimizer import PromptDPSGD
-from post_client.privacy.sampling import (
-    KeyedRandomness,
-    PoissonSampler,
-    Randomness,
-    SecureRandomness,
-    SeededRandomness,
-)
+from post_client.privacy.dp_optimizer import PromptDPSGD
+from post_client.privacy.randomness import KeyedRandomness, Randomness, SecureRandomness, SeededRandomness
+from post_client.privacy.sampling import PoissonSampler
 from post_client.privacy.statement import PrivacyStatement, library_versions, words_of_unit
-from post_client.privacy.users import UserDPSGD
+from post_client.privacy.user_level import UserDPSGD
 from post_shared.errors import PrivacyInvalid
-from post_shared.language_model import LanguageModel
+from post_shared.model.language_model import LanguageModel
 
 TENTHS = 10
 """How often in a run the spent ε is computed exactly: each time takes half a second."""
@@ -38,7 +33,7 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """Sampling rate q, noise σ and steps T, made by :meth:`PrivacyConfig.plan`; from it come sampler and optimizer."""
+    """Sampling rate q, noise σ and steps T, made by :meth:`make`; from it come sampler and optimizer."""
 
     config: PrivacyConfig
     examples: int
@@ -53,7 +48,14 @@ class PrivacyPlan:
 
     @classmethod
     def make(cls, config: PrivacyConfig, examples: int, *, batch_size: int, steps: int) -> PrivacyPlan:
-        """See :meth:`PrivacyConfig.plan`."""
+        """Fix everything for ``examples`` rows (or users).
+
+        ``batch_size`` and ``steps`` stand in for what the configuration leaves open.
+
+        Raises:
+            PrivacyInvalid: δ is not below 1/N, or no bearable noise gives this ε.
+        """
+        batch_size, steps = config.batch_size or batch_size, config.steps or steps
         delta = default_delta(examples) if config.delta is None else config.delta
         check_delta(delta, examples)
         rate = min(1.0, batch_size / examples)
@@ -95,7 +97,7 @@ class PrivacyPlan:
         are as in :class:`PromptDPSGD`."""
         settings = {
             "noise_multiplier": self.noise_multiplier,
-            "clip_norm": self.config.clip_norm,
+            "max_grad_norm": self.config.max_grad_norm,
             "expected_batch_size": self.rate * self.examples,
         }
         more = {"micro_batch_size": self.config.micro_batch_size, "randomness": self.randomness}
@@ -121,10 +123,11 @@ class PrivacyPlan:
         by_prv = epsilon_for(self.noise_multiplier, self.delta, self.rate, max(1, until)).epsilon
         return min(self._running(step), by_prv, self.spent.epsilon)
 
-    def statement(self, iterate: str = "last") -> PrivacyStatement:
-        """What may be said about the result of all ``steps`` steps: the ``last`` iterate, or the ``average``."""
+    def statement(self, average_iterates: bool = False) -> PrivacyStatement:
+        """What may be said about the result of all ``steps`` steps: the last iterate or, with ``average_iterates``, the average of
+        those of the second half."""
         return PrivacyStatement(
-            **words_of_unit(self.config.unit, iterate),
+            **words_of_unit(self.config.unit, average_iterates),
             private=self.randomness.private,
             epsilon=self.config.epsilon,
             delta=self.delta,
@@ -134,7 +137,7 @@ class PrivacyPlan:
             sampling_rate=self.rate,
             steps=self.steps,
             trials=self.config.trials,
-            clip_norm=self.config.clip_norm,
+            max_grad_norm=self.config.max_grad_norm,
             expected_batch_size=self.rate * self.examples,
             randomness=self.randomness.name,
             versions=library_versions(),

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from post_client.privacy.config import Unit
-    from post_shared.data import Row
+    from post_client.privacy.accounting import Unit
+    from post_shared.data.rows import Row
 
 NOT_COVERED = (
     "texts that you later send to the provider for predictions: it reads them",
@@ -31,10 +31,10 @@ BEYOND = {
 """What each unit leaves open."""
 
 
-def words_of_unit(unit: Unit, iterate: str) -> dict[str, Any]:
+def words_of_unit(unit: Unit, average_iterates: bool) -> dict[str, Any]:
     """The members of a statement that say what is protected and how, for a unit and for the iterate that is kept."""
     whose = "per-row gradients" if unit == "row" else "the gradients of each user's rows are summed, these sums"
-    result = "last iterate" if iterate == "last" else "average of the iterates of the second half"
+    result = "average of the iterates of the second half" if average_iterates else "last iterate"
     each = "row is" if unit == "row" else "user is, with all rows,"
     what = "one row" if unit == "row" else "all rows of one user"
     return {
@@ -62,7 +62,7 @@ class PrivacyStatement:
     noise_multiplier: float
     sampling_rate: float
     steps: int
-    clip_norm: float
+    max_grad_norm: float
     expected_batch_size: float
     randomness: str
     versions: dict[str, str]
@@ -109,7 +109,7 @@ class PrivacyStatement:
         trials = "" if self.trials == 1 else f" in each of {self.trials} trials, all charged"
         how = (
             f"Neighbouring: {self.neighbours}. Mechanism: {self.mechanism}. Sampling: {self.sampling}. Sampling rate "
-            f"{self.sampling_rate:.6g}, {self.steps} steps{trials}, clipping norm {self.clip_norm:g}, noise multiplier "
+            f"{self.sampling_rate:.6g}, {self.steps} steps{trials}, clipping norm {self.max_grad_norm:g}, noise multiplier "
             f"{self.noise_multiplier:.4f}, randomness: {self.randomness}."
         )
         limits = "\n".join(f"- {limit}" for limit in self.not_covered)

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from post_client._answers import parse
-from post_client._http import JSON
-from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
-from post_client.resources._bodies import body
-from post_shared.completion_schemas import Completion, CompletionCreate
+from post_client.http.responses import parse
+from post_client.http.session import JSON
+from post_client.resources._request_bodies import body
+from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
 from post_shared.errors import IntegrityError, from_problem
+from post_shared.schemas.completions import Completion, CompletionCreate
 
 _PATH = "/v1/completions"
 _END = "[DONE]"
@@ -25,7 +25,7 @@ class AsyncCompletions(AsyncNoun):
 
     async def create(self, /, *, model: str, prompt: str | Sequence[str], **options: Any) -> Completion:
         """Go on with one text or several; ``model`` is ``'<target model>:<soft prompt>'``. Options as in
-        :class:`post_shared.completion_schemas.CompletionCreate`. Asking changes nothing, so it may be repeated."""
+        :class:`post_shared.schemas.completions.CompletionCreate`. Asking changes nothing, so it may be repeated."""
         texts = prompt if isinstance(prompt, str) else list(prompt)
         content = body(CompletionCreate, model=model, prompt=texts, **options).model_dump_json(exclude_none=True)
         answer = await self._http.send("POST", _PATH, content=content.encode(), headers=JSON, repeat=True)

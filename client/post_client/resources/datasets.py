@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
-from post_client._answers import parse
-from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
+from post_client.http.responses import parse
+from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
 from post_client.resources.uploads import AsyncUploads
-from post_shared.dataset_schemas import DatasetPreview
 from post_shared.errors import DataInvalid
-from post_shared.schemas import Dataset, DatasetKind
+from post_shared.schemas.datasets import Dataset, DatasetKind, DatasetPreview
 
 IN_PARTS = 32 * 2**20
 """A larger file is sent in parts, so that a break costs one of them."""

@@ -9,15 +9,15 @@ from datetime import datetime
 from typing import Any, Self
 from urllib.parse import quote
 
-from post_client._answers import parse
-from post_client._http import Http
-from post_client._wire import run
-from post_client.resources._blocking import AsyncNoun, Noun, blocking, blocking_as, iterating, iterating_as
-from post_client.resources._events import stream_events, updated
+from post_client.http.responses import parse
+from post_client.http.session import Http
+from post_client.http.transports import run
+from post_client.resources._sse import stream_events, updated
+from post_client.resources._sync import AsyncNoun, Noun, blocking, blocking_as, iterating, iterating_as
 from post_shared.errors import Cancelled, IntegrityError, JobFailed, Timeout, Unavailable
-from post_shared.job_schemas import JobMetrics
-from post_shared.schemas import Job as JobDocument
-from post_shared.schemas import JobEvent, JobKind, JobState
+from post_shared.schemas.job_metrics import JobMetrics
+from post_shared.schemas.jobs import Job as JobDocument
+from post_shared.schemas.jobs import JobEvent, JobKind, JobState
 
 Kinds = JobKind | str | Sequence[JobKind | str]
 States = JobState | str | Sequence[JobState | str]

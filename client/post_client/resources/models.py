@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
 
-from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
-from post_client.student_store import DownloadProgress, download_student, ignore
-from post_shared.schemas import Model, ModelManifest, ModelRole
+from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
+from post_client.students.download import DownloadProgress, download_student, ignore
+from post_shared.schemas.models import Model, ModelManifest, ModelRole
 
 
 class AsyncModels(AsyncNoun):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from post_client._answers import parse
-from post_client._http import JSON
-from post_client.resources._blocking import AsyncNoun, Noun, blocking
-from post_shared.schemas import Prediction, PredictionCreate, TaskForm
-from post_shared.schemas import Predictions as Answer
+from post_client.http.responses import parse
+from post_client.http.session import JSON
+from post_client.resources._sync import AsyncNoun, Noun, blocking
+from post_shared.schemas.predictions import Prediction, PredictionCreate
+from post_shared.schemas.predictions import Predictions as Answer
+from post_shared.schemas.tasks import TaskSpec
 
 MOST_TEXTS = 256
 
@@ -25,7 +26,7 @@ class AsyncPredictions(AsyncNoun):
         model: str,
         texts: Sequence[str],
         prompt: str | None = None,
-        task: TaskForm | None = None,
+        task: TaskSpec | None = None,
         max_new_tokens: int = 16,
         texts_per_request: int = MOST_TEXTS,
         progress: Callable[[int, int], None] = _ignore,

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import AsyncIterator
 from urllib.parse import quote
 
-from post_client._answers import parse
+from post_client.http.responses import parse
 from post_client.outbound import OutboundRequest, check_outbound
-from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
+from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
 from post_shared.errors import IntegrityError
-from post_shared.schemas import Prompt, PromptRole
+from post_shared.schemas.prompts import Prompt, PromptRole
 
 
 class AsyncPrompts(AsyncNoun):

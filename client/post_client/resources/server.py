@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from post_client.resources._blocking import AsyncNoun, Noun, blocking
-from post_shared.schemas import Health
+from post_client.resources._sync import AsyncNoun, Noun, blocking
+from post_shared.schemas.health import Health
 
 
 class AsyncServer(AsyncNoun):

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import quote
 
-from post_client._answers import parse
-from post_client.resources._blocking import AsyncNoun, Noun, blocking, iterating
-from post_shared.dataset_schemas import Upload, UploadCreate, UploadFinish
+from post_client.http.responses import parse
+from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
 from post_shared.errors import DataInvalid
-from post_shared.schemas import Dataset, DatasetKind
+from post_shared.schemas.datasets import Dataset, DatasetKind
+from post_shared.schemas.uploads import Upload, UploadCreate, UploadFinish
 
 PART_BYTES = 8 * 2**20
 """What is sent at once, if the provider takes so much."""

@@ -11,44 +11,45 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from post_server.api import (
-    completions,
-    dataset_uploads,
-    datasets,
-    health,
-    jobs,
-    models,
-    orders,
-    page,
-    predictions,
-    problems,
-    prompts,
-    reports,
-)
-from post_server.api.context import Context
-from post_server.api.following import Following
-from post_server.api.metrics import Metrics
-from post_server.api.middleware import BodyLimitMiddleware, RequestMiddleware
-from post_server.database import Database
+from post_server.api import dashboard, health
+from post_server.auth.rate_limits import RateLimits
+from post_server.datasets import endpoints as datasets
+from post_server.datasets import upload_endpoints as uploads
+from post_server.db.database import Database
+from post_server.distillations import endpoints as distillations
+from post_server.evaluations import endpoints as evaluations
+from post_server.http import problems
+from post_server.http.dependencies import Context
+from post_server.http.metrics import Metrics
+from post_server.http.middleware import BodyLimitMiddleware, RequestMiddleware
+from post_server.jobs import endpoints as jobs
+from post_server.jobs.event_stream import EventFeed
 from post_server.logs import configure_logs
-from post_server.predictor import transport
-from post_server.rate_limits import RateLimits
+from post_server.models import endpoints as models
+from post_server.predictions import completion_endpoints as completions
+from post_server.predictions import endpoints as predictions
+from post_server.predictions import queue_client
+from post_server.prompts import endpoints as prompts
+from post_server.reports import endpoints as reports
 from post_server.settings import Settings, get_settings
-from post_server.storage import BlobStore
+from post_server.storage.blob_store import BlobStore
+from post_server.transfers import endpoints as transfers
 from post_shared.errors import PROBLEM_MEDIA_TYPE
 
-_PARTS = (  # the paths of a part are tried before those of the next: first what is asked most
-    jobs,
-    models,
-    datasets,
-    dataset_uploads,
-    prompts,
-    orders,
-    reports,
-    predictions,
-    completions,
-    health,
-    page,
+_ROUTERS = (  # their paths are tried in this order: first what is asked most
+    jobs.router,
+    models.router,
+    datasets.router,
+    uploads.router,
+    prompts.router,
+    distillations.router,
+    transfers.router,
+    evaluations.router,
+    reports.router,
+    predictions.router,
+    completions.router,
+    health.router,
+    dashboard.router,
 )
 _ABOUT = (
     "Adapt a large language model that you do not own to data that you may not share: "
@@ -73,10 +74,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.metrics = Metrics(database)
     limits = RateLimits(settings, app.state.metrics.uncounted)
-    app.state.context = Context(settings, database, BlobStore.from_settings(settings), limits, Following(database))
-    for module in _PARTS:
-        app.include_router(module.router)
-    page.mount_static(app)
+    app.state.context = Context(settings, database, BlobStore.from_settings(settings), limits)
+    app.state.event_feed = EventFeed(database)
+    for router in _ROUTERS:
+        app.include_router(router)
+    dashboard.mount_static(app)
     problems.install(app)
     largest = {
         "/v1/datasets": settings.dataset_bytes,
@@ -94,7 +96,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gc.collect()
     gc.freeze()  # what is there now stays: to look through all of it again would hold up requests
     yield
-    await transport.close()
+    await queue_client.close()
     app.state.context.database.dispose()
 
 

@@ -10,9 +10,9 @@ from redis import Redis
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
-from post_server.api.context import App, Context
-from post_server.api.routes import Route
-from post_shared.schemas import Health
+from post_server.http.dependencies import App, Context
+from post_server.http.routing import Route
+from post_shared.schemas.health import Health
 
 router = APIRouter(route_class=Route, tags=["health"])
 

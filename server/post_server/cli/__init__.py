@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from post_server.cli.add import datasets, models
 from post_server.cli.admin import admin
 from post_server.cli.keys import keys
-from post_server.cli.store import datasets, models
 
 _PANEL = "Provider"
 

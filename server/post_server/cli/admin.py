@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from post_server.cli.parts import parts, when
-from post_shared.schemas import JobState
-from post_shared.terminal import AsJson, plain_table, print_json, print_table
+from post_server.cli.context import parts, when
+from post_shared.cli.output import AsJson, plain_table, print_json, print_table
+from post_shared.schemas.jobs import JobState
 
 admin = typer.Typer(no_args_is_help=True, help="The audit log, jobs and storage.")
 
@@ -23,7 +23,7 @@ def show_audit(
     json: AsJson = False,
 ) -> None:
     """Who did what to which thing, newest first. Nobody can change or remove a line."""
-    from post_server.audit_log import lines
+    from post_server.auth.audit_log import lines
 
     with parts() as (_, database, _), database.read() as session:
         rows = lines(session, who=who, action=action, thing=thing, days=days, limit=limit)
@@ -47,8 +47,8 @@ def list_jobs(
     """The jobs of all keys, newest first."""
     from sqlalchemy import select
 
-    from post_server.job_orders import job_document
-    from post_server.records import JobRow
+    from post_server.db.tables import JobRow
+    from post_server.jobs.service import job_document
 
     statement = select(JobRow)
     for column, wanted in ((JobRow.state, state), (JobRow.owner_key_id, key)):
@@ -73,7 +73,7 @@ Job = Annotated[str, typer.Argument(help="Its id.")]
 @admin.command("cancel")
 def cancel_job(job: Job) -> None:
     """Stop a job: a queued one ends at once, a running one soon."""
-    from post_server.audit_log import local_user, record
+    from post_server.auth.audit_log import local_user, record
     from post_server.jobs.states import request_cancel
 
     with parts() as (_, database, _), database.write() as session:
@@ -87,7 +87,7 @@ def prioritise_job(
     job: Job, priority: Annotated[int, typer.Argument(min=-100, max=100, help="The higher come first.")]
 ) -> None:
     """Move a waiting job forward or back in the line."""
-    from post_server.audit_log import local_user, record
+    from post_server.auth.audit_log import local_user, record
     from post_server.jobs.states import prioritise
 
     with parts() as (_, database, _), database.write() as session:
@@ -99,34 +99,34 @@ def prioritise_job(
 @admin.command("requeue")
 def requeue_job(job: Job) -> None:
     """Queue a job that failed or was cancelled again, from its beginning."""
-    from post_server.audit_log import local_user, record
-    from post_server.jobs.doorbell import ring
+    from post_server.auth.audit_log import local_user, record
+    from post_server.jobs.notifier import notify
     from post_server.jobs.states import requeue
 
     with parts() as (settings, database, _):
         with database.write() as session:
             row = requeue(session, job)
             record(session, local_user(), "job.requeue", job)
-        ring(row.id, settings, row.device)
+        notify(row.id, settings, row.device)
     typer.echo(f"{row.id}: {row.state}")
 
 
-@admin.command("clean")
-def clean_storage(
+@admin.command("collect-garbage")
+def collect_storage(
     grace_hours: Annotated[float, typer.Option(min=0, help="Leave alone what is younger than that.")] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove what nothing refers to: old blobs, temporary files, cached copies, work folders, expired answers."""
     from datetime import timedelta
 
-    from post_server.audit_log import local_user, record
-    from post_server.clean import clean
+    from post_server.auth.audit_log import local_user, record
+    from post_server.maintenance.garbage_collection import collect_garbage
 
     with parts() as (settings, database, store):
-        found = clean(database, store, settings, grace=timedelta(hours=grace_hours), dry_run=dry_run)
+        found = collect_garbage(database, store, settings, grace=timedelta(hours=grace_hours), dry_run=dry_run)
         if not dry_run:
             with database.write() as session:
-                record(session, local_user(), "storage.clean", "storage")
+                record(session, local_user(), "storage.collect_garbage", "storage")
     shown = plain_table("would go" if dry_run else "removed", "", "MB")
     for each in found:
         shown.add_row(each.what, f"{each.count:,}", f"{each.size / 1e6:,.1f}")
@@ -138,7 +138,7 @@ def check_storage(
     hashes: Annotated[bool, typer.Option("--hashes", help="Read every blob and compare its hash; slow.")] = False,
 ) -> None:
     """Whether every blob that a row names is there, as after a restore; exit code 1 if not."""
-    from post_server.clean import damaged
+    from post_server.maintenance.garbage_collection import damaged
 
     with parts() as (_, database, store):
         found = 0

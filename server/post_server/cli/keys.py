@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from post_server.cli.parts import parts, when
+from post_server.cli.context import parts, when
+from post_shared.cli.output import AsJson, plain_table, print_json, print_table
 from post_shared.errors import InvalidInput
-from post_shared.key_schemas import Scope
-from post_shared.schemas import Role
-from post_shared.terminal import AsJson, plain_table, print_json, print_table
+from post_shared.schemas.common import Role
+from post_shared.schemas.keys import Scope
 
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 
@@ -30,8 +30,8 @@ def create_key_(
     expires_days: Days = None,
 ) -> None:
     """Make an API key. It is printed once, on standard output, and can't be shown again."""
-    from post_server.audit_log import local_user, record
-    from post_server.keys import create_key
+    from post_server.auth.audit_log import local_user, record
+    from post_server.auth.keys import create_key
 
     if not 1 <= len(name) <= 64 or not name.isprintable():
         raise InvalidInput("The name of a key has 1 to 64 printable characters.")
@@ -46,7 +46,7 @@ def create_key_(
 @keys.command("list")
 def list_keys_(json: AsJson = False) -> None:
     """All API keys, without their secrets."""
-    from post_server.keys import key_document, list_keys
+    from post_server.auth.keys import key_document, list_keys
 
     with parts() as (_, database, _), database.read() as session:
         found = [key_document(row) for row in list_keys(session)]
@@ -67,8 +67,8 @@ def rotate_key_(
     expires_days: Days = None,
 ) -> None:
     """Give a key a new text, printed once. What it owns and may do stays; if it expires, it lives as long again."""
-    from post_server.audit_log import local_user, record
-    from post_server.keys import rotate_key
+    from post_server.auth.audit_log import local_user, record
+    from post_server.auth.keys import rotate_key
 
     with parts() as (_, database, _), database.write() as session:
         row, text = rotate_key(session, key, grace_hours=grace_hours, expires_days=expires_days)
@@ -87,8 +87,8 @@ def limit_key_(
     ] = 0,
 ) -> None:
     """Give an API key its own limits; for what is left out, the server's settings hold again."""
-    from post_server.audit_log import local_user, record
-    from post_server.keys import limit_key
+    from post_server.auth.audit_log import local_user, record
+    from post_server.auth.keys import limit_key
 
     with parts() as (_, database, _), database.write() as session:
         row = limit_key(
@@ -102,8 +102,8 @@ def limit_key_(
 @keys.command("revoke")
 def revoke_key_(key: Key) -> None:
     """End an API key at once."""
-    from post_server.audit_log import local_user, record
-    from post_server.keys import revoke_key
+    from post_server.auth.audit_log import local_user, record
+    from post_server.auth.keys import revoke_key
 
     with parts() as (_, database, _), database.write() as session:
         row = revoke_key(session, key)

@@ -12,11 +12,11 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Select, func, or_, select
 from sqlalchemy.orm import Session
 
-from post_server.database import guard_claims
+from post_server.db.database import guard_claims
+from post_server.db.tables import ApiKeyRow, JobRow, now
 from post_server.jobs.states import HELD, Lease, claim, free
-from post_server.records import ApiKeyRow, JobRow, now
 from post_server.settings import Settings
-from post_shared.schemas import JobKind
+from post_shared.schemas.jobs import JobKind
 
 GPU = "cuda"
 _TRIES = 5

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 
-from post_server.database import Database
-from post_server.jobs import doorbell, queue, states
-from post_server.records import JobRow
+from post_server.db.database import Database
+from post_server.db.tables import JobRow
+from post_server.jobs import notifier, queue, states
 from post_server.settings import Settings
-from post_shared.schemas import JobState
+from post_shared.schemas.jobs import JobState
 
 log = logging.getLogger("post.jobs")
 
@@ -34,9 +34,9 @@ def reconcile(database: Database, settings: Settings) -> list[str]:
         statement = queue.line(settings, frozenset({queue.GPU})).where(JobRow.device == device)
         with database.read() as session:
             overdue = list(session.scalars(statement.where(states.overdue(settings.ring_seconds))))
-        if overdue and doorbell.waiting(settings, device) == 0:
+        if overdue and notifier.waiting(settings, device) == 0:
             again |= dict.fromkeys(overdue, device)
-    return [job_id for job_id, device in again.items() if doorbell.ring(job_id, settings, device)]
+    return [job_id for job_id, device in again.items() if notifier.notify(job_id, settings, device)]
 
 
 class Reconciler(threading.Thread):

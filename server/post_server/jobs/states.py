@@ -21,9 +21,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, bindparam, case, func, null, or_, select, update
 from sqlalchemy.orm import Session
 
-from post_server.records import JobEventRow, JobRow, now
+from post_server.db.tables import JobEventRow, JobRow, now
 from post_shared.errors import Conflict, NotFound, PostError, WorkerLost
-from post_shared.schemas import JobEvent, JobState
+from post_shared.schemas.jobs import JobEvent, JobState
+
+ENDED = [state for state in JobState if state.ended]
+
 
 HELD = (JobState.RUNNING, JobState.CANCELLING)
 _CANCEL_TRIES = 5
@@ -99,7 +102,7 @@ def last_event(session: Session, job_id: str) -> int:
     return session.scalar(select(func.max(JobEventRow.sequence)).where(JobEventRow.job_id == job_id)) or 0
 
 
-def report(
+def record_progress(
     session: Session,
     lease: Lease,
     *,
@@ -118,12 +121,6 @@ def report(
     if metrics:
         known.metrics = {**known.metrics, **metrics}
         _append(session, lease.job_id, "metrics", {**at, "values": dict(metrics)})
-
-
-def append_event(session: Session, lease: Lease, kind: str, data: Mapping[str, Any]) -> None:
-    """Add a line to the job's history."""
-    _fenced(session, lease, heartbeat_at=now())
-    _append(session, lease.job_id, kind, data)
 
 
 def finish(session: Session, lease: Lease, result: Mapping[str, Any]) -> None:

@@ -14,20 +14,20 @@ import redis
 import torch
 from pydantic import ValidationError
 
-from post_server.database import Database
+from post_server.db.database import Database
 from post_server.logs import configure_logs
-from post_server.predictor import transport
-from post_server.predictor.backlog import Backlog, Question, Share
-from post_server.predictor.desk import Desk
+from post_server.predictions import queue_client
 from post_server.predictor.failures import as_post_error
-from post_server.predictor.models import ReadyModel, Shelf
-from post_server.predictor.orders import CompletionOrder, FreeAnswers, Order
+from post_server.predictor.micro_batching import MicroBatcher, Question, Share
+from post_server.predictor.model_cache import ModelCache, ReadyModel
+from post_server.predictor.requests import CompletionRequest, FreeAnswers, GenerationRequest
+from post_server.predictor.scheduler import Scheduler
+from post_server.processes.library_logging import quiet_models
 from post_server.settings import Settings
-from post_server.storage import BlobStore
-from post_server.worker.quiet import quiet_models
+from post_server.storage.blob_store import BlobStore
 from post_shared.errors import InvalidInput, PostError
-from post_shared.schemas import Prediction, PredictionCreate, Predictions
-from post_shared.serving import Classified, ServedPrompt, classify_mixed
+from post_shared.inference.classification import Classified, ServedPrompt, classify_mixed
+from post_shared.schemas.predictions import Prediction, PredictionCreate, Predictions
 
 log = logging.getLogger("post.predictor")
 
@@ -49,23 +49,23 @@ class Predictor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database = Database.from_settings(settings)
-        self._shelf = Shelf(settings, self._database, BlobStore.from_settings(settings))
+        self._shelf = ModelCache(settings, self._database, BlobStore.from_settings(settings))
         self._redis = redis.Redis.from_url(settings.redis_url, socket_timeout=10.0, socket_connect_timeout=2.0)
         self._name = secrets.token_hex(8)
-        self._backlog = Backlog()
-        self._desk = Desk()
+        self._backlog = MicroBatcher()
+        self._desk = Scheduler()
 
     def beat(self, stopping: threading.Event) -> None:
         """Give signs of life, in a thread of its own: a long batch is no death."""
         while not stopping.is_set():
             try:
                 with self._redis.pipeline() as pipe:
-                    for key in (transport.ALIVE, transport.alive_key(self._name)):
-                        pipe.set(key, 1, ex=transport.ALIVE_SECONDS)
+                    for key in (queue_client.ALIVE, queue_client.alive_key(self._name)):
+                        pipe.set(key, 1, ex=queue_client.ALIVE_SECONDS)
                     pipe.execute()
             except redis.RedisError as error:
                 log.warning("redis away: %s", type(error).__name__)
-            stopping.wait(transport.ALIVE_SECONDS / 3)
+            stopping.wait(queue_client.ALIVE_SECONDS / 3)
 
     def serve(self, stopping: threading.Event) -> None:
         """Answer until told to stop; what was taken by then is still answered."""
@@ -87,7 +87,7 @@ class Predictor:
             if error is not None:
                 self._refuse(order, error)
             elif piece := order.part():
-                self._send(order.reply, transport.part(piece))
+                self._send(order.reply, queue_client.part(piece))
             if error is None and order.ended:
                 self._finish(order)
 
@@ -143,11 +143,11 @@ class Predictor:
             return
         found: list[bytes | str] = []
         if not self._busy:
-            first = self._redis.brpop([transport.QUESTIONS], timeout=_WAIT_SECONDS)
+            first = self._redis.brpop([queue_client.QUESTIONS], timeout=_WAIT_SECONDS)
             if not first:
                 return
             found.append(first[1])
-        more = self._redis.rpop(transport.QUESTIONS, _MOST_TAKEN - len(found))
+        more = self._redis.rpop(queue_client.QUESTIONS, _MOST_TAKEN - len(found))
         found += more if isinstance(more, list) else []
         for data in found:
             self._read(data)
@@ -159,31 +159,31 @@ class Predictor:
         except (ValueError, KeyError, TypeError):
             log.error("a question that can't be read")
             return
-        self._redis.set(transport.taken_key(reply), self._name, ex=transport.KEPT_SECONDS)
+        self._redis.set(queue_client.taken_key(reply), self._name, ex=queue_client.KEPT_SECONDS)
         try:
             if document.get("kind") == "completion":
-                self._begin(reply, deadline, transport.CompletionQuestion.model_validate(payload))
+                self._begin(reply, deadline, queue_client.CompletionQuestion.model_validate(payload))
             else:
                 self._backlog.add(Question(reply, deadline, PredictionCreate.model_validate(payload)))
         except ValidationError:
-            self._send(reply, transport.refusal(InvalidInput("the question is no request that a predictor knows")))
+            self._send(reply, queue_client.refusal(InvalidInput("the question is no request that a predictor knows")))
         except Exception as error:
-            self._send(reply, transport.refusal(as_post_error(error)))
+            self._send(reply, queue_client.refusal(as_post_error(error)))
 
-    def _begin(self, reply: str, deadline: float, question: transport.CompletionQuestion) -> None:
+    def _begin(self, reply: str, deadline: float, question: queue_client.CompletionQuestion) -> None:
         ready = self._shelf.model(question.model)
         prompt = None if question.prompt is None else self._shelf.prompt(ready, question.prompt, None)
         most = self._settings.predictor_text_tokens
         self._desk.add(
             ready,
-            CompletionOrder(ready.model, prompt, question, reply=reply, deadline=deadline, most_tokens=most),
+            CompletionRequest(ready.model, prompt, question, reply=reply, deadline=deadline, most_tokens=most),
         )
 
     def _drop_gone(self) -> None:
         """Work on nothing that nobody waits for any more."""
         orders = self._desk.orders
         if orders:
-            gone = self._redis.mget([transport.gone_key(order.reply) for order in orders])
+            gone = self._redis.mget([queue_client.gone_key(order.reply) for order in orders])
             self._desk.drop([order for order, left in zip(orders, gone, strict=True) if left is not None])
 
     def _answer(self, shares: Sequence[Share]) -> None:
@@ -216,21 +216,21 @@ class Predictor:
             question.found[at] = item
         self._send_if_answered(question)
 
-    def _finish(self, order: Order) -> None:
+    def _finish(self, order: GenerationRequest) -> None:
         if isinstance(order, FreeAnswers):
             order.finish()
             self._send_if_answered(order.share.question)
-        elif isinstance(order, CompletionOrder):
-            self._send(order.reply, transport.answer(order.whole()))
+        elif isinstance(order, CompletionRequest):
+            self._send(order.reply, queue_client.answer(order.whole()))
 
     def _send_if_answered(self, question: Question) -> None:
         if question.answered and not question.refused:
             form = question.form
             items = [question.found[at] for at in range(len(form.texts))]
             document = Predictions(model_id=form.model, prompt_id=form.prompt, items=items)
-            self._send(question.reply, transport.answer(document.model_dump(mode="json")))
+            self._send(question.reply, queue_client.answer(document.model_dump(mode="json")))
 
-    def _refuse(self, asked: Question | Order, error: PostError) -> None:
+    def _refuse(self, asked: Question | GenerationRequest, error: PostError) -> None:
         """Say once what is wrong; a question's other texts are then of no use to anyone."""
         question = asked.share.question if isinstance(asked, FreeAnswers) else asked
         if isinstance(question, Question):
@@ -238,7 +238,7 @@ class Predictor:
                 return
             question.refused = True
             self._backlog.drop(question)
-        self._send(question.reply, transport.refusal(error))
+        self._send(question.reply, queue_client.refusal(error))
 
     def _send(self, reply: str, data: str) -> None:
         try:
@@ -254,7 +254,7 @@ def _prediction(prompt: ServedPrompt, found: Classified) -> Prediction | PostErr
     if found.scores is None:
         return InvalidInput("the model's answers are no numbers; the prompt's may be far too large: tune it again")
     scores = dict(zip(prompt.task.labels, found.scores, strict=True))
-    return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores, cut=found.cut)
+    return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores, truncated=found.truncated)
 
 
 def main(settings: Settings) -> int:

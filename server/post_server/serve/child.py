@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from post_server.worker import lifeline
+from post_server.processes import parent_death
 
 
 def api(listening: int, gate: int) -> None:
@@ -37,11 +37,11 @@ def main(arguments: list[str]) -> None:
     """Tie this process to its parent, then become one of the parts."""
     part, rest = arguments[0], arguments[1:]
     if part == "run":  # another program: it keeps the tie, but not our watching thread
-        lifeline.die_with_parent(None)
+        parent_death.die_with_parent(None)
         os.execv(rest[0], rest)  # noqa: S606  the program that embedded_redis found
     from post_server.settings import get_settings
 
-    lifeline.die_with_parent(get_settings().stop_seconds)
+    parent_death.die_with_parent(get_settings().stop_seconds)
     if part == "api":
         api(*map(int, rest))
     elif part == "worker":

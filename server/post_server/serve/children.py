@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from post_server.worker import lifeline
+from post_server.processes import parent_death
 from post_shared.errors import Unavailable
 
 _FIRST_PAUSE = 0.5
@@ -48,7 +48,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment, **lifeline.environment_for_child()},
+                env={**os.environ, **self.environment, **parent_death.environment_for_child()},
                 pass_fds=self.inherited,
                 start_new_session=True,
             )
@@ -119,3 +119,12 @@ def _last_line(log: Path) -> str:
     except OSError:
         return ""
     return f". It said: {lines[-1].strip()[:500]}" if lines else ""
+
+
+class Stopping:
+    """What the signals said so far: nothing, stop (once), or stop now (again)."""
+
+    count = 0
+
+    def __bool__(self) -> bool:
+        return self.count > 0

@@ -13,8 +13,8 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from post_server.serve import embedded_redis
-from post_server.serve.children import Child, stop
-from post_server.serve.home import announce, locked_home
+from post_server.serve.children import Child, Stopping, stop
+from post_server.serve.home_lock import announce, locked_home
 from post_server.settings import Settings
 from post_shared.errors import PostError, Unavailable
 
@@ -40,15 +40,6 @@ def main(settings: Settings, say: Say | None = None) -> int:
         tell(f"the system refused: {error}")
         return 1
     return 0
-
-
-class Stopping:
-    """What the signals said so far: nothing, stop (once), or stop now (again)."""
-
-    count = 0
-
-    def __bool__(self) -> bool:
-        return self.count > 0
 
 
 class Supervisor:
@@ -105,7 +96,7 @@ class Supervisor:
 
     def _prepare(self, redis_url: str) -> None:
         """Bring the records up to date and wait for the broker, while Redis and the API start."""
-        from post_server.serve.checks import await_redis, migrate
+        from post_server.serve.preflight import await_redis, migrate
 
         migrate(self.settings)
         await_redis(redis_url, self.redis, self.stopping)

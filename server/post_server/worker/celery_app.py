@@ -10,13 +10,13 @@ from typing import Any
 from celery import signals
 from celery.platforms import SecurityWarning
 
-from post_server.database import Database
+from post_server.db.database import Database
 from post_server.jobs.broker import RUN_JOB, celery_for, queue_of
 from post_server.jobs.queue import devices
 from post_server.jobs.reconciler import Reconciler
 from post_server.logs import configure_logs
 from post_server.settings import Settings
-from post_server.storage import BlobStore
+from post_server.storage.blob_store import BlobStore
 from post_server.worker.supervisor import JobSupervisor
 
 log = logging.getLogger("post.worker")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from post_server.outages import causes
+from post_server.storage.outages import causes
 from post_shared.errors import DiskFull, OutOfMemory, PostError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

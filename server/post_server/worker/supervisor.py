@@ -17,16 +17,16 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from post_server.clean import ended_work
-from post_server.database import Database
-from post_server.jobs import doorbell, queue, states
+from post_server.db.database import Database
+from post_server.db.tables import JobRow
+from post_server.jobs import notifier, queue, states
 from post_server.jobs.states import Lease, LeaseLost
-from post_server.records import JobRow
+from post_server.maintenance.garbage_collection import ended_work
+from post_server.processes import parent_death
 from post_server.settings import Settings
-from post_server.worker import lifeline
-from post_server.worker.exits import PASSING
+from post_server.worker.exit_codes import PASSING
 from post_shared.errors import JobKilled, JobStalled
-from post_shared.schemas import JobState
+from post_shared.schemas.jobs import JobState
 
 log = logging.getLogger("post.worker")
 
@@ -94,9 +94,9 @@ class JobSupervisor:
     def _start(self, lease: Lease) -> subprocess.Popen[bytes]:
         settings = {f"POST_{name.upper()}": str(value) for name, value in self._settings.model_dump().items()}
         return subprocess.Popen(
-            [sys.executable, "-m", "post_server.worker.process", lease.job_id, lease.token],
+            [sys.executable, "-m", "post_server.worker.job_process", lease.job_id, lease.token],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **settings, **lifeline.environment_for_child()},
+            env={**os.environ, **settings, **parent_death.environment_for_child()},
             start_new_session=True,
         )
 
@@ -172,7 +172,7 @@ class JobSupervisor:
             shutil.rmtree(work_folder(self._settings, job_id), ignore_errors=True)
         log.info("job left", extra={"job": job_id, "state": row.state.value if row else "gone", "exit": status})
         if again and row is not None:
-            doorbell.ring(job_id, self._settings, row.device)
+            notifier.notify(job_id, self._settings, row.device)
 
     def _write_end(self, session: Session, attempt: _Attempt, status: int) -> bool:
         """The state after a process that left none; whether the job waits in the queue again."""

@@ -1,0 +1,43 @@
+"""The verbs that start long work at the provider."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from post_client.resources._request_bodies import body, values
+from post_client.resources._sync import AsyncNoun, Noun, blocking_as, iterating_as
+from post_client.resources.jobs import AsyncJob, AsyncJobs, Job
+from post_shared.schemas.jobs import Job as JobDocument
+from post_shared.schemas.jobs import JobKind
+from post_shared.schemas.transfers import TransferCreate, TransferOptions
+
+
+class AsyncTransfers(AsyncNoun):
+    """``client.transfers`` of an :class:`post_client.AsyncClient`"""
+
+    async def create(
+        self,
+        /,
+        *,
+        prompt: str,
+        target: str,
+        dataset: str,
+        options: TransferOptions | None = None,
+        **changes: Any,
+    ) -> AsyncJob:
+        """Move a source prompt to a target model. ``changes`` are single settings of :class:`TransferOptions`, on top
+        of ``options``."""
+        request = body(TransferCreate, prompt=prompt, target=target, dataset=dataset, **values(options, changes))
+        return AsyncJob(self._http, await self._http.create("/v1/transfers", request, JobDocument))
+
+    def list(self) -> AsyncIterator[AsyncJob]:
+        """Your transfers, newest first; a provider sees all."""
+        return AsyncJobs(self._http).list(kind=JobKind.TRANSFER)
+
+
+class Transfers(Noun[AsyncTransfers]):
+    """``client.transfers``"""
+
+    create = blocking_as(Job, AsyncTransfers.create)
+    list = iterating_as(Job, AsyncTransfers.list)

@@ -1,0 +1,1 @@
+"""Students: download, integrity and safety checks."""

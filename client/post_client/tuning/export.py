@@ -1,0 +1,23 @@
+"""From a tuned prompt to the file that may leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from post_shared.files.prompt_file import PromptFile
+
+if TYPE_CHECKING:
+    from post_client.tuning.tune import TuneResult
+    from post_shared.data.tasks import Task
+
+
+def prompt_file(result: TuneResult, model_hash: str, task: Task) -> PromptFile:
+    """The prompt, its model, its task form and, if there is one, the privacy claim. Nothing else of ``result``."""
+    epsilon, delta = (result.statement.claim if result.statement else None) or (None, None)
+    return PromptFile(
+        embeddings=result.prompt.embeddings.numpy(),
+        model_hash=model_hash,
+        task=task.spec(),
+        epsilon=epsilon,
+        delta=delta,
+    )

@@ -1,0 +1,147 @@
+"""``post model`` and ``post dataset``: what lies in the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from post_server.cli.context import parts
+from post_shared.cli.output import AsJson, plain_table, print_json, print_table
+from post_shared.errors import Conflict, InvalidInput
+from post_shared.schemas.datasets import DatasetKind
+from post_shared.schemas.models import ModelRole
+
+if TYPE_CHECKING:
+    from post_server.db.database import Database
+
+Named = Annotated[str, typer.Option("--name", help="A short name in lower case: letters, digits, . _ -")]
+models = typer.Typer(no_args_is_help=True, help="Target and student models in the store.")
+datasets = typer.Typer(no_args_is_help=True, help="Public datasets in the store.")
+
+
+# --- models -------------------------------------------------------------------------------------------
+
+
+@models.command("add")
+def add_model_(
+    source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a Hugging Face hub id.")],
+    name: Named,
+    gguf_file: Annotated[str | None, typer.Option(help="The .gguf file within a folder or hub id.")] = None,
+) -> None:
+    """Add a target model: load it, check it, store it as safetensors."""
+    import tempfile
+
+    from post_server.auth.audit_log import local_user, record
+    from post_server.models.service import add_model, model_facts
+
+    with parts() as (_, database, store), tempfile.TemporaryDirectory() as folder:
+        _check_name(name)
+        _refuse_taken_name(database, name)
+        from post_shared.model.language_model import LanguageModel
+
+        if not Path(source).exists() and (source.count("/") != 1 or source.startswith(("/", ".", "~"))):
+            raise InvalidInput(f"there is no folder or file {source!r}, and a hub id has the form owner/name")
+        typer.echo(f"Loading {source} …", err=True)
+        model = LanguageModel.load(source, device="cpu", gguf_file=gguf_file)
+        model.save(Path(folder))
+        with database.write() as session:
+            row = add_model(session, store, Path(folder), name=name, role=ModelRole.TARGET, **model_facts(model))
+            record(session, local_user(), "model.add", row.id)
+    typer.echo(f"{row.id}  {row.name}  {row.architecture}, {row.layers} layers, {row.parameters:,} parameters")
+
+
+@models.command("list")
+def list_models(json: AsJson = False) -> None:
+    """All models, newest first."""
+    from sqlalchemy import select
+
+    from post_server.db.tables import ModelRow
+    from post_server.models.service import model_document
+
+    with parts() as (_, database, _), database.read() as session:
+        rows = session.scalars(select(ModelRow).order_by(ModelRow.created_at.desc())).all()
+    if json:
+        print_json([model_document(row).model_dump(mode="json") for row in rows])
+        return
+    shown = plain_table("id", "name", "role", "architecture", "layers", "width", "parameters", "hash")
+    for row in rows:
+        facts = (str(row.layers), str(row.hidden_size), f"{row.parameters:,}", row.hash[:12])
+        shown.add_row(row.id, row.name, row.role.value, row.architecture, *facts)
+    print_table(shown)
+
+
+# --- datasets -----------------------------------------------------------------------------------------
+
+
+@datasets.command("add")
+def add_dataset_(
+    source: Annotated[Path, typer.Argument(help="JSON Lines, CSV, TSV or Parquet for rows; text for a corpus.")],
+    name: Named,
+    kind: Annotated[DatasetKind | None, typer.Option(help="By default, text is a corpus, all else rows.")] = None,
+    licence: Annotated[str | None, typer.Option(help="SPDX id or a few words.")] = None,
+) -> None:
+    """Add public data. Never add private data: it stays with its owner."""
+    from post_server.auth.audit_log import local_user, record
+    from post_server.datasets.service import add_dataset, copy_as_dataset, summarise
+    from post_server.storage.blob_references import sent_ahead
+
+    _check_name(name)
+    plain_text = source.name.removesuffix(".gz").endswith(".txt")
+    kind = kind or (DatasetKind.CORPUS if plain_text else DatasetKind.ROWS)
+    with parts() as (_, database, store):
+        copy = store.new_file()
+        try:
+            copy_as_dataset(source, kind, copy)
+            summary = summarise(copy, kind)
+            with sent_ahead(database, store, copy, summary.sha256), database.write() as session:
+                row, is_new = add_dataset(session, store, copy, summary, name=name, kind=kind, licence=licence)
+                if is_new:
+                    record(session, local_user(), "dataset.add", row.id)
+        finally:
+            copy.unlink(missing_ok=True)
+    labels = "no labels" if row.labels is None else ", ".join(row.labels[:12]) or "free answers"
+    typer.echo(f"{row.id}  {row.name}  {row.rows:,} {'paragraphs' if kind is DatasetKind.CORPUS else 'rows'}, {labels}")
+
+
+@datasets.command("list")
+def list_datasets(json: AsJson = False) -> None:
+    """All public datasets, newest first."""
+    from sqlalchemy import select
+
+    from post_server.datasets.service import dataset_document
+    from post_server.db.tables import DatasetRow
+
+    with parts() as (_, database, _), database.read() as session:
+        rows = session.scalars(select(DatasetRow).order_by(DatasetRow.created_at.desc())).all()
+    if json:
+        print_json([dataset_document(row).model_dump(mode="json") for row in rows])
+        return
+    shown = plain_table("id", "name", "kind", "rows", "labels", "licence")
+    for row in rows:
+        labels = "" if row.labels is None else ", ".join(row.labels[:12])
+        shown.add_row(row.id, row.name, row.kind.value, f"{row.rows:,}", labels, row.licence or "")
+    print_table(shown)
+
+
+def _check_name(name: str) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from post_shared.schemas.common import Name
+
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise InvalidInput(f"{name!r} is no name: lower-case letters, digits, '.', '_', '-', at most 63.") from None
+
+
+def _refuse_taken_name(database: Database, name: str) -> None:
+    """Before minutes of loading, not after them."""
+    from sqlalchemy import select
+
+    from post_server.db.tables import ModelRow
+
+    with database.read() as session:
+        if session.scalar(select(ModelRow.id).where(ModelRow.name == name)) is not None:
+            raise Conflict(f"There already is a model named {name!r}; choose another name.")

@@ -1,0 +1,1 @@
+"""Alembic migrations; :meth:`post_server.db.database.Database.migrate` runs them."""

@@ -1,0 +1,1 @@
+"""What all endpoints share: dependencies, errors, pagination, idempotency."""

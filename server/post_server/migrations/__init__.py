@@ -1,1 +1,0 @@
-"""Alembic migrations; :meth:`post_server.database.Database.migrate` runs them."""

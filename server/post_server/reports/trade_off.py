@@ -1,0 +1,172 @@
+"""What the provider weighs before a student is given away: how good it is beside its target, and what both leak."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from post_server.reports.figures import leakage_figures, measured_loss, task_figures
+from post_server.reports.texts import PublicTask
+from post_shared.data.batches import ShuffledBatches
+from post_shared.inference.measuring import guess_labels
+from post_shared.method.audit.min_k import text_scores
+from post_shared.method.tuning.tune import planned, starting_prompt, train_on_task
+from post_shared.model.encoding import encode_rows
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.reports import Leakage, MeasuredLoss, ReportCreate, TaskFigures
+from post_shared.training.checkpoint import Checkpoint, fingerprint
+from post_shared.training.optimizer import PromptAdam
+from post_shared.training.progress import Progress, ProgressCallback, ignore
+from post_shared.training.stages import Stages
+
+TUNING_PASSES = 3.0
+"""What a step of tuning costs, in forward passes of its batch."""
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """What was measured. ``members`` and ``non_members`` count the texts that were attacked."""
+
+    loss: MeasuredLoss
+    tasks: tuple[TaskFigures, ...]
+    members: int
+    non_members: int
+    leakage: tuple[Leakage, ...]
+
+
+def trade_off(
+    target: LanguageModel,
+    student: LanguageModel,
+    tasks: Sequence[PublicTask],
+    members: Sequence[str],
+    others: Sequence[str],
+    request: ReportCreate,
+    *,
+    on_progress: ProgressCallback = ignore,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> TradeOff:
+    """Measure both models on the same rows and texts.
+
+    ``tasks`` come from :func:`~post_server.reports.texts.split_task`, ``members`` and ``others`` from
+    :func:`~post_server.reports.texts.attacked_texts`. With a ``checkpoint`` folder, a killed run goes on at the
+    stage where it was.
+
+    Raises:
+        TaskInvalid: label words that the models' tokenizer can't tell apart.
+        InvalidInput: a model whose answers are no numbers, or with too few positions.
+        Cancelled: raised by ``on_progress``; what was done is kept.
+    """
+    models = {"target": target, "student": student}
+    run_id = _fingerprint(models, tasks, members, others, request)
+    stages = Stages(_costs(models, tasks, len(members), len(others), request), on_progress, checkpoint, run_id)
+    figures = []
+    for task in tasks:
+        right = {}
+        for name, model in models.items():
+            kept = _checkpoint(checkpoint, f"{name}/{task.dataset}", run_id, checkpoint_seconds)
+            right[f"{name}_zero_shot"] = stages.once(f"{name} on {task.dataset}", _zero_shot(model, task, request))
+            right[f"{name}_tuned"] = stages.once(f"tuned {name} on {task.dataset}", _tuned(model, task, request, kept))
+        figures.append(task_figures(task, right, request.seed))
+    loss = stages.once(
+        "loss", lambda tell: measured_loss(target, student, others, request.tuning.max_length, on_progress=tell)
+    )
+    scores = [
+        np.array(stages.once(f"attack on {name}", _scores(model, [*members, *others], request.tuning.max_length)))
+        for name, model in models.items()
+    ]
+    leakage = leakage_figures(scores[0], scores[1], len(members), request.seed)
+    return TradeOff(MeasuredLoss(**loss), tuple(figures), len(members), len(others), leakage)
+
+
+# --- stages: each gives plain JSON -------------------------------------------------------------------
+
+
+Stage = Callable[[ProgressCallback], Any]
+
+
+def _zero_shot(model: LanguageModel, task: PublicTask, request: ReportCreate) -> Stage:
+    return lambda tell: _right(model, task, None, request, tell)
+
+
+def _tuned(model: LanguageModel, task: PublicTask, request: ReportCreate, kept: Checkpoint | None) -> Stage:
+    """Tune as an owner would without privacy, then answer the held-out rows."""
+    config = request.tuning
+
+    def make(tell: ProgressCallback) -> list[bool]:
+        texts, labels = [row.text for row in task.tune], [row.label for row in task.tune]
+        encoded = encode_rows(
+            model, task.task, texts, config.max_length, labels=labels, reserved=config.num_virtual_tokens
+        )
+        start = starting_prompt(model, task.task, config).embeddings
+        split, calibrated = planned(model, task.task, task.tune, None, encoded, config, private=False)
+        prompt = train_on_task(
+            model,
+            task.task,
+            PromptAdam(nn.Parameter(start.clone().to(model.device)), config.learning_rate, split),
+            ShuffledBatches(encoded, config.batch_size, config.seed),
+            config,
+            steps=config.steps,
+            calibrated=calibrated,
+            on_progress=tell,
+            checkpoint=kept,
+        )
+        return _right(model, task, prompt.embeddings, request, lambda _: tell(Progress(1, 1, "tune")))
+
+    return make
+
+
+def _scores(model: LanguageModel, texts: Sequence[str], max_length: int) -> Stage:
+    return lambda tell: text_scores(model, texts, max_length, on_progress=tell).tolist()
+
+
+def _right(
+    model: LanguageModel, task: PublicTask, prompt: Tensor | None, request: ReportCreate, on_progress: ProgressCallback
+) -> list[bool]:
+    texts = [row.text for row in task.test]
+    guesses = guess_labels(model, task.task, texts, prompt, on_progress, max_length=request.tuning.max_length)
+    return [task.task.labels[guess] == row.label for guess, row in zip(guesses, task.test, strict=True)]
+
+
+# --- helpers ------------------------------------------------------------------------------------------
+
+
+def _costs(
+    models: Mapping[str, LanguageModel], tasks: Sequence[PublicTask], members: int, others: int, request: ReportCreate
+) -> dict[str, float]:
+    """Every stage, in order, with about what it costs: parameters times rows."""
+    costs: dict[str, float] = {}
+    for task in tasks:
+        for name, model in models.items():
+            tuning = TUNING_PASSES * request.tuning.steps * min(request.tuning.batch_size, len(task.tune))
+            costs[f"{name} on {task.dataset}"] = float(model.parameters * len(task.test))
+            costs[f"tuned {name} on {task.dataset}"] = model.parameters * (tuning + len(task.test))
+    # A masked model reads a text once for each of its tokens.
+    reads = {name: request.tuning.max_length if model.kind == "masked" else 1 for name, model in models.items()}
+    costs["loss"] = float(sum(model.parameters * reads[name] * others for name, model in models.items()))
+    attacks = {name: model.parameters * reads[name] * (members + others) for name, model in models.items()}
+    return costs | {f"attack on {name}": float(cost) for name, cost in attacks.items()}
+
+
+def _fingerprint(
+    models: Mapping[str, LanguageModel],
+    tasks: Sequence[PublicTask],
+    members: Sequence[str],
+    others: Sequence[str],
+    request: ReportCreate,
+) -> str:
+    rows = [[asdict(row) for row in (*each.tune, *each.test)] for each in tasks]
+    return fingerprint(request.model_dump(), rows, list(members), list(others), *models.values())
+
+
+def _checkpoint(folder: Path | None, what: str, run_id: str, seconds: float) -> Checkpoint | None:
+    """Of one tuning. Its folder's name is a hash, whatever a dataset is called."""
+    if folder is None:
+        return None
+    return Checkpoint(folder / hashlib.sha256(what.encode()).hexdigest()[:16], f"{run_id}/{what}", seconds)

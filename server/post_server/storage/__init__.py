@@ -1,0 +1,1 @@
+"""Blobs: weights, prompts, checkpoints, datasets."""

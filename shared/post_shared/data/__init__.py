@@ -1,0 +1,1 @@
+"""Rows, file readers, tasks and batches."""

@@ -1,0 +1,227 @@
+"""A model as a folder of files: its manifest, its hash, and the refusal of anything unsafe. Never imports torch.
+
+The data owner doesn't trust the provider's model and the provider doesn't trust a model found somewhere. A
+folder may hold weights in safetensors, a tokenizer and configurations; nothing that runs code when loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from post_shared.errors import IntegrityError, ModelUnsafe
+from post_shared.files.safetensors_header import PREFIX, HeaderInvalid, header_length, parse_header
+from post_shared.schemas.models import ModelFile
+
+SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})
+WEIGHTS = ".safetensors"
+REFUSED_NAMES = frozenset({"adapter_config.json"})
+"""With it, transformers fetches a base model by name from elsewhere."""
+REFUSED_MEMBERS = {
+    "auto_map": "it names Python code to run",
+    "custom_pipelines": "it names Python code to run",
+    "trust_remote_code": "it asks for Python code to run",
+    "quantization_config": "POST takes plain weights only; convert the model first",
+}
+KERNEL_MEMBERS = ("attn_implementation", "experts_implementation")
+"""Members with such names, ``_attn_implementation_internal`` too, say which kernel computes a layer."""
+PLAIN_KERNELS = (None, "eager", "sdpa")
+"""Other kernels' names can make transformers fetch code."""
+MAX_FILES = 2_000
+MAX_HEADER = 64 * 2**20
+MAX_TOTAL = 2**40
+MAX_SIZE = {".json": 256 * 2**20, ".txt": 256 * 2**20, ".model": 256 * 2**20, ".jinja": 2**20, WEIGHTS: MAX_TOTAL}
+DIMENSIONS = {
+    "vocab_size": 2**23,
+    "hidden_size": 2**17,
+    "n_embd": 2**17,
+    "d_model": 2**17,
+    "intermediate_size": 2**20,
+    "n_inner": 2**20,
+    "num_hidden_layers": 2**12,
+    "n_layer": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "num_local_experts": 2**12,
+    "max_position_embeddings": 2**27,
+    "type_vocab_size": 2**16,
+}
+"""The largest sizes that a configuration may announce: a loader allocates by them."""
+
+
+# --- manifest -----------------------------------------------------------------------------------------
+
+
+def manifest(folder: Path) -> list[ModelFile]:
+    """Every file of the folder with its size and SHA-256, sorted by path.
+
+    Raises:
+        ModelUnsafe: a path that isn't plain, or a link.
+    """
+    return [
+        ModelFile(path=path, size=(folder / path).stat().st_size, sha256=sha256_of(folder / path))
+        for path in _paths(folder)
+    ]
+
+
+def model_hash(files: Sequence[ModelFile]) -> str:
+    """SHA-256 of the canonical JSON ``[{"path","sha256","size"}, …]``, sorted by path: the model's name."""
+    entries = [{"path": file.path, "sha256": file.sha256, "size": file.size} for file in files]
+    entries.sort(key=lambda entry: str(entry["path"]))
+    canonical = json.dumps(entries, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def verify(folder: Path, files: Sequence[ModelFile]) -> None:
+    """The folder holds exactly these files.
+
+    Raises:
+        IntegrityError: names the first file that is missing, left over or different.
+    """
+    expected = {file.path: file for file in files}
+    found = set(_paths(folder))
+    for path in sorted(found ^ set(expected)):
+        what = "isn't in the manifest" if path in found else "is missing"
+        raise IntegrityError(f"{folder.name}: {path} {what}; pull the model again")
+    for path, file in sorted(expected.items()):
+        size = (folder / path).stat().st_size
+        if size != file.size or sha256_of(folder / path) != file.sha256:
+            raise IntegrityError(f"{folder.name}: {path} differs from the manifest; pull the model again")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in lower-case hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- safety -------------------------------------------------------------------------------------------
+
+
+def check_path(path: str) -> None:
+    """A path of a manifest, before it is used as a place on the disk: relative, plain and of a known kind.
+
+    Raises:
+        ModelUnsafe: says what is wrong with it.
+    """
+    parts = path.split("/")
+    shown = repr(path[:80])
+    if len(path) > 255 or not path.isascii() or not path.isprintable() or set(path) & set('\\:*?"<>|'):
+        raise ModelUnsafe(f'{shown} is no plain file name: only printable ASCII without \\ : * ? " < > | is taken')
+    if any(part in ("", ".", "..") or part[0] in ".~ -" or part[-1] in ". " for part in parts):
+        raise ModelUnsafe(f"{shown} leaves the model's folder or hides in it")
+    if Path(parts[-1]).suffix not in SUFFIXES:
+        raise ModelUnsafe(
+            f"{shown} is of a kind that POST doesn't load; a model is made of {', '.join(sorted(SUFFIXES))} files "
+            "(save weights as safetensors: pickles can run code)"
+        )
+    if parts[-1] in REFUSED_NAMES:
+        raise ModelUnsafe(f"{shown}: the folder is an adapter, not a model; merge it into its base model first")
+
+
+def check_safe(folder: Path, *, max_bytes: int = MAX_TOTAL) -> None:
+    """Nothing in the folder runs code, points outside or announces absurd sizes when it is loaded.
+
+    Raises:
+        ModelUnsafe: names the file and the reason.
+    """
+    total, paths = 0, list(_paths(folder))
+    for path in paths:
+        size, suffix = (folder / path).stat().st_size, Path(path).suffix
+        total += size
+        if size > MAX_SIZE[suffix] or total > max_bytes:
+            raise ModelUnsafe(f"{path}: with {size} bytes it is larger than a model's file may be")
+        _CHECKS.get(suffix, _nothing)(folder, path)
+    if "config.json" not in paths or not any(path.endswith(WEIGHTS) for path in paths):
+        raise ModelUnsafe(f"{folder.name}: a model needs config.json and weights in .safetensors")
+
+
+def _paths(folder: Path) -> Iterator[str]:
+    """Relative paths, sorted; every one plain, none a link, not too many."""
+    if not folder.is_dir():
+        raise ModelUnsafe(f"{folder}: there is no such folder")
+    found: list[str] = []
+    for here, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            place = Path(here, name)
+            path = place.relative_to(folder).as_posix()
+            if place.is_symlink() or not (place.is_dir() or place.is_file()):
+                raise ModelUnsafe(f"{path} is a link or no regular file")
+            if place.is_file():
+                check_path(path)
+                found.append(path)
+        if len(found) > MAX_FILES:
+            raise ModelUnsafe(f"{folder.name}: more than {MAX_FILES} files")
+    return iter(sorted(found))
+
+
+def _nothing(folder: Path, path: str) -> None:
+    return
+
+
+def _check_weights(folder: Path, path: str) -> None:
+    size = (folder / path).stat().st_size
+    with (folder / path).open("rb") as file:
+        try:
+            length = header_length(file.read(PREFIX), size, MAX_HEADER)
+            parse_header(file.read(length), size - PREFIX - length)
+        except HeaderInvalid as error:
+            raise ModelUnsafe(f"{path}: no valid safetensors file: {error}") from error
+
+
+def _check_json(folder: Path, path: str) -> None:
+    try:
+        document = json.loads((folder / path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelUnsafe(f"{path}: not JSON") from error
+    for name, value in _members(document):
+        # In a vocabulary such a word may be a token; then its value is a number.
+        if name in REFUSED_MEMBERS and type(value) is not int and value is not None:
+            raise ModelUnsafe(f"{path}: {name!r} is refused: {REFUSED_MEMBERS[name]}")
+        if any(member in name for member in KERNEL_MEMBERS) and not _plain_kernel(value):
+            raise ModelUnsafe(f"{path}: {name!r} is refused: it can name code to fetch")
+        if name == "weight_map" and path.endswith(".index.json"):
+            _check_weight_map(folder, path, value)
+        if Path(path).name == "config.json" and name in DIMENSIONS:
+            _check_dimension(path, name, value)
+
+
+def _plain_kernel(value: Any) -> bool:
+    chosen = list(value.values()) if isinstance(value, dict) else [value]
+    return all(kernel in PLAIN_KERNELS or type(kernel) is int for kernel in chosen)
+
+
+def _check_weight_map(folder: Path, path: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ModelUnsafe(f"{path}: 'weight_map' is no object")
+    for name in set(map(str, value.values())):
+        check_path(name)
+        if not (folder / path).parent.joinpath(name).is_file():
+            raise ModelUnsafe(f"{path}: the weights {name!r} are missing")
+
+
+def _check_dimension(path: str, name: str, value: Any) -> None:
+    numbers = value if isinstance(value, list) else [value]
+    for number in numbers:
+        if number is not None and (type(number) is not int or not -1 <= number <= DIMENSIONS[name]):
+            raise ModelUnsafe(f"{path}: {name!r} is {str(number)[:40]}; expected an integer up to {DIMENSIONS[name]}")
+
+
+def _members(document: Any) -> Iterator[tuple[str, Any]]:
+    """Every named member of a JSON document, at any depth."""
+    rest = [document]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(value)
+
+
+_CHECKS: dict[str, Callable[[Path, str], None]] = {WEIGHTS: _check_weights, ".json": _check_json}

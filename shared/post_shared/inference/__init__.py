@@ -1,0 +1,1 @@
+"""Answers: classification, generation and evaluation."""

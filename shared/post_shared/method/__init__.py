@@ -1,0 +1,1 @@
+"""THE PAPER, in its order: losses, distillation, tuning, transfer, audit."""

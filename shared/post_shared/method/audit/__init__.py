@@ -1,0 +1,1 @@
+"""Audit: membership inference and bounds on ε (method §5)."""

@@ -1,0 +1,1 @@
+"""Transfer: p_s -> p_t on Φt with public text (method §3, Eq. 3-6)."""

@@ -1,0 +1,1 @@
+"""Tune: p_s on Φs (method §2)."""

@@ -1,0 +1,1 @@
+"""The language model: the only door to the engine."""

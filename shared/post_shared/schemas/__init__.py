@@ -1,0 +1,1 @@
+"""The documents of the API, one file per resource. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The one training loop, with its optimizer, schedule, checkpoints and processes."""

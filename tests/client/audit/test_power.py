@@ -1,0 +1,186 @@
+"""The one-run audit finds what is wrong with a run, and nothing where nothing is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from peft import PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+
+from post_client.audit import audit_in_one_run, evidence
+from post_client.audit.canaries import DataCanaries, Finding
+from post_client.privacy import PrivacyConfig, PromptDPSGD, SeededRandomness, noise_for
+from post_client.tuning.tune import tuning_objective
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.errors import Cancelled, InvalidInput
+from post_shared.model.encoding import encode_rows
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.progress import Progress
+from tests.models import LABELS, TEXTS, WORDS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
+WORD = WORDS.split()
+MORE_ROWS = [Row(f"{text} {WORD[at % len(WORD)]} {WORD[at // 12 % len(WORD)]}", label)
+             for at, (text, label) in enumerate(zip(TEXTS * 32, LABELS * 32, strict=True))]  # fmt: skip
+ROWS = MORE_ROWS[:128]
+CONFIG = TuneOptions(num_virtual_tokens=4, steps=30, batch_size=12)
+CLAIM = PrivacyConfig(epsilon=1.0, delta=1e-5)
+
+
+def findings(privacy: PrivacyConfig = CLAIM, **options: object) -> list[Finding]:
+    return audit_in_one_run(tiny_model(layers=2), TASK, ROWS, CONFIG, privacy, **options)  # type: ignore[arg-type]
+
+
+def finding_of_128_canaries() -> Finding:
+    """Of gradient canaries in a run drawn anew. Of 64, some batches see too few for a bound above 1."""
+    config = TuneOptions(num_virtual_tokens=8, steps=30, batch_size=24)
+    _, gradient = audit_in_one_run(tiny_model(layers=2), TASK, MORE_ROWS, config, CLAIM)
+    assert gradient.evidence.canaries == 128
+    return gradient
+
+
+def test_a_sound_run_is_not_refuted() -> None:
+    data, gradient = findings()
+    assert [data.kind, gradient.kind] == ["data", "gradient"]
+    for each in (data, gradient):
+        assert each.claimed == 1.0
+        assert each.evidence.canaries == 64
+        assert not each.refuted
+
+
+def test_a_run_without_noise_that_claims_epsilon_1_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("post_client.privacy.dp_optimizer.gaussian", lambda randomness, shape, *_: np.zeros(shape))
+    gradient = finding_of_128_canaries()
+    assert gradient.evidence.epsilon > 1.0
+    assert gradient.refuted
+
+
+def test_a_run_that_does_not_clip_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(self: PromptDPSGD, gradients: Tensor) -> None:
+        self.master.summed_grad += 200 * gradients.double().sum(0)
+
+    monkeypatch.setattr(PromptDPSGD, "clip_and_accumulate", keep)
+    assert finding_of_128_canaries().refuted
+
+
+def test_several_runs_at_once_have_coins_of_their_own() -> None:
+    found = findings(runs=3, canaries=20)
+    assert [each.kind for each in found] == ["data"] * 3 + ["gradient"] * 3
+    included = DataCanaries.choose(TASK, ROWS, 20, 3, seed=0).included
+    assert len(np.unique(included, axis=0)) == 3
+
+
+def test_data_canaries_have_wrong_labels_and_leave_the_other_rows_alone() -> None:
+    chosen = DataCanaries.choose(TASK, ROWS, 50, 4, seed=1)
+    different = [at for at, row in enumerate(chosen.rows) if row != ROWS[at]]
+    assert different == chosen.places.tolist()
+    assert all(chosen.rows[at].text == ROWS[at].text for at in different)
+    members = chosen.members()
+    assert members[:, [at for at in range(len(ROWS)) if at not in different]].all()
+    assert 0.3 < members[:, chosen.places].mean() < 0.7
+
+
+@pytest.mark.parametrize("canaries", [0, 65])
+def test_too_many_or_no_canaries_are_refused(canaries: int) -> None:
+    with pytest.raises(InvalidInput, match="canaries for 128 rows"):
+        findings(canaries=canaries)
+
+
+def test_more_canaries_than_directions_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="directions"):
+        audit_in_one_run(
+            tiny_model(layers=2), TASK, ROWS, TuneOptions(num_virtual_tokens=1, steps=2), CLAIM, canaries=64
+        )
+
+
+def test_a_killed_audit_goes_on_with_what_it_has_seen(tmp_path: Path) -> None:
+    seeded = PrivacyConfig(epsilon=1.0, delta=1e-5, seed=2)
+    undisturbed = findings(seeded)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 20:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        findings(seeded, on_progress=stop, checkpoint=tmp_path)
+    assert findings(seeded, checkpoint=tmp_path) == undisturbed
+
+
+# --- PEFT's prompt tuning with Opacus's hooks ---------------------------------------------------------
+
+CLIP, RUNS, DELTA = 1e-4, 200_000, 1e-6
+
+
+def hooked_sums() -> tuple[Tensor, Tensor, DPOptimizer]:
+    """Clipped sums of one step of the pairing on a row, and on that row with another one beside it."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", layers=2)
+    encoded = encode_rows(model, TASK, ["a superb film"] * 2, labels=["positive", "negative"])
+    words = [model.tokenizer(" " + word, add_special_tokens=False).input_ids[0] for word in ("bad", "good")]
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
+    hooked = GradSampleModule(get_peft_model(model.model, config), loss_reduction="sum").train()
+    trained = [weight for weight in hooked.parameters() if weight.requires_grad]
+    optimizer = DPOptimizer(
+        torch.optim.SGD(trained, lr=0.0),
+        noise_multiplier=noise_for(1.0, DELTA, 1.0, 1),
+        max_grad_norm=CLIP,
+        expected_batch_size=1,
+        loss_reduction="sum",
+    )
+
+    def clipped(weights: list[float]) -> Tensor:
+        """The second row weighs more than the first: a canary may have any gradient."""
+        batch = encoded.batch(range(len(weights)))
+        optimizer.zero_grad()
+        logits = hooked(input_ids=batch.token_ids, attention_mask=batch.attention_mask).logits
+        answers = logits[batch.rows, batch.positions + 1][:, words]  # (B, 1 + T, V) -> (B, 2)
+        losses = nn.functional.cross_entropy(answers, batch.labels, reduction="none")
+        (losses @ torch.tensor(weights)).backward()
+        optimizer.step()
+        return trained[0].summed_grad.clone()  # type: ignore[attr-defined,no-any-return]
+
+    return clipped([1.0]), clipped([1.0, 1000.0]), optimizer
+
+
+def own_sums() -> tuple[Tensor, Tensor]:
+    """The same rows through POST's own step."""
+    model = tiny_model("llama", layers=2)
+    encoded = encode_rows(model, TASK, ["a superb film"] * 2, labels=["positive", "negative"])
+    loss, found = tuning_objective(model, TASK), []
+    for rows in ([0], [0, 1]):
+        optimizer = PromptDPSGD(
+            nn.Parameter(torch.randn(1, 32, generator=torch.Generator().manual_seed(0))), 0.0, noise_multiplier=0.0,
+            max_grad_norm=CLIP, expected_batch_size=1, micro_batch_size=8, randomness=SeededRandomness(0),
+        )  # fmt: skip
+        optimizer.update(lambda prompt, batch: loss(prompt, batch) * 1000, encoded.batch(rows))
+        found.append(optimizer.summed_gradient.float())
+    return found[0], found[1]
+
+
+def bound_of(without: Tensor, beside: Tensor, optimizer: DPOptimizer) -> float:
+    """Runs of one step on data sets of their own, each with a canary or without: together as private as one of them.
+
+    The noise is added by Opacus's optimizer, to the sums of all runs on top of each other.
+    """
+    included = np.random.default_rng(0).random(RUNS) < 0.5
+    stack = nn.Parameter(torch.zeros(RUNS, *without.shape))
+    optimizer.param_groups[0]["params"][:] = [stack]
+    stack.grad_sample = torch.zeros(1, *stack.shape)  # type: ignore[attr-defined]
+    stack.summed_grad = torch.where(torch.tensor(included)[:, None, None], beside, without)  # type: ignore[attr-defined]
+    torch.manual_seed(1)
+    optimizer.add_noise()
+    assert stack.grad is not None
+    scores = (stack.grad * (beside - without)).sum((1, 2))
+    return evidence(scores.double().numpy(), included, DELTA).epsilon
+
+
+def test_the_audit_refutes_peft_with_opacus_hooks_and_not_post() -> None:
+    without, beside, optimizer = hooked_sums()
+    assert bound_of(without, beside, optimizer) > 1.0
+    assert bound_of(*own_sums(), optimizer) < 1.0

@@ -1,0 +1,367 @@
+"""The ledger's sums are right, its charges come first and stay, and its cap holds whatever is tried."""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import dp_accounting
+import pytest
+import torch
+from dp_accounting import pld
+from tokenizers import normalizers
+
+from post_client.ledger import Charge, Ledger, Run
+from post_client.privacy import Mechanism, PrivacyConfig, PrivacyPlan, compose
+from post_client.tuning.search import search
+from post_client.tuning.tune import TuneResult, run_id_of, tune
+from post_shared.data.rows import Row
+from post_shared.data.tasks import Task
+from post_shared.errors import BudgetExceeded, Cancelled, Conflict, DataInvalid, InvalidInput, LedgerInvalid
+from post_shared.model.language_model import LanguageModel
+from post_shared.schemas.tuning import TuneOptions
+from post_shared.training.progress import Progress
+from tests.models import LABELS, TEXTS, tiny_model
+
+TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
+ROWS = [Row(f"{text} {at}", label) for at in range(5) for text, label in zip(TEXTS, LABELS, strict=True)]
+ONE, TWO = Mechanism(1.0, 0.01, 300), Mechanism(0.8, 0.02, 200)
+CONFIG = TuneOptions(num_virtual_tokens=2, steps=4, batch_size=8)
+PRIVACY = PrivacyConfig(epsilon=8)
+
+
+def charge(mechanism: Mechanism | None = ONE, unit: str = "row", delta: float = 1e-5) -> Charge:
+    return Charge(unit, delta, mechanism)  # type: ignore[arg-type]
+
+
+def spent(ledger: Ledger, rows: Sequence[Row], unit: str = "row") -> float:
+    account = ledger.account(rows, unit)  # type: ignore[arg-type]
+    assert account is not None
+    return account.spent.epsilon
+
+
+@pytest.fixture
+def ledger(own_ledger: Path) -> Ledger:
+    return Ledger(own_ledger)
+
+
+# --- sums ---------------------------------------------------------------------------------------------
+
+
+def test_mechanisms_are_composed_as_an_independent_accountant_does() -> None:
+    accountant = pld.PLDAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for m in (ONE, TWO):
+        step = dp_accounting.PoissonSampledDpEvent(m.rate, dp_accounting.GaussianDpEvent(m.noise_multiplier))
+        accountant.compose(dp_accounting.SelfComposedDpEvent(step, m.steps))
+    expected = accountant.get_epsilon(1e-5)
+    found = compose([ONE, TWO], 1e-5)
+    assert found.accountant == "PRV"
+    assert expected * 0.999 <= found.epsilon <= expected * 1.02
+    assert found.epsilon < compose([ONE], 1e-5).epsilon + compose([TWO], 1e-5).epsilon
+    assert compose([TWO, ONE], 1e-5) == found
+    assert compose([Mechanism(1.0, 0.01, 100), Mechanism(1.0, 0.01, 200)], 1e-5) == compose([ONE], 1e-5)
+
+
+def test_a_shared_row_is_charged_by_every_set_that_holds_it(ledger: Ledger) -> None:
+    first, second, apart = ROWS[:20], ROWS[19:40], [Row("somebody else", "positive")] * 2
+    ledger.reserve(first, charge(ONE), "a", name="first")
+    alone = compose([ONE], 1e-5).epsilon
+    assert spent(ledger, first) == alone
+    assert ledger.foresee(apart, charge(TWO))[0].runs == 0
+    ledger.reserve(second, charge(TWO), "b", name="second")
+    both = compose([ONE, TWO], 1e-5).epsilon
+    assert spent(ledger, first) == spent(ledger, second) == both, "row 19 is in both; the worst row counts"
+    assert [account.shared for account in ledger.accounts()] == [("second",), ("first",)]
+    before, after = ledger.foresee(ROWS[20:30], charge(ONE))
+    assert (before.epsilon, after.epsilon) == (compose([TWO], 1e-5).epsilon, both)
+    assert len(ledger.accounts()) == 2, "a question leaves nothing behind"
+
+
+def test_a_set_is_its_rows_in_any_order_and_under_any_label(ledger: Ledger) -> None:
+    ledger.reserve(ROWS, charge(), "a")
+    turned = [Row(f" {row.text}  ", "other") for row in reversed(ROWS)]
+    assert ledger.foresee(turned, charge())[0].runs == 1
+    assert ledger.foresee([Row("new", "x")], charge())[0].runs == 0
+
+
+def test_the_total_is_at_the_least_delta(ledger: Ledger) -> None:
+    ledger.reserve(ROWS, charge(ONE, delta=1e-5), "a")
+    ledger.reserve(ROWS, charge(TWO, delta=1e-7), "b")
+    (account,) = ledger.accounts()
+    assert (account.spent.delta, account.spent.epsilon) == (1e-7, compose([ONE, TWO], 1e-7).epsilon)
+
+
+def test_without_privacy_and_with_mixed_units_nothing_is_promised(ledger: Ledger) -> None:
+    rows = [Row(row.text, row.label, f"user {at % 4}") for at, row in enumerate(ROWS)]
+    ledger.reserve(rows, charge(), "a")
+    ledger.reserve(rows[:3], charge(unit="user"), "b")
+    (by_row, by_user) = ledger.accounts()
+    assert math.isinf(by_row.spent.epsilon)
+    assert "mixed" in by_user.spent.why
+    assert ledger.foresee(rows[10:], charge())[0].epsilon == compose([ONE], 1e-5).epsilon
+    ledger.reserve(rows[10:], charge(None), "c")
+    assert "without" in ledger.foresee(rows[10:], charge())[0].why
+
+
+def test_users_meet_by_name_and_not_by_a_text_that_many_write(ledger: Ledger) -> None:
+    first = [Row("ok", None, "ann"), Row("fine", None, "bob")]
+    ledger.reserve(first, charge(ONE, "user"), "a")
+    assert ledger.foresee([Row("ok", None, "carl")], charge(TWO, "user"))[0].runs == 0
+    assert ledger.foresee([Row("new", None, "ann")], charge(TWO, "user"))[0].runs == 1
+    with pytest.raises(DataInvalid, match="no user"):
+        ledger.reserve([Row("ok", None)], charge(ONE, "user"), "b")
+
+
+def test_the_file_holds_neither_texts_nor_users_and_is_its_owners_alone(ledger: Ledger, own_ledger: Path) -> None:
+    rows = [Row("an unmistakable sentence", "positive", "unmistakable-user")]
+    run = ledger.reserve(rows, charge(unit="user"), "work-of-mine")
+    assert run.key in own_ledger.read_bytes()
+    ledger.finish(run)
+    kept = own_ledger.read_bytes()
+    for secret in (b"unmistakable", b"work-of-mine", run.key):
+        assert secret not in kept, "also the key of a finished run is overwritten"
+    assert own_ledger.stat().st_mode & 0o077 == 0
+    assert repr(run).find(run.key.hex()) == -1
+
+
+def test_two_ledgers_know_the_same_row_by_different_hashes(tmp_path: Path) -> None:
+    kept = []
+    for name in ("a", "b"):
+        with Ledger(tmp_path / name) as ledger:
+            ledger.reserve(ROWS[:1], charge(), "w")
+        kept.append(sqlite3.connect(tmp_path / name).execute("SELECT row FROM records").fetchall())
+    assert kept[0] != kept[1]
+
+
+# --- caps ---------------------------------------------------------------------------------------------
+
+
+def test_a_cap_refuses_with_figures_and_charges_nothing(ledger: Ledger) -> None:
+    epsilon_cap = 1.01 * compose([ONE], 1e-5).epsilon
+    ledger.reserve(ROWS, charge(ONE), "a", name="mine.jsonl", epsilon_cap=epsilon_cap)
+    with pytest.raises(BudgetExceeded) as refused:
+        ledger.reserve(ROWS, charge(TWO), "b", name="mine.jsonl")
+    assert refused.value.fields["would_be"] == compose([ONE, TWO], 1e-5).epsilon
+    assert refused.value.fields["spent"] == spent(ledger, ROWS)
+    assert f"{epsilon_cap:g}" in refused.value.detail
+    with pytest.raises(BudgetExceeded, match="no bound"):
+        ledger.reserve(ROWS, charge(None), "c")
+    with pytest.raises(BudgetExceeded):
+        ledger.reserve([*ROWS[3:5], Row("one more", "x")], charge(ONE), "d")
+    with pytest.raises(BudgetExceeded):
+        ledger.reserve(ROWS, charge(TWO), "e", epsilon_cap=100.0)
+    assert [len(account.runs) for account in ledger.accounts()] == [1]
+    ledger.set_epsilon_cap(ROWS, "row", 100.0)
+    ledger.reserve(ROWS, charge(TWO), "f")
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(InvalidInput):
+            ledger.set_epsilon_cap(ROWS, "row", wrong)
+
+
+def test_a_cap_that_comes_with_a_resumed_run_is_kept(own_ledger: Path) -> None:
+    with Ledger(own_ledger) as ledger:
+        ledger.reserve(ROWS, charge(), "w")
+    with Ledger(own_ledger) as ledger:
+        assert ledger.reserve(ROWS, charge(), "w", epsilon_cap=0.5).resumed
+        account = ledger.account(ROWS, "row")
+        assert account is not None
+        assert account.epsilon_cap == 0.5
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(ROWS, charge(), "another")
+
+
+def test_two_runs_at_once_can_not_both_pass_the_cap(own_ledger: Path) -> None:
+    epsilon_cap, seen = 1.01 * compose([ONE], 1e-5).epsilon, []
+    Ledger(own_ledger).close()
+
+    def try_it(number: int) -> None:
+        with Ledger(own_ledger) as ledger:
+            try:
+                seen.append(ledger.reserve(ROWS, charge(ONE), f"work {number}", epsilon_cap=epsilon_cap))
+            except BudgetExceeded as error:
+                seen.append(error)
+
+    threads = [threading.Thread(target=try_it, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(isinstance(each, Run) for each in seen) == 1
+    assert sum(isinstance(each, BudgetExceeded) for each in seen) == 5
+
+
+# --- runs that die ------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_goes_on_for_nothing_and_a_finished_one_is_a_new_run(own_ledger: Path) -> None:
+    with Ledger(own_ledger) as ledger:
+        first = ledger.reserve(ROWS, charge(), "w")
+        with pytest.raises(Conflict, match="under way"), Ledger(own_ledger) as other:
+            other.reserve(ROWS, charge(), "w")
+        (alias := own_ledger.with_name("alias")).symlink_to(own_ledger)
+        with pytest.raises(Conflict, match="under way"), Ledger(alias) as other:
+            other.reserve(ROWS, charge(), "w")
+        assert ledger.run(first.id).state == "running"
+    with Ledger(own_ledger) as ledger:
+        assert ledger.run(first.id).state == "interrupted"
+        again = ledger.reserve(ROWS, charge(), "w")
+        assert (again.id, again.key, again.resumed) == (first.id, first.key, True)
+        assert spent(ledger, ROWS) == compose([ONE], 1e-5).epsilon
+        ledger.finish(again)
+        assert ledger.run(first.id).state == "finished"
+        fresh = ledger.reserve(ROWS, charge(), "w")
+        assert fresh.id != first.id
+        assert fresh.key != first.key
+        assert spent(ledger, ROWS) == compose([ONE, ONE], 1e-5).epsilon
+        for other_work in ("v", "w "):
+            assert not ledger.reserve(ROWS, charge(), other_work).resumed
+    assert not list(own_ledger.parent.glob(f"*.run-{first.id}")), "its lock is gone"
+
+
+def test_a_charge_survives_a_kill_and_is_there_before_the_first_step(own_ledger: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from post_client.ledger import Charge, Ledger
+from post_client.privacy import Mechanism
+from post_shared.data.rows import Row
+Ledger(Path({str(own_ledger)!r})).reserve([Row("x", "y")], Charge("row", 1e-5, Mechanism(1.0, 0.01, 300)), "w")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, timeout=120)
+    assert done.returncode == -9
+    with Ledger(own_ledger) as ledger:
+        assert spent(ledger, [Row("x", "y")]) == compose([ONE], 1e-5).epsilon
+        assert ledger.accounts()[0].runs[0].state == "interrupted"
+
+
+def stopped(ledger: Ledger, at: int, checkpoint: Path | None) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == at:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        one(ledger, checkpoint, stop)
+
+
+def one(ledger: Ledger, checkpoint: Path | None = None, on_progress: object = lambda progress: None) -> TuneResult:
+    return tune(
+        tiny_model(layers=1), TASK, ROWS, CONFIG, privacy=PRIVACY, on_progress=on_progress,  # type: ignore[arg-type]
+        checkpoint=checkpoint, checkpoint_seconds=0.0, reserve=ledger.reserve,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["from a checkpoint", "from the beginning"])
+def test_a_run_that_is_started_again_releases_what_the_undisturbed_one_would_have(
+    kept: bool, own_ledger: Path, tmp_path: Path
+) -> None:
+    """Steps that are made twice draw the same batch and the same noise, so the prompt tells nothing more."""
+    folder = tmp_path if kept else None
+    with Ledger(own_ledger) as ledger:
+        stopped(ledger, 3, folder)
+    with Ledger(own_ledger) as ledger:
+        resumed = one(ledger, folder)
+    with Ledger(own_ledger) as ledger:
+        again = one(ledger)  # its result wasn't kept yet, so it is still the same run
+        assert torch.equal(again.prompt.embeddings, resumed.prompt.embeddings)
+        assert len(ledger.accounts()[0].runs) == 1
+        assert again.run is not None
+        ledger.finish(again.run)
+    with Ledger(own_ledger) as ledger:
+        other = one(ledger, folder)
+        assert not torch.equal(other.prompt.embeddings, resumed.prompt.embeddings), "new randomness: a new run"
+        assert len(ledger.accounts()[0].runs) == 2
+
+
+def test_whatever_moves_a_gradient_makes_it_another_run() -> None:
+    """Two prompts with the same noise, and gradients that differ, would show the difference with no noise at all."""
+
+    def work(student: LanguageModel, task: Task = TASK) -> str:
+        return run_id_of(student, task, ROWS, CONFIG, PRIVACY, None)
+
+    same, changed, tokens, exact = (tiny_model(layers=1) for _ in range(4))
+    assert work(same) == work(tiny_model(layers=1))
+    changed.config.rms_norm_eps = 0.1
+    tokens.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    exact.model.to(torch.float64)
+    backwards = replace(TASK, label_words=dict(list((TASK.label_words or {}).items())[::-1]))
+    others = [work(changed), work(tokens), work(exact), work(same, replace(TASK, description="Is it good?"))]
+    others.append(work(same, backwards))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        others.append(work(same))
+    for name, other in (("_sources", "of another day"), ("processor", "of another make")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"post_client.tuning.tune.{name}", lambda *_, other=other: other)
+            others.append(work(same))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
+        others.append(work(same))
+    assert work(same) not in others
+    assert len(set(others)) == 9
+
+
+def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(ledger: Ledger) -> None:
+    seen: list[int] = []
+    one(ledger, on_progress=lambda progress: seen.append(len(ledger.accounts()[0].runs)))
+    assert seen[0] == 1
+    runs = ledger.accounts()[0].runs
+    assert runs[0].charge.mechanism == PrivacyPlan.make(PRIVACY, 40, batch_size=8, steps=4).mechanism
+    model = tiny_model(layers=1)
+    for rows in (ROWS[:1], [Row("x", "sports"), *ROWS]):
+        with pytest.raises(DataInvalid):
+            tune(model, TASK, rows, CONFIG, privacy=PRIVACY, reserve=ledger.reserve)
+    long = TuneOptions(num_virtual_tokens=2, steps=4, max_length=10**6)
+    for task, config, public in ((TASK, CONFIG, ["x"]), (Task("{text} so"), CONFIG, TEXTS * 9), (TASK, long, None)):
+        with pytest.raises((DataInvalid, InvalidInput)):
+            tune(model, task, ROWS[1:], config, privacy=PRIVACY, public=public, reserve=ledger.reserve)
+    with pytest.raises(InvalidInput, match="fit the model"):
+        search(model, TASK, ROWS[1:], long, trials=2, judge=ROWS, privacy=PRIVACY, reserve=ledger.reserve)
+    assert len(ledger.accounts()) == 1
+    tune(model, TASK, ROWS, CONFIG, privacy=None, reserve=ledger.reserve)
+    tune(model, TASK, ROWS[:9], CONFIG, privacy=PrivacyConfig(seed=1), reserve=ledger.reserve)
+    accounts = ledger.accounts()
+    assert len(accounts) == 2
+    assert all(math.isinf(account.spent.epsilon) for account in accounts), "no privacy, and none with a seed"
+
+
+# --- the file -----------------------------------------------------------------------------------------
+
+
+def test_a_ledger_that_can_not_be_used_says_so(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("this is no database, but it is long enough to be looked at " * 20)
+    other = sqlite3.connect(tmp_path / "other")
+    other.execute("CREATE TABLE t (x)")
+    other.commit()
+    Ledger(tmp_path / "damaged").close()
+    with sqlite3.connect(tmp_path / "damaged") as damaged:
+        damaged.execute("DELETE FROM salt")
+    for path in (tmp_path / "text", tmp_path / "other", tmp_path / "damaged", tmp_path, Path("/proc/ledger.db")):
+        with pytest.raises(LedgerInvalid, match=str(path)):
+            Ledger(path)
+    with pytest.raises(LedgerInvalid, match="no ledger or is damaged"):
+        Ledger(tmp_path / "text")
+
+
+def test_a_full_disk_charges_nothing_and_leaves_the_ledger_whole(own_ledger: Path) -> None:
+    resource = pytest.importorskip("resource")
+    with Ledger(own_ledger) as ledger:
+        ledger.reserve(ROWS, charge(), "a")
+        many = [Row(f"row {at}", "x") for at in range(5000)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (own_ledger.stat().st_size, hard))
+        try:
+            with pytest.raises(LedgerInvalid, match=r"can't be read or written.* name another file"):
+                ledger.reserve(many, charge(), "b")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [account.rows for account in ledger.accounts()] == [40]
+        ledger.reserve(many, charge(), "b")
+    assert sqlite3.connect(own_ledger).execute("PRAGMA integrity_check").fetchone() == ("ok",)
