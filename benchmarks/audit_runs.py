@@ -1,6 +1,7 @@
-"""The one-run audit on many private runs over real rows: how often does its lower bound stay below the claimed ε?
+"""The one-run audit of many private runs on real rows: how often does its lower bound stay below the claimed ε?
 
-All runs are made at once, each with its own coins, batches and noise. Two bounds a run: by data and gradient canaries.
+All runs are tuned together, each with its own coins, batches and noise. Each run gives two bounds, from data canaries
+and from gradient canaries.
 """
 
 from __future__ import annotations
@@ -38,24 +39,24 @@ def measure(
     canaries: int | None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The bounds of all runs by kind of canary, and how many stay at or below ``epsilon``."""
+    """The bounds of all runs by kind of canary, and how many are at most ``epsilon``."""
 
-    def report(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.step % 10 == 0:
             print(f"{progress.step}/{progress.steps}", dict(progress.metrics), flush=True)
 
     privacy = PrivacyConfig(epsilon=epsilon)
-    found = audit_in_one_run(
-        model, task, rows, config, privacy, canaries=canaries, runs=runs, seed=seed, on_progress=report
+    audits = audit_in_one_run(
+        model, task, rows, config, privacy, canaries=canaries, runs=runs, seed=seed, on_progress=on_progress
     )  # fmt: skip
     bounds: dict[str, list[float]] = {}
-    for each in found:
-        bounds.setdefault(each.kind, []).append(round(each.evidence.epsilon, 3))
+    for audit in audits:
+        bounds.setdefault(audit.kind, []).append(round(audit.evidence.epsilon, 3))
     return {
         "claimed": epsilon,
-        "canaries": found[0].evidence.canaries,
+        "canaries": audits[0].evidence.canaries,
         "runs": runs,
-        "not_refuted": {kind: sum(bound <= epsilon for bound in some) for kind, some in bounds.items()},
+        "not_refuted": {kind: sum(bound <= epsilon for bound in epsilons) for kind, epsilons in bounds.items()},
         "bounds": bounds,
     }
 
@@ -64,8 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="real rows: JSONL with text and label")
     parser.add_argument("--task", default="sst2", help="a preset with the labels of the rows")
-    parser.add_argument("--rows", type=int, default=1000, help="the first so many are used")
-    parser.add_argument("--student", type=Path, help="folder of a student; by default a tiny one of random weights")
+    parser.add_argument("--rows", type=int, default=1000, help="number of rows to use, from the first")
+    parser.add_argument("--student", type=Path, help="folder of a student; default: a tiny one with random weights")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 8.0])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--canaries", type=int)
@@ -73,26 +74,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=64)
-    given = parser.parse_args()
-    task = Task.preset(given.task)
-    rows = read_rows(given.data, labels=task.labels)[: given.rows]
+    arguments = parser.parse_args()
+    task = Task.preset(arguments.task)
+    rows = read_rows(arguments.data, labels=task.labels)[: arguments.rows]
     with tempfile.TemporaryDirectory() as folder:
-        student = given.student or tiny_model(Path(folder), [row.text for row in rows], seed=0)
+        student = arguments.student or tiny_model(Path(folder), [row.text for row in rows], seed=0)
         model = load_student(student, "auto")
     config = TuneOptions(
-        num_virtual_tokens=given.length,
-        steps=given.steps,
-        batch_size=given.batch_size,
+        num_virtual_tokens=arguments.length,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
         learning_rate=0.015,
-        max_length=given.max_length,
+        max_length=arguments.max_length,
     )
-    for epsilon in given.epsilon:
+    for epsilon in arguments.epsilon:
         began = time.perf_counter()
-        result = measure(model, task, rows, config, epsilon=epsilon, runs=given.runs, canaries=given.canaries)
+        result = measure(model, task, rows, config, epsilon=epsilon, runs=arguments.runs, canaries=arguments.canaries)
         about = {
             "rows": len(rows),
-            "steps": given.steps,
-            "batch_size": given.batch_size,
+            "steps": arguments.steps,
+            "batch_size": arguments.batch_size,
             "student": f"{model.layers} layers, width {model.hidden_size}",
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),

@@ -1,7 +1,7 @@
-"""Faults at random moments of real jobs on tiny models: nothing is lost, done twice, stuck or changed by them.
+"""Injects faults at random times into real jobs on tiny models: none may be lost, run twice, hang or change its result.
 
-``python -m benchmarks.chaos --runs 200 --json chaos.json`` goes on where the file ends. Each run is drawn from the seed
-and its own number alone, so ``--only 17`` plays number 17 again.
+``python -m benchmarks.chaos --runs 200 --json chaos.json`` resumes from the file. Each run is determined by the seed
+and its own number, so ``--only 17`` repeats run 17.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ PHASES = {
     "distil": ("ordered", "loading", "corpus", "start", "distil", "late"),
     "transfer": ("ordered", "loading", "precompute", "transfer", "late"),
 }
-"""The moments at which a fault strikes: a stage of the job, or "late" in its last one."""
+"""The phases in which a fault is injected: a stage of the job, or "late" in its last stage."""
 STEPS = 120
 _LATE = 0.85
-_ENDS = {state.value for state in JobState if state.ended}
-_PATIENCE = 600.0
-_MOST_DELAY = 0.4
+_FINAL_STATES = {state.value for state in JobState if state.ended}
+_TIMEOUT = 600.0
+_MAX_DELAY = 0.4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run's number stands for."""
+    """The parameters of a run."""
 
     number: int
     kind: str
@@ -56,20 +56,20 @@ class Plan:
 
     @classmethod
     def draw(cls, seed: int, number: int) -> Plan:
-        """Every fault in turn, so that few runs meet them all; the moment is drawn."""
+        """The parameters of run ``number``. Faults take turns, so that few runs cover all; the rest is random."""
         dice = random.Random(f"{seed}:{number}")
         kind = dice.choice(sorted(PHASES))
         fault = sorted(FAULTS)[number % len(FAULTS)]
-        return cls(number, kind, dice.choice(PHASES[kind]), fault, dice.uniform(0, _MOST_DELAY), f"{seed}:{number}:in")
+        return cls(number, kind, dice.choice(PHASES[kind]), fault, dice.uniform(0, _MAX_DELAY), f"{seed}:{number}:in")
 
 
 @dataclass
-class Found:
-    """What came of a run."""
+class Outcome:
+    """The result of a run."""
 
     plan: Plan
     seen: str = ""
-    """Where the job was when the fault struck."""
+    """The job's state, stage and progress when the fault was injected."""
     seconds: float = 0.0
     attempts: int = 0
     orders: int = 1
@@ -80,22 +80,22 @@ class Found:
 
 
 class Chaos:
-    """A stage with everything that the jobs need, and what they make when nothing disturbs them."""
+    """A stage with all that the jobs need, and the results of undisturbed jobs."""
 
     def __init__(self, stage: ChaosStage) -> None:
         self.stage = stage
         stage.add_target()
         stage.add_corpus()
         stage.add_rows()
-        first = self.order("distil", "undisturbed").wait(timeout=_PATIENCE)
+        first = self.create_job("distil", "undisturbed").wait(timeout=_TIMEOUT)
         with stage.database.read() as session:
             self.student = find_model(session, "undisturbed")
         self.prompt = stage.add_source_prompt(self.student)
-        second = self.order("transfer", "").wait(timeout=_PATIENCE)
-        self.expected = {"distil": first.result["hash"], "transfer": self.made(second.result["prompt_id"])}
+        second = self.create_job("transfer", "").wait(timeout=_TIMEOUT)
+        self.expected = {"distil": first.result["hash"], "transfer": self.prompt_hash(second.result["prompt_id"])}
 
-    def order(self, kind: str, name: str) -> Job:
-        """One job, over HTTP."""
+    def create_job(self, kind: str, name: str) -> Job:
+        """Create one job over HTTP."""
         client = self.stage.client
         if kind == "distil":
             sizes = {
@@ -109,73 +109,73 @@ class Chaos:
         sizes = {"steps": STEPS, "batch_size": 4, "max_length": 32}
         return client.transfers.create(prompt=self.prompt.id, target="target", dataset="public", alpha=0.3, **sizes)
 
-    def made(self, prompt_id: str) -> str:
+    def prompt_hash(self, prompt_id: str) -> str:
         """The hash of a target prompt's bytes."""
         with self.stage.database.read() as session:
             return session.get_one(PromptRow, prompt_id).sha256
 
-    def run(self, plan: Plan) -> Found:
-        """Order, strike, wait, look."""
+    def run(self, plan: Plan) -> Outcome:
+        """Create a job, inject the fault, wait for the job and check the result."""
         if plan.fault == "fill disk" and not self.stage.small_disk:
-            return Found(plan, seen="skipped: no small disk can be mounted here")
-        found, began, name = Found(plan), time.monotonic(), f"student-{plan.number}-{time.time_ns()}"
-        job = self.order(plan.kind, name)
+            return Outcome(plan, seen="skipped: no small disk can be mounted here")
+        outcome, began, name = Outcome(plan), time.monotonic(), f"student-{plan.number}-{time.time_ns()}"
+        job = self.create_job(plan.kind, name)
         try:
-            found.seen = self._strike(plan, job.id)
+            outcome.seen = self._inject(plan, job.id)
             while True:
                 try:
-                    job.wait(timeout=_PATIENCE)
+                    job.wait(timeout=_TIMEOUT)
                     break
-                except DiskFull:  # the job says what to do: make room, and order again
-                    if plan.fault != "fill disk" or found.orders > 3:
+                except DiskFull:  # as the error advises: free disk space and create the job again
+                    if plan.fault != "fill disk" or outcome.orders > 3:
                         raise
-                    found.orders += 1
-                    job = self.order(plan.kind, name)
+                    outcome.orders += 1
+                    job = self.create_job(plan.kind, name)
         except JobFailed as error:
-            found.problems.append(f"failed: {error.code}: {error.detail}")
+            outcome.problems.append(f"failed: {error.code}: {error.detail}")
         except Exception as error:
-            found.problems.append(f"{type(error).__name__}: {error}")
-        found.problems += self._faults_of(plan.kind, job.id, name)
-        found.attempts = self.stage.job(job.id).attempt
-        found.seconds = round(time.monotonic() - began, 2)
-        return found
+            outcome.problems.append(f"{type(error).__name__}: {error}")
+        outcome.problems += self._problems_of(plan.kind, job.id, name)
+        outcome.attempts = self.stage.job(job.id).attempt
+        outcome.seconds = round(time.monotonic() - began, 2)
+        return outcome
 
-    def _strike(self, plan: Plan, job_id: str) -> str:
+    def _inject(self, plan: Plan, job_id: str) -> str:
         def due() -> bool:
             row = self.stage.job(job_id)
             late = row.progress >= _LATE
-            passed = PHASES[plan.kind].index(plan.phase)
-            stages = PHASES[plan.kind][passed:]
-            there = {"ordered": True, "loading": row.state is JobState.RUNNING, "late": late}
-            return row.state.ended or late or there.get(plan.phase, row.stage in stages)
+            first = PHASES[plan.kind].index(plan.phase)
+            stages = PHASES[plan.kind][first:]
+            reached = {"ordered": True, "loading": row.state is JobState.RUNNING, "late": late}
+            return row.state.ended or late or reached.get(plan.phase, row.stage in stages)
 
-        wait_for(due, _PATIENCE, 0.01)
+        wait_for(due, _TIMEOUT, 0.01)
         time.sleep(plan.delay)
         row = self.stage.job(job_id)
         FAULTS[plan.fault](self.stage, job_id, random.Random(plan.seed))
         return f"{row.state.value} {row.stage or '-'} {row.progress:.2f}"
 
-    # --- what must hold afterwards --------------------------------------------------------------------
+    # --- checks afterwards ----------------------------------------------------------------------------
 
-    def _faults_of(self, kind: str, job_id: str, name: str) -> list[str]:
+    def _problems_of(self, kind: str, job_id: str, name: str) -> list[str]:
         row, events = self.stage.job(job_id), self.stage.events(job_id)
-        ends = [event for event in events if event.data.get("state") in _ENDS]
+        ends = [event for event in events if event.data.get("state") in _FINAL_STATES]
         numbers = [event.sequence for event in events]
         checks = {
             f"it is {row.state.value}, not succeeded": row.state is JobState.SUCCEEDED,
             f"it ended {len(ends)} times": len(ends) == 1,
-            "its events are not numbered without a gap": numbers == [*range(1, len(events) + 1)],
-            "what it made was made twice, or not": self._count(kind, name),
-            "its result is not the undisturbed one": self._result(kind, row.result or {}) == self.expected[kind],
-            "its work folder is still there": self._goes(lambda: (self.stage.work / job_id).exists()),
-            "a process is still at it": self._goes(lambda: self.stage.job_process() is not None),
-            "its ring is still in Redis": self._goes(lambda: notifier.waiting(self.stage.settings) != 0),
-            "a blob's bytes are not what its name says": all(map(self._is_whole, self.stage.store.list())),
+            "its events are not numbered without gaps": numbers == [*range(1, len(events) + 1)],
+            "its output exists twice, or not at all": self._has_one_output(kind, name),
+            "its result differs from the undisturbed one": self._result(kind, row.result or {}) == self.expected[kind],
+            "its work folder still exists": self._ends(lambda: (self.stage.work / job_id).exists()),
+            "its process is still running": self._ends(lambda: self.stage.job_process() is not None),
+            "its notification is still in Redis": self._ends(lambda: notifier.waiting(self.stage.settings) != 0),
+            "a blob's bytes don't match its name": all(map(self._is_intact, self.stage.store.list())),
         }
         return [problem for problem, holds in checks.items() if not holds]
 
-    def _count(self, kind: str, name: str) -> bool:
-        """One student of the name; as many target prompts as transfers have succeeded."""
+    def _has_one_output(self, kind: str, name: str) -> bool:
+        """One student with the name, or as many target prompts as successful transfers."""
         with self.stage.database.read() as session:
 
             def count(*where: Any) -> int:
@@ -189,16 +189,16 @@ class Chaos:
     def _result(self, kind: str, result: dict[str, Any]) -> str | None:
         if kind == "distil":
             return result.get("hash")
-        return self.made(result["prompt_id"]) if "prompt_id" in result else None
+        return self.prompt_hash(result["prompt_id"]) if "prompt_id" in result else None
 
-    def _goes(self, still: Any) -> bool:
+    def _ends(self, condition: Any) -> bool:
         try:
-            wait_for(lambda: not still(), 20.0)
+            wait_for(lambda: not condition(), 20.0)
         except AssertionError:
             return False
         return True
 
-    def _is_whole(self, sha256: str) -> bool:
+    def _is_intact(self, sha256: str) -> bool:
         digest = hashlib.sha256()
         for chunk in self.stage.store.open(sha256):
             digest.update(chunk)
@@ -209,7 +209,7 @@ class Chaos:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many runs of each fault there were, and which ones found something."""
+    """The number of runs by fault, and the runs with problems."""
     return {
         "runs": len(runs),
         "by_fault": dict(sorted(Counter(run["fault"] for run in runs).items())),
@@ -219,18 +219,18 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def play(plans: Sequence[Plan], keep: Any, deadline: float) -> None:
-    """Run the plans until the deadline; after a run that found something, on a new stage."""
-    waiting = list(plans)
-    while waiting and time.monotonic() < deadline:
+def run_all(plans: Sequence[Plan], save: Any, deadline: float) -> None:
+    """Run the plans until the deadline; after a run with problems, on a new stage."""
+    remaining = list(plans)
+    while remaining and time.monotonic() < deadline:
         with tempfile.TemporaryDirectory(prefix="post-") as folder:
             stage = ChaosStage(Path(folder))
             try:
                 chaos = Chaos(stage)
-                while waiting and time.monotonic() < deadline:
-                    found = chaos.run(waiting.pop(0))
-                    keep(found, stage.log() if found.problems else "")
-                    if found.problems:
+                while remaining and time.monotonic() < deadline:
+                    outcome = chaos.run(remaining.pop(0))
+                    save(outcome, stage.log() if outcome.problems else "")
+                    if outcome.problems:
                         break
             finally:
                 stage.close()
@@ -240,34 +240,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="+", help="the numbers of the runs to play (again)")
-    parser.add_argument("--minutes", type=float, default=600.0, help="begin no run after that")
+    parser.add_argument("--only", type=int, nargs="+", help="the numbers of the runs to run (again)")
+    parser.add_argument("--minutes", type=float, default=600.0, help="start no run after this time")
     parser.add_argument("--json", type=Path, default=Path("chaos.json"))
     options = parser.parse_args(argv)
     document = json.loads(options.json.read_text()) if options.json.exists() else {"seed": options.seed, "runs": []}
     if document["seed"] != options.seed:
-        parser.error(f"{options.json} holds runs of seed {document['seed']}; name another file")
+        parser.error(f"{options.json} has runs with seed {document['seed']}; use another file")
     numbers = options.only or range(options.runs)
     document["runs"] = [run for run in document["runs"] if options.only is None or run["number"] not in options.only]
     known = {run["number"] for run in document["runs"]}
     plans = [Plan.draw(options.seed, number) for number in numbers if number not in known]
 
-    def keep(found: Found, log: str) -> None:
-        document["runs"].append(found.document())
+    def save(outcome: Outcome, log: str) -> None:
+        document["runs"].append(outcome.document())
         document["summary"] = summary(document["runs"])
-        aside = options.json.with_suffix(".part")
-        aside.write_text(json.dumps(document, indent=1))
-        aside.replace(options.json)
-        plan = found.plan
-        print(f"{plan.number:4} {plan.kind:9} {plan.fault:14} at {found.seen:28} {found.seconds:7.2f} s", end="  ")
-        print("; ".join(found.problems) or "ok", flush=True)
+        temporary = options.json.with_suffix(".part")
+        temporary.write_text(json.dumps(document, indent=1))
+        temporary.replace(options.json)
+        plan = outcome.plan
+        print(f"{plan.number:4} {plan.kind:9} {plan.fault:14} at {outcome.seen:28} {outcome.seconds:7.2f} s", end="  ")
+        print("; ".join(outcome.problems) or "ok", flush=True)
         if log:
             options.json.with_suffix(f".{plan.number}.log").write_text(log)
 
-    play(plans, keep, time.monotonic() + options.minutes * 60)
-    found = document.get("summary", {})
-    print(json.dumps({"seed": options.seed, **found}))
-    return 1 if found.get("with_problems") else 0
+    run_all(plans, save, time.monotonic() + options.minutes * 60)
+    figures = document.get("summary", {})
+    print(json.dumps({"seed": options.seed, **figures}))
+    return 1 if figures.get("with_problems") else 0
 
 
 if __name__ == "__main__":

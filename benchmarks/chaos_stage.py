@@ -1,4 +1,4 @@
-"""A provider in pieces that can be killed, paused and starved, one at a time, and that come back afterwards."""
+"""A provider whose processes can be killed, paused or starved one by one, and are restarted afterwards."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from post_shared.schemas.common import Role
 
 LEASE_SECONDS = 4.0
 PROGRESS_SECONDS = 60.0
-"""More than a process needs to load its libraries on a busy machine; each hung job costs a run that long."""
+"""Longer than loading the libraries takes on a busy machine; each hung job delays its run by this time."""
 WORK_MEBIBYTES = 24
-_AWAY_SECONDS = (0.1, 3.0)
+_OUTAGE_SECONDS = (0.1, 3.0)
 _START_SECONDS = 300.0
 
 
 class ChaosStage(ServerHarness):
-    """Redis, an API, two workers on one home folder, and where possible a small disk of their own for the work."""
+    """Redis, an API and two workers with one home folder, and if possible a small file system for the work folder."""
 
     def __init__(self, home: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            port = int(listening.getsockname()[1])
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = int(listener.getsockname()[1])
         super().__init__(_settings(home, port))
         self.small_disk = self._mount()
         with self.database.write() as session:
@@ -44,7 +44,7 @@ class ChaosStage(ServerHarness):
         self.redis = self.start_redis()
         self.api = self._start_api()
         self.workers = [self.start_worker() for _ in range(2)]
-        wait_for(self._answers, _START_SECONDS)
+        wait_for(self._is_ready, _START_SECONDS)
 
     def close(self) -> None:
         self.client.close()
@@ -57,11 +57,12 @@ class ChaosStage(ServerHarness):
         return self.settings.home / "work"
 
     def busy_worker(self) -> int:
-        """The number of the worker that has a job process, or of the first."""
-        return next((at for at, each in enumerate(self.workers) if each.poll() is None and job_processes(each)), 0)
+        """The index of the worker with a job process, or 0."""
+        workers = enumerate(self.workers)
+        return next((index for index, worker in workers if worker.poll() is None and job_processes(worker)), 0)
 
     def job_process(self) -> psutil.Process | None:
-        """The process that works on a job at this moment."""
+        """The current job process, if there is one."""
         with contextlib.suppress(psutil.NoSuchProcess):
             return next(iter(job_processes(self.workers[self.busy_worker()])), None)
         return None
@@ -80,7 +81,7 @@ class ChaosStage(ServerHarness):
 
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
-        """No room for the work of any job."""
+        """Fill the file system of the work folder."""
         filler = self.work / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
             while stream.write(bytes(4096)):
@@ -94,7 +95,7 @@ class ChaosStage(ServerHarness):
         app, port = "post_server.api.app:create_app", str(self.settings.port)
         return self.start(sys.executable, "-m", "uvicorn", app, "--factory", "--port", port, "--log-level", "warning")
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             return self.client.ready().status == "ok"
         except Exception:
@@ -109,14 +110,14 @@ class ChaosStage(ServerHarness):
 
 
 def _settings(home: Path, port: int) -> Settings:
-    """Short leases and pauses; attempts enough that only the code can lose a job."""
+    """Short leases and pauses, and enough attempts that only a defect can lose a job."""
     return Settings(
         home=home,
         port=port,
         lease_seconds=LEASE_SECONDS,
         heartbeat_seconds=0.5,
         reconcile_seconds=0.5,
-        ring_seconds=1.0,
+        notify_seconds=1.0,
         checkpoint_seconds=0.2,
         progress_seconds=PROGRESS_SECONDS,
         max_attempts=20,
@@ -127,7 +128,7 @@ def _settings(home: Path, port: int) -> Settings:
     )
 
 
-# --- faults: each strikes, and what it struck comes back ----------------------------------------------
+# --- faults: each affects processes and restores them afterwards ---------------------------------------
 
 
 def kill_worker(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
@@ -144,7 +145,7 @@ def kill_job(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
 
 def kill_redis(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
     stage.redis.kill()
-    time.sleep(dice.uniform(*_AWAY_SECONDS))
+    time.sleep(dice.uniform(*_OUTAGE_SECONDS))
     stage.restart_redis()
 
 
@@ -159,7 +160,7 @@ def kill_api(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
 
 
 def pause_worker(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
-    """Past its lease: another worker may have the job when it wakes up."""
+    """Pause a worker beyond its lease: another worker may have claimed the job when it wakes up."""
     worker = stage.workers[stage.busy_worker()]
     worker.send_signal(signal.SIGSTOP)
     time.sleep(LEASE_SECONDS + dice.uniform(0.5, 3.0))
@@ -167,7 +168,7 @@ def pause_worker(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
 
 
 def hang_job(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
-    """Its process stops for good; its worker keeps the lease until it finds out."""
+    """Stop the job's process for good; its worker renews the lease until it notices."""
     if (process := stage.job_process()) is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGSTOP)
@@ -180,11 +181,11 @@ def deliver_again(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
 
 def fill_disk(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
     with stage.full_disk():
-        time.sleep(dice.uniform(*_AWAY_SECONDS))
+        time.sleep(dice.uniform(*_OUTAGE_SECONDS))
 
 
 def cut_power(stage: ChaosStage, job_id: str, dice: random.Random) -> None:
-    """Everything at once."""
+    """Kill all processes at the same time."""
     for process in (*stage.workers, stage.api, stage.redis):
         process.kill()
     stage.restart_redis()

@@ -1,8 +1,8 @@
-"""How fast a student comes close to its target: the paper's recipe against POST's, in turn, on the same machine.
+"""How fast a student approaches its target: the paper's recipe against POST's, alternating on the same machine.
 
-Both descend in slices of a few seconds, one after the other, so that whatever else the machine does hits both. Each
-has a clock of its own, which counts its start (the fold, too) and its steps; measuring L_ce on held-out text is free.
-On a machine that is busy with other things, ``--clock cpu`` counts the processors' seconds.
+Both train in alternating slices of a few seconds, so that other load on the machine affects both. Each has its own
+clock, which counts its initialisation (including least squares) and its steps, but not the measurement of L_ce on
+held-out text. On a busy machine, ``--clock cpu`` counts processor time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from post_shared.data.rows import read_corpus
 from post_shared.method.distillation.corpus import Corpus, TokenTargets, next_token, prepare_corpus
-from post_shared.method.distillation.distil import WARM_UP, choose_layers, start_student
+from post_shared.method.distillation.distil import WARM_UP, choose_layers, initial_student
 from post_shared.method.distillation.objective import Objective
-from post_shared.method.distillation.trainer import HEAD_SHARE, Descent, Student
+from post_shared.method.distillation.trainer import HEAD_SHARE, DistillationStep, Student
 from post_shared.method.losses import softened_cross_entropy
 from post_shared.model.language_model import LanguageModel
 from post_shared.schemas.distillations import DistilOptions
@@ -36,13 +36,13 @@ HELD_OUT_BLOCKS = 64
 HELD_OUT_SHARE = 0.1
 PAPER_ROWS = 5
 RECIPES = {
-    "paper": "copy of half of the layers from each end, 2.5e-4, 5 sequences, the head at all positions",
-    "post": "fold, layers dense in front, 1e-3, 8 sequences, the head at a quarter of the positions, answer forms",
+    "paper": "copied layers, half from each end; 2.5e-4; 5 sequences; LM head at all positions",
+    "post": "least squares, layers dense in front; 1e-3; 8 sequences; LM head at a quarter of the positions; templates",
 }
 
 
-def recipes(length: int, layers: int, pattern: str, forms: Sequence[str]) -> dict[str, tuple[DistilOptions, float]]:
-    """name -> (configuration, share of the positions at which the vocabulary losses are taken)."""
+def recipes(length: int, layers: int, pattern: str, templates: Sequence[str]) -> dict[str, tuple[DistilOptions, float]]:
+    """name -> (configuration, share of the positions with losses over the vocabulary)."""
     paper = DistilOptions(
         keep_layers=layers,
         layer_pattern="ends",
@@ -53,33 +53,34 @@ def recipes(length: int, layers: int, pattern: str, forms: Sequence[str]) -> dic
         sequence_length=length,
     )
     ours = DistilOptions(
-        keep_layers=layers, layer_pattern=pattern, max_minutes=1.0, sequence_length=length, templates=tuple(forms)
+        keep_layers=layers, layer_pattern=pattern, max_minutes=1.0, sequence_length=length, templates=tuple(templates)
     )
     return {"paper": (paper, 1.0), "post": (ours, HEAD_SHARE)}
 
 
 class HeldOut:
-    """L_ce of Eq. 1 on text that no recipe trains on; the target's side is computed once."""
+    """L_ce of Eq. 1 on text that no recipe trains on; the target's logits are computed once."""
 
     def __init__(self, target: LanguageModel, corpus: Corpus) -> None:
         block = corpus.batch(0, HELD_OUT_BLOCKS, 0)
-        self._asked: TokenTargets = next_token(block, HELD_OUT_SHARE, torch.Generator().manual_seed(0))
-        self._wanted = self._logits(target)
+        self._positions: TokenTargets = next_token(block, HELD_OUT_SHARE, torch.Generator().manual_seed(0))
+        self._target_logits = self._logits(target)
 
     def loss(self, student: LanguageModel) -> float:
-        return float(softened_cross_entropy(self._wanted, self._logits(student), TEMPERATURE).mean())
+        return float(softened_cross_entropy(self._target_logits, self._logits(student), TEMPERATURE).mean())
 
     @torch.no_grad()
     def _logits(self, model: LanguageModel) -> Tensor:
-        rows, positions = self._asked.rows.to(model.device), self._asked.positions.to(model.device)
-        return model.head(model.hidden(self._asked.inputs)[rows, positions])
+        """(P, V) at the measured positions."""
+        rows, positions = self._positions.rows.to(model.device), self._positions.positions.to(model.device)
+        return model.head(model.hidden(self._positions.inputs)[rows, positions])
 
 
 @dataclass
 class Run:
-    """One recipe's descent. ``curve`` holds (seconds of its own, L_ce)."""
+    """The training run of one recipe. ``curve`` has (seconds of its own clock, L_ce)."""
 
-    descent: Descent
+    descent: DistillationStep
     config: DistilOptions
     seconds: float
     layers: list[int]
@@ -93,14 +94,14 @@ class Run:
     ) -> Run:
         began = now()
         kept = choose_layers(target, corpus, config).kept
-        model = start_student(target, corpus, config, config.student_init, kept=kept)
+        model = initial_student(target, corpus, config, config.student_init, kept=kept)
         student = Student(model, learning_rate=config.learning_rate, freeze_head=True, freeze_embeddings=True)
         objective = Objective(target, model, config.temperature)
-        descent = Descent(student, objective, corpus, ALONE, config.rows, 1, config.seed, share)
+        descent = DistillationStep(student, objective, corpus, ALONE, config.rows, 1, config.seed, share)
         return cls(descent, config, now() - began, list(kept), now)
 
     def slice(self, seconds: float, total: float) -> None:
-        """Steps for about so many seconds; the learning rate falls to 0 after ``total``."""
+        """Train for about ``seconds``; the learning rate falls to 0 after ``total`` seconds."""
         began, before = self.now(), self.seconds
         while self.seconds < min(before + seconds, total):
             self.descent.gradients(self.steps)
@@ -119,49 +120,49 @@ def run(
     *,
     layers: int,
     pattern: str,
-    forms: Sequence[str],
+    templates: Sequence[str],
     length: int,
     seconds: float,
     slice_seconds: float,
     clock: str = "wall",
-    each_turn: Callable[[dict[str, Run]], None] = lambda runs: None,
+    on_turn: Callable[[dict[str, Run]], None] = lambda runs: None,
 ) -> dict[str, Run]:
-    """Both descents, ``seconds`` each."""
-    cut = max(1, len(paragraphs) // 20)
-    held_out = HeldOut(target, prepare_corpus(target, paragraphs[:cut], length, None))
+    """Train both recipes for ``seconds`` each."""
+    held_out_count = max(1, len(paragraphs) // 20)
+    held_out = HeldOut(target, prepare_corpus(target, paragraphs[:held_out_count], length, None))
     runs = {}
-    for name, (config, share) in recipes(length, layers, pattern, forms).items():
-        corpus = prepare_corpus(target, paragraphs[cut:], length, None, templates=config.templates)
+    for name, (config, share) in recipes(length, layers, pattern, templates).items():
+        corpus = prepare_corpus(target, paragraphs[held_out_count:], length, None, templates=config.templates)
         runs[name] = Run.start(target, corpus, config, share, CLOCKS[clock])
         runs[name].measure(held_out)
-    for name, one in _turns(runs, seconds):
-        one.slice(slice_seconds, seconds)
-        one.measure(held_out)
-        print(f"{name:6} {one.seconds:7.1f} s  step {one.steps:5}  L_ce {one.curve[-1][1]:.3f}", flush=True)
-        each_turn(runs)
+    for name, current in _turns(runs, seconds):
+        current.slice(slice_seconds, seconds)
+        current.measure(held_out)
+        print(f"{name:6} {current.seconds:7.1f} s  step {current.steps:5}  L_ce {current.curve[-1][1]:.3f}", flush=True)
+        on_turn(runs)
     return runs
 
 
 def _turns(runs: dict[str, Run], seconds: float) -> Iterator[tuple[str, Run]]:
-    """Whoever has had less time is next."""
-    while min(one.seconds for one in runs.values()) < seconds:
+    """The run with less time so far is next."""
+    while min(run.seconds for run in runs.values()) < seconds:
         yield min(runs.items(), key=lambda pair: pair[1].seconds)
 
 
 def first_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Seconds until the curve was at ``loss`` or below, between two measurements linearly."""
+    """Seconds until the curve was at most ``loss``, with linear interpolation between measurements."""
     before: tuple[float, float] | None = None
-    for at, value in curve:
+    for seconds, value in curve:
         if value <= loss:
             if before is None or before[1] == value:
-                return at
-            return before[0] + (at - before[0]) * (before[1] - loss) / (before[1] - value)
-        before = (at, value)
+                return seconds
+            return before[0] + (seconds - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = (seconds, value)
     return None
 
 
 def result(runs: dict[str, Run]) -> dict[str, object]:
-    """How much sooner POST's recipe is where the paper's is lowest."""
+    """How much sooner POST's recipe reaches the lowest loss of the paper's."""
     reached, lowest = min(runs["paper"].curve, key=lambda point: point[1])
     ours = first_reach(runs["post"].curve, lowest)
     return {
@@ -169,45 +170,45 @@ def result(runs: dict[str, Run]) -> dict[str, object]:
         "paper_seconds": round(reached, 1),
         "post_seconds": None if ours is None else round(ours, 1),
         "ratio": None if ours is None else round(reached / ours, 2),
-        "last": {name: round(one.curve[-1][1], 4) for name, one in runs.items()},
-        "steps": {name: one.steps for name, one in runs.items()},
-        "layers": {name: one.layers for name, one in runs.items()},
-        "curve": {name: [[round(at, 1), round(loss, 4)] for at, loss in one.curve] for name, one in runs.items()},
+        "last": {name: round(run.curve[-1][1], 4) for name, run in runs.items()},
+        "steps": {name: run.steps for name, run in runs.items()},
+        "layers": {name: run.layers for name, run in runs.items()},
+        "curve": {name: [[round(time, 1), round(loss, 4)] for time, loss in run.curve] for name, run in runs.items()},
     }
 
 
-def table(found: dict[str, object], runs: dict[str, Run]) -> str:
-    """As Markdown."""
+def table(figures: dict[str, object], runs: dict[str, Run]) -> str:
+    """The figures as a Markdown table."""
     head = [
         "recipe",
-        "start done after",
+        "initialised after",
         "L_ce then",
         "L_ce at the end",
         "steps",
         "time to the paper's lowest",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, one in runs.items():
-        first, last = one.curve[0], one.curve[-1]
-        there = found[f"{name}_seconds"]
-        when = "not reached" if there is None else f"{there} s"
+    for name, run in runs.items():
+        first, last = run.curve[0], run.curve[-1]
+        seconds = figures[f"{name}_seconds"]
+        reached = "not reached" if seconds is None else f"{seconds} s"
         cells = [f"{name}: {RECIPES[name]}", f"{first[0]:.0f} s", f"{first[1]:.2f}", f"{last[1]:.2f}"]
-        cells += [str(one.steps), when]
+        cells += [str(run.steps), reached]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """L_ce over each recipe's own seconds."""
+    """Plot L_ce over each recipe's own seconds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot()
-    for name, one in runs.items():
-        axes.plot(*zip(*one.curve, strict=True), marker=".", label=f"{name} recipe")
-    axes.set_xlabel("seconds of distillation, the start included")
+    for name, run in runs.items():
+        axes.plot(*zip(*run.curve, strict=True), marker=".", label=f"{name} recipe")
+    axes.set_xlabel("seconds of distillation, including initialisation")
     axes.set_ylabel("held-out L_ce")
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
@@ -217,43 +218,45 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True, help="folder, GGUF file or hub id")
-    parser.add_argument("--corpus", type=Path, required=True, help="plain text, one paragraph a line")
-    parser.add_argument("--json", type=Path, required=True, help="the figures; table and picture come beside it")
+    parser.add_argument("--corpus", type=Path, required=True, help="plain text, one paragraph per line")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file for the figures; the table and plot go beside it"
+    )
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--pattern", default="front", help="of POST's recipe")
-    parser.add_argument("--answer-form", action="append", help="of POST's recipe; default: '{text} It was'")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of each recipe")
-    parser.add_argument("--slice", type=float, default=15.0, help="seconds of a turn")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds of all processors")
-    given = parser.parse_args()
-    target = LanguageModel.load(given.target, teaches=True)
+    parser.add_argument("--pattern", default="front", help="layer pattern of POST's recipe")
+    parser.add_argument("--answer-form", action="append", help="template of POST's recipe; default: '{text} It was'")
+    parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
+    parser.add_argument("--minutes", type=float, default=5.0, help="minutes per recipe")
+    parser.add_argument("--slice", type=float, default=15.0, help="seconds per slice")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time of all threads")
+    arguments = parser.parse_args()
+    target = LanguageModel.load(arguments.target, for_training=True)
     about = {
-        "target": Path(given.target).name,
+        "target": Path(arguments.target).name,
         "device": str(target.device),
         "threads": torch.get_num_threads(),
-        "clock": given.clock,
+        "clock": arguments.clock,
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
 
     def write(runs: dict[str, Run]) -> None:
-        given.json.write_text(json.dumps({**about, **result(runs)}, indent=1) + "\n")
-        given.json.with_suffix(".md").write_text(table(result(runs), runs))
-        draw(runs, given.json.with_suffix(".png"))
+        arguments.json.write_text(json.dumps({**about, **result(runs)}, indent=1) + "\n")
+        arguments.json.with_suffix(".md").write_text(table(result(runs), runs))
+        draw(runs, arguments.json.with_suffix(".png"))
 
     runs = run(
         target,
-        read_corpus(given.corpus),
-        layers=given.layers,
-        pattern=given.pattern,
-        forms=given.answer_form or ["{text} It was"],
-        length=given.length,
-        seconds=given.minutes * 60,
-        slice_seconds=given.slice,
-        clock=given.clock,
-        each_turn=write,
+        read_corpus(arguments.corpus),
+        layers=arguments.layers,
+        pattern=arguments.pattern,
+        templates=arguments.answer_form or ["{text} It was"],
+        length=arguments.length,
+        seconds=arguments.minutes * 60,
+        slice_seconds=arguments.slice,
+        clock=arguments.clock,
+        on_turn=write,
     )
     print(table(result(runs), runs))
     print(f"ratio {result(runs)['ratio']}")

@@ -1,4 +1,4 @@
-"""What differential privacy costs per step of tuning: both kinds of step in turn, on the same batches."""
+"""The cost of differential privacy per tuning step: private and plain steps alternate on the same batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LABEL_WORDS = {"negative": ("terrible", "bad"), "positive": ("great", "good")}
 
 
 def student_shaped_model(layers: int) -> LanguageModel:
-    """Random weights in the shape of the demo's student."""
+    """A model with random weights in the shape of the demo's student."""
     config = LlamaConfig(
         vocab_size=49_152,
         hidden_size=576,
@@ -45,14 +45,14 @@ def student_shaped_model(layers: int) -> LanguageModel:
 
 
 def reviews(count: int, seed: int = 0) -> list[Row]:
-    """Rows of 10 to 40 words, about as long as movie reviews of one sentence."""
+    """Rows of 10 to 40 words, about as long as one-sentence movie reviews."""
     draw = random.Random(seed)
     labels = sorted(LABEL_WORDS)
     return [Row(" ".join(draw.choices(WORDS, k=draw.randint(10, 40))), labels[i % 2]) for i in range(count)]
 
 
 def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -> dict[str, float]:
-    """Median seconds of each kind of step, and the median of the pairs' ratios."""
+    """Median seconds of each kind of step, and the median ratio of the pairs."""
     task, rows, tune = (
         Task("{text}, it was", LABEL_WORDS),
         reviews(batch_size * 20),
@@ -60,15 +60,15 @@ def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -
     )
     encoded, loss = encode_private(model, task, rows, tune), tuning_objective(model, task)
     start = starting_prompt(model, task, tune).embeddings
-    plan = PrivacyPlan.make(PrivacyConfig(micro_batch_size=batch_size), len(rows), batch_size=batch_size, steps=steps)
+    plan = PrivacyPlan.make(PrivacyConfig(), len(rows), batch_size=batch_size, steps=steps)
     plain = PromptAdam(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
-    private = plan.optimizer(nn.Parameter(start.clone().to(model.device)), tune.learning_rate, student=model)
+    private = plan.optimizer(nn.Parameter(start.clone().to(model.device)), tune.learning_rate)
     draw, pairs = random.Random(1), []
     for step in range(steps + 2):
         batch = Batch(encoded, tuple(draw.sample(range(len(rows)), batch_size)))
         order: list[tuple[str, PromptOptimizer]] = [("plain", plain), ("private", private)]
         seconds = {name: _seconds(optimizer, loss, batch) for name, optimizer in order[:: 1 if step % 2 else -1]}
-        if step >= 2:  # the first ones warm up
+        if step >= 2:  # the first pairs are a warm-up
             pairs.append(seconds)
     return {
         "plain_seconds": statistics.median(pair["plain"] for pair in pairs),
@@ -78,14 +78,15 @@ def measure(model: LanguageModel, *, batch_size: int, steps: int, length: int) -
 
 
 def measure_runs(model: LanguageModel, *, batch_size: int, steps: int, length: int, rounds: int = 3) -> float:
-    """Whole runs of ``tune`` at the same batch size and steps, in turn: the median ratio private / plain.
+    """Whole runs of ``tune`` with the same batch size and steps, alternating: the median ratio private / plain.
 
-    Plain tuning may group rows of similar length; Poisson sampling may not, and only cuts its batches by length.
+    Plain tuning may group rows of similar length; in a private run, every row runs alone.
     """
     task, rows = Task("{text}, it was", LABEL_WORDS), reviews(batch_size * 40)
     config = TuneOptions(num_virtual_tokens=length, steps=steps, batch_size=batch_size)
     budget = PrivacyConfig()
-    PrivacyPlan.make(budget, len(rows), batch_size=batch_size, steps=steps)  # searching for the noise is no tuning
+    # Caches the search for the noise, which isn't part of tuning.
+    PrivacyPlan.make(budget, len(rows), batch_size=batch_size, steps=steps)
     ratios = []
     for _ in range(rounds):
         seconds = []
@@ -98,7 +99,7 @@ def measure_runs(model: LanguageModel, *, batch_size: int, steps: int, length: i
 
 
 def _seconds(optimizer: PromptOptimizer, loss: object, batch: Batch) -> float:
-    fresh = Batch(batch.encoded, batch.index)  # neither kind of step profits from what the other one cached
+    fresh = Batch(batch.encoded, batch.index)  # neither step profits from the other's cached tensors
     began = time.perf_counter()
     optimizer.update(loss, fresh)  # type: ignore[arg-type]
     if torch.cuda.is_available():
@@ -108,19 +109,21 @@ def _seconds(optimizer: PromptOptimizer, loss: object, batch: Batch) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="folder of a real model instead of random weights")
+    parser.add_argument("--model", type=Path, help="folder of a real model, instead of random weights")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=20, help="vectors in the prompt")
+    parser.add_argument("--length", type=int, default=20, help="prompt vectors")
     parser.add_argument("--steps", type=int, default=20, help="measured pairs")
-    given = parser.parse_args()
-    model = LanguageModel.load(given.model) if given.model else student_shaped_model(given.layers)
-    result = measure(model, batch_size=given.batch_size, steps=given.steps, length=given.length)
-    result["run_ratio"] = measure_runs(model, batch_size=given.batch_size, steps=2 * given.steps, length=given.length)
+    arguments = parser.parse_args()
+    model = LanguageModel.load(arguments.model) if arguments.model else student_shaped_model(arguments.layers)
+    result = measure(model, batch_size=arguments.batch_size, steps=arguments.steps, length=arguments.length)
+    result["run_ratio"] = measure_runs(
+        model, batch_size=arguments.batch_size, steps=2 * arguments.steps, length=arguments.length
+    )
     about = {
-        "batch_size": given.batch_size,
-        "length": given.length,
-        "pairs": given.steps,
+        "batch_size": arguments.batch_size,
+        "length": arguments.length,
+        "pairs": arguments.steps,
         "layers": model.layers,
         "device": str(model.device),
         "threads": torch.get_num_threads(),

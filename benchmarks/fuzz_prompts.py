@@ -1,8 +1,7 @@
-"""Mutated prompt files against a live API process: does it crash, and how much memory does it take?
+"""Pushes mutated prompt files to a live API process: does it crash, and how much memory does it take?
 
-``python -m benchmarks.fuzz_prompts --inputs 100000`` starts a server of its own, pushes every input to it and prints,
-as JSON, crashes (5xx, lost connections) and the most memory above what the process had before. Exit code 1: a limit was
-missed.
+``python -m benchmarks.fuzz_prompts --inputs 100000`` starts its own server, pushes all inputs and prints, as JSON,
+crashes (5xx, lost connections) and the peak memory above the baseline. Exit code 1: a crash, or too much memory.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Mutation = Callable[[random.Random, bytes], bytes]
 
 
 def good_file(chance: random.Random, model_hash: str) -> bytes:
-    """A prompt file that a server takes, one of two hundred."""
+    """One of two hundred valid prompt files."""
     return _good_file(chance.randrange(200), model_hash)
 
 
@@ -61,8 +60,8 @@ def _cut(chance: random.Random, data: bytes) -> bytes:
 
 
 def _grow(chance: random.Random, data: bytes) -> bytes:
-    at = chance.randrange(len(data) + 1)
-    return data[:at] + chance.randbytes(chance.choice([1, 8, 4096, 65_536])) + data[at:]
+    position = chance.randrange(len(data) + 1)
+    return data[:position] + chance.randbytes(chance.choice([1, 8, 4096, 65_536])) + data[position:]
 
 
 def _length(chance: random.Random, data: bytes) -> bytes:
@@ -78,23 +77,23 @@ def _repeat(chance: random.Random, data: bytes) -> bytes:
 
 
 def _header(chance: random.Random, data: bytes) -> bytes:
-    """The header's JSON with some values replaced by others of any kind, and its length made to fit."""
+    """Replace some values of the header's JSON by arbitrary ones, and adjust its length."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     for _ in range(chance.choice([1, 1, 2, 4])):
-        place = header
-        while isinstance(place, dict) and place:
-            name = chance.choice(list(place))
-            if isinstance(place[name], dict) and chance.random() < 0.8:
-                place = place[name]
+        members = header
+        while isinstance(members, dict) and members:
+            name = chance.choice(list(members))
+            if isinstance(members[name], dict) and chance.random() < 0.8:
+                members = members[name]
                 continue
             change = chance.random()
             if change < 0.15:
-                del place[name]
+                del members[name]
             elif change < 0.3:
-                place[chance.choice(ODD_NAMES)] = place.pop(name)
+                members[chance.choice(ODD_NAMES)] = members.pop(name)
             else:
-                place[name] = chance.choice(ODD_VALUES)
+                members[name] = chance.choice(ODD_VALUES)
             break
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     text += b" " * (-len(text) % 8 if chance.random() < 0.5 else 0)
@@ -121,13 +120,13 @@ MUTATIONS: list[Mutation] = [_flip, _flip, _cut, _grow, _length, _repeat, _heade
 
 
 def mutated(chance: random.Random, model_hash: str) -> bytes:
-    """One input: a good file, changed once or a few times."""
+    """One input: a valid file with one or a few mutations."""
     data = good_file(chance, model_hash)
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         try:
             data = chance.choice(MUTATIONS)(chance, data)
         except (ValueError, IndexError, OverflowError, AttributeError, TypeError, RecursionError):
-            data = _noise(chance, data)  # what an earlier mutation left can't be mutated so
+            data = _noise(chance, data)  # an earlier mutation has made this one impossible
     return data
 
 
@@ -135,7 +134,7 @@ def mutated(chance: random.Random, model_hash: str) -> bytes:
 
 
 async def push_all(api: LiveApi, inputs: int, seed: int) -> dict[str, Any]:
-    """Push every input and watch the process meanwhile."""
+    """Push all inputs and watch the memory of the process."""
     chance, answers, crashes = random.Random(seed), Counter[int](), []
     numbers = iter(range(inputs))
     process = psutil.Process(api.pid)
@@ -155,14 +154,14 @@ async def push_all(api: LiveApi, inputs: int, seed: int) -> dict[str, Any]:
                 crashes.append(f"input {number}: {answer.status_code} {answer.text[:200]}")
 
     async with httpx.AsyncClient(base_url=api.url, headers=api.owner, timeout=60, trust_env=False) as client:
-        warm = [client.post("/v1/prompts", content=good_file(chance, api.model_hash)) for _ in range(20)]
-        await asyncio.gather(*warm)
+        warm_up = [client.post("/v1/prompts", content=good_file(chance, api.model_hash)) for _ in range(20)]
+        await asyncio.gather(*warm_up)
         baseline = peak = process.memory_info().rss
-        working = [asyncio.ensure_future(push(client)) for _ in range(CONNECTIONS)]
-        while not all(each.done() for each in working):
-            await asyncio.wait(working, timeout=0.2)
+        tasks = [asyncio.ensure_future(push(client)) for _ in range(CONNECTIONS)]
+        while not all(task.done() for task in tasks):
+            await asyncio.wait(tasks, timeout=0.2)
             peak = max(peak, process.memory_info().rss)
-        await asyncio.gather(*working)
+        await asyncio.gather(*tasks)
     return {
         "inputs": inputs,
         "seed": seed,
@@ -175,19 +174,19 @@ async def push_all(api: LiveApi, inputs: int, seed: int) -> dict[str, Any]:
 
 
 def run(inputs: int, seed: int) -> dict[str, Any]:
-    """The figures of one server."""
+    """Push all inputs to a new server and return the figures."""
     with tempfile.TemporaryDirectory(prefix="post-") as home, LiveApi(Path(home), width=WIDTH) as api:
         return asyncio.run(push_all(api, inputs, seed))
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--inputs", type=int, default=100_000)
-    options.add_argument("--seed", type=int, default=0)
-    given = options.parse_args()
-    found = run(given.inputs, given.seed)
-    print(json.dumps(found, indent=2))
-    sys.exit(bool(found["crashes"] or found["megabytes_above_baseline"] > LIMIT_MEGABYTES))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    figures = run(arguments.inputs, arguments.seed)
+    print(json.dumps(figures, indent=2))
+    sys.exit(bool(figures["crashes"] or figures["megabytes_above_baseline"] > LIMIT_MEGABYTES))
 
 
 if __name__ == "__main__":

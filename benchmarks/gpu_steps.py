@@ -1,5 +1,6 @@
-"""Steps on a GPU: of the transfer and of tuning, replayed as CUDA graphs and launched kernel by kernel, beside the
-published loop, on random weights in the shapes of real models. A step's time doesn't depend on what the weights are.
+"""Transfer and tuning steps on a GPU: with CUDA graphs, launched kernel by kernel, and as the published loop.
+
+The models have random weights in the shapes of real ones, as the time of a step doesn't depend on the weights.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ SHAPES = {  # width, inner width, layers, heads, key/value heads, vocabulary
 STUDENT_LAYERS = 8
 Ways = dict[str, Callable[[Batch], object]]
 CASES = ((16, 40, 20), (64, 60, 20), (16, 40, 100), (64, 60, 100))
-"""Rows, tokens of the longest (the shortest has half), prompt vectors."""
+"""(rows, tokens of the longest text (the shortest has half), prompt vectors)."""
 
 
-def shaped(name: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    """Random weights in the shape of a model of that size."""
+def random_model(name: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """A model with random weights in the given shape."""
     width, inner, layers, heads, shared, vocabulary = SHAPES[name]
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -70,11 +71,11 @@ def shaped(name: str, dtype: torch.dtype, device: torch.device) -> LanguageModel
 
 
 def texts(rows: int, tokens: int) -> Batch:
-    """As many rows of random tokens, half as long to as long as said."""
+    """A batch of rows with ``tokens / 2`` to ``tokens`` random tokens each."""
     draw = random.Random(0)
     lengths = [tokens, *(draw.randint(tokens // 2, tokens) for _ in range(rows - 1))]
     ids = [[draw.randint(10, 300) for _ in range(length)] for length in lengths]
-    return EncodedRows(tuple(EncodedRow(some, [len(some) - 1], [], at % 2) for at, some in enumerate(ids))).whole
+    return EncodedRows(tuple(EncodedRow(row, [len(row) - 1], [], index % 2) for index, row in enumerate(ids))).whole
 
 
 def adam(start: Tensor) -> PromptAdam:
@@ -83,21 +84,21 @@ def adam(start: Tensor) -> PromptAdam:
 
 def transfer(target: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     words = label_words(target, TASK)
-    made = torch.randn(len(batch), 2), torch.empty(0), torch.randn(len(batch), 2)
-    loss = ensemble_objective(target, TeacherOutputs(*made, batch.encoded.whole), 0.7, words)
+    outputs = torch.randn(len(batch), 2), torch.empty(0), torch.randn(len(batch), 2)
+    loss = ensemble_objective(target, TeacherOutputs(*outputs, batch.encoded.whole), 0.7, words)
     student = copy_student(target, chosen_layers(min(STUDENT_LAYERS, target.layers), target.layers))
-    theirs = PublishedTransfer(target, student, start, alpha=0.7, temperature=2.0)
+    published = PublishedTransfer(target, student, start, alpha=0.7, temperature=2.0)
     return {
         "replayed": steps(target, adam(start), loss, target.new_graphs()),
         "launched": steps(target, adam(start), loss, None),
-        "published": lambda batch: theirs.step(fresh(batch)),
+        "published": lambda batch: published.step(fresh(batch)),
     }
 
 
 def tune(student: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     loss = tuning_objective(student, TASK)
     plan = PrivacyPlan.make(PrivacyConfig(seed=0), 1000, batch_size=len(batch), steps=100)
-    private = plan.optimizer(nn.Parameter(start.clone()), 1e-3, student=student)
+    private = plan.optimizer(nn.Parameter(start.clone()), 1e-3)
     return {
         "replayed": steps(student, adam(start), loss, student.new_graphs()),
         "launched": steps(student, adam(start), loss, None),
@@ -105,81 +106,80 @@ def tune(student: LanguageModel, batch: Batch, start: Tensor) -> Ways:
     }
 
 
-def whole(target: LanguageModel) -> dict[str, float]:
-    """Seconds of a whole transfer with the default settings, on random words: replayed, and launched."""
+def whole_transfer(target: LanguageModel) -> dict[str, float]:
+    """Seconds of a whole transfer with the default settings, on random words: with CUDA graphs, and launched."""
     draw = random.Random(0)
     words = WORDS.split()
     public = [" ".join(draw.choices(words, k=draw.randint(10, 40))) for _ in range(1000)]
     student = copy_student(target, chosen_layers(min(STUDENT_LAYERS, target.layers), target.layers))
-    prompt, found = SoftPrompt.random(target, 20), {}
+    prompt, seconds = SoftPrompt.random(target, 20), {}
     for name, make in (("replayed", LanguageModel.new_graphs), ("launched", lambda _: None)):
         with patch.object(LanguageModel, "new_graphs", make):
             torch.cuda.synchronize()
             began = time.perf_counter()
             moving.transfer(target, student, TASK, prompt, public, moving.TransferOptions())
             torch.cuda.synchronize()
-            found[name] = time.perf_counter() - began
-    return found
+            seconds[name] = time.perf_counter() - began
+    return seconds
 
 
 def timed(ways: Ways, batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a step of each way, in turn, and the most memory that it took above what was there."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    """Median milliseconds of a step of each implementation, alternating, and its peak memory above the baseline."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks = dict.fromkeys(ways, 0)
-    for turn in range(rounds + 3):  # the first ones warm up and record
-        for name, way in ways.items():
+    for turn in range(rounds + 3):  # the first rounds warm up and capture graphs
+        for name, step in ways.items():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before, began = torch.cuda.memory_allocated(), time.perf_counter()
-            way(batch)
+            step(batch)
             torch.cuda.synchronize()
             if turn >= 3:
-                found[name].append(1e3 * (time.perf_counter() - began))
+                milliseconds[name].append(1e3 * (time.perf_counter() - began))
             peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
-    return {name: {"ms": statistics.median(found[name]), "MB": peaks[name] / 1e6} for name in ways}
+    return {name: {"ms": statistics.median(milliseconds[name]), "MB": peaks[name] / 1e6} for name in ways}
 
 
 def measure(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    made, dtypes = [], {"transfer": torch.bfloat16, "tune": torch.float32}
+    results, dtypes = [], {"transfer": torch.bfloat16, "tune": torch.float32}
     for part, make in (("transfer", transfer), ("tune", tune)):
-        model = shaped(name, dtypes[part], device)
+        model = random_model(name, dtypes[part], device)
         if part == "tune":
             model = copy_student(model, chosen_layers(min(STUDENT_LAYERS, model.layers), model.layers))
         rate = matrix_rate(device, dtypes[part])
-        reserved = (
-            plan_step(model, longest=1).positions // 2
-        )  # graphs keep their memory, and what is launched takes more
+        # Graphs keep their memory, and launched steps need theirs in addition.
+        max_positions = plan_step(model, longest=1).positions // 2
         for rows, tokens, length in CASES:
-            if rows * (tokens + length) > reserved:
+            if rows * (tokens + length) > max_positions:
                 continue
             batch = texts(rows, tokens)
             start = 0.02 * torch.randn(length, model.hidden_size, device=device)
             flop = prompt_step(model, tokens_of(batch), rows, length)
             ways = timed(make(model, batch, start), batch, rounds)
-            for way in ways.values():
-                way["share"] = flop / rate / way["ms"] * 1e3
+            for timing in ways.values():
+                timing["share"] = flop / rate / timing["ms"] * 1e3
             case = {"model": name, "part": part, "rows": rows, "tokens": tokens, "length": length}
-            made.append({**case, "TFLOP": flop / 1e12, "matrix_rate": rate, "ways": ways})
-            print(json.dumps(made[-1]), flush=True)
+            results.append({**case, "TFLOP": flop / 1e12, "matrix_rate": rate, "ways": ways})
+            print(json.dumps(results[-1]), flush=True)
         if part == "transfer":
-            made.append({"model": name, "part": "whole transfer", "seconds": whole(model)})
-            print(json.dumps(made[-1]), flush=True)
-    return made
+            results.append({"model": name, "part": "whole transfer", "seconds": whole_transfer(model)})
+            print(json.dumps(results[-1]), flush=True)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=12)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     device = torch.device("cuda")
-    found = {
+    document = {
         "about": about(device),
-        "steps": [each for name in asked.models for each in measure(name, device, asked.rounds)],
+        "steps": [result for name in arguments.models for result in measure(name, device, arguments.rounds)],
     }
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1), "utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

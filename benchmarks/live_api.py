@@ -1,4 +1,4 @@
-"""An API process with a Redis server, for the benchmarks that ask it: without workers, with a tiny model to name."""
+"""An API process with a Redis server and tiny models, without workers, for benchmarks of the API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from post_shared.schemas.models import ModelRole
 
 
 class LiveApi:
-    """Started by ``with``; ``owner`` and ``provider`` are the headers of their keys."""
+    """A context manager; ``owner`` and ``provider`` are request headers with their keys."""
 
     def __init__(self, home: Path, *, width: int = 8, **settings: Any) -> None:
         unlimited = {"jobs_per_key": 10**6, "requests_per_minute": 0}
@@ -47,10 +47,10 @@ class LiveApi:
         api = ("-m", "uvicorn", "--factory", "post_server.api.app:create_app", "--no-access-log")
         process = self._start(sys.executable, *api, "--port", str(self.settings.port), "--log-level", "error")
         self.pid = process.pid
-        while process.poll() is None and not self._answers():
+        while process.poll() is None and not self._is_ready():
             time.sleep(0.05)
         if process.poll() is not None:
-            raise SystemExit("the API process has ended; run it alone to see why")
+            raise SystemExit("the API process has ended; run it separately to see why")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,12 +60,12 @@ class LiveApi:
         self.database.dispose()
 
     def _start(self, *argv: str) -> subprocess.Popen[bytes]:
-        told = {f"POST_{name.upper()}": str(value) for name, value in self.settings.model_dump().items()}
-        process = subprocess.Popen(argv, env=os.environ | told, stdout=subprocess.DEVNULL)
+        variables = {f"POST_{name.upper()}": str(value) for name, value in self.settings.model_dump().items()}
+        process = subprocess.Popen(argv, env=os.environ | variables, stdout=subprocess.DEVNULL)
         self._processes.append(process)
         return process
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             return httpx.get(f"{self.url}/readyz", trust_env=False).status_code == 200
         except httpx.TransportError:
@@ -77,7 +77,7 @@ class LiveApi:
         return row.id, {"Authorization": f"Bearer {text}"}
 
     def _add_models(self, width: int) -> str:
-        """A target and a student of it; the student's hash."""
+        """Add a target and its student; returns the student's hash."""
         target_id, digest = None, ""
         for name, role in (("large", ModelRole.TARGET), ("small", ModelRole.STUDENT)):
             with tempfile.TemporaryDirectory() as folder, self.database.write() as session:
@@ -101,5 +101,5 @@ class LiveApi:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -1,7 +1,8 @@
 """The tests of what changed, for `make check`: prints test files and folders, one a line.
 
-A changed file `shared/post_shared/a/b.py` has its tests in `tests/shared/a/test_b.py`, else in that folder. Changed test
-files run themselves. What changed is what differs from the last commit or, if nothing does, the last commit itself.
+A changed file `shared/post_shared/a/b.py` has its tests in `tests/shared/a/test_b.py`, else in that folder. Changed
+test files run themselves. What changed is what differs from the last commit or, if nothing does, the last commit
+itself.
 """
 
 from __future__ import annotations

@@ -47,5 +47,6 @@ def own_ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Every test has a privacy ledger of its own; nobody's real one is touched."""
     with tempfile.TemporaryDirectory(prefix="post-ledger-") as folder:
         monkeypatch.setenv("POST_LEDGER", str(Path(folder) / "ledger.db"))
+        monkeypatch.delenv("POST_PRECISION", raising=False)
         monkeypatch.delenv("POST_EPSILON_CAP", raising=False)
         yield Path(folder) / "ledger.db"

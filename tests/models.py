@@ -1,4 +1,4 @@
-"""Tiny real models, built from configurations: no download, milliseconds to run, the families' own code."""
+"""Tiny models built from configurations: no downloads, fast to run, and the families' real code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LABELS = ["positive", "negative", "positive", "negative", "positive", "negative"
 
 
 def tokenizer(*, masked: bool, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the spot; ``masked`` puts <s> … </s> around, ``bos`` <s> before a text."""
+    """A small trained byte-level BPE tokenizer. ``masked`` puts a text into <s> … </s>, ``bos`` puts <s> before it."""
     special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.NFC()
@@ -56,10 +56,15 @@ def tokenizer(*, masked: bool, bos: bool = False) -> PreTrainedTokenizerFast:
         )
     elif bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    named: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special_tokens: dict[str, Any] = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     if masked:
-        named |= {"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, **named)
+        special_tokens |= {"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special_tokens)
 
 
 def _config(family: str, layers: int, vocabulary: int) -> Any:
@@ -67,7 +72,7 @@ def _config(family: str, layers: int, vocabulary: int) -> Any:
     body = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
     grouped = {"num_key_value_heads": 2, "max_position_embeddings": 256}
     dropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    makers = {
+    configs = {
         "llama": lambda: LlamaConfig(**small, **body, **grouped, tie_word_embeddings=True),
         "qwen2": lambda: Qwen2Config(**small, **body, **grouped),
         "gemma2": lambda: Gemma2Config(**small, **body, **grouped, head_dim=8, sliding_window=64),
@@ -86,11 +91,11 @@ def _config(family: str, layers: int, vocabulary: int) -> Any:
         "bert": lambda: BertConfig(**small, **body, **dropped, max_position_embeddings=256),
         "roberta": lambda: RobertaConfig(**small, **body, **dropped, max_position_embeddings=258, type_vocab_size=1),
     }
-    return makers[family]()
+    return configs[family]()
 
 
 def per_row(prompt: Tensor | None, batch: Batch) -> Tensor | None:
-    """The prompt (l, d) once for each row: the plain path, on which every row runs its own."""
+    """The prompt (l, d) repeated for each row, so that every row runs its own: the plain reference."""
     return None if prompt is None else prompt.expand(len(batch), -1, -1)
 
 
@@ -99,14 +104,14 @@ MASKED = ("bert", "roberta")
 
 
 def tiny_model(family: str = "llama", *, layers: int = 4, seed: int = 0, bos: bool = False) -> LanguageModel:
-    """A model of ``family`` with random weights, large enough in scale that prompts and padding would show."""
+    """A model of ``family`` with random weights, scaled up so that prompts and padding would have an effect."""
     masked = family in MASKED
-    tok = tokenizer(masked=masked, bos=bos)
-    config = _config(family, layers, len(tok))
+    tokens = tokenizer(masked=masked, bos=bos)
+    config = _config(family, layers, len(tokens))
     torch.manual_seed(seed)
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     model = auto.from_config(config)
     for weight in model.parameters():
         if weight.dim() >= 2:
             weight.data.mul_(10.0)
-    return LanguageModel(model, tok)
+    return LanguageModel(model, tokens)

@@ -1,4 +1,4 @@
-"""Each fault of the chaos benchmark once, at a moment of its own: what holds for many runs holds for one."""
+"""Each fault of the chaos benchmark once, in a different phase."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.chaos import PHASES, Chaos, Found, Plan, main, summary
+from benchmarks.chaos import PHASES, Chaos, Outcome, Plan, main, summary
 from benchmarks.chaos_stage import FAULTS, ChaosStage
 
-MOMENTS = {
+PHASE_OF_FAULT = {
     "kill worker": ("distil", "distil"),
     "kill job": ("transfer", "transfer"),
     "kill Redis": ("distil", "ordered"),
@@ -37,25 +37,25 @@ def chaos() -> Iterator[Chaos]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_changes_nothing(chaos: Chaos, fault: str) -> None:
+def test_a_fault_does_not_change_the_result(chaos: Chaos, fault: str) -> None:
     if fault == "fill disk" and not chaos.stage.small_disk:
         pytest.skip("no small disk can be mounted here")
-    kind, phase = MOMENTS[fault]
-    found = chaos.run(Plan(0, kind, phase, fault, 0.1, "0:0:in"))
-    assert not found.problems, chaos.stage.log()
+    kind, phase = PHASE_OF_FAULT[fault]
+    outcome = chaos.run(Plan(0, kind, phase, fault, 0.1, "0:0:in"))
+    assert not outcome.problems, chaos.stage.log()
 
 
-def test_a_number_is_always_the_same_run() -> None:
+def test_a_run_is_determined_by_its_number() -> None:
     plans = [Plan.draw(7, number) for number in range(100)]
     assert plans == [Plan.draw(7, number) for number in range(100)]
     assert {plan.fault for plan in plans} == set(FAULTS)
-    assert {(plan.kind, plan.phase) for plan in plans} == {(kind, each) for kind in PHASES for each in PHASES[kind]}
+    assert {(plan.kind, plan.phase) for plan in plans} == {(kind, phase) for kind in PHASES for phase in PHASES[kind]}
     assert plans != [Plan.draw(8, number) for number in range(100)]
 
 
-def test_what_was_played_is_not_played_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file tells which runs there were; a run that found something makes the exit status 1."""
-    runs = [Found(Plan.draw(3, number), seen="running distil 0.50", attempts=1) for number in range(2)]
+def test_recorded_runs_are_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file lists the runs so far; a run with problems makes the exit status 1."""
+    runs = [Outcome(Plan.draw(3, number), seen="running distil 0.50", attempts=1) for number in range(2)]
     file = tmp_path / "all.json"
     for status in (0, 1):
         documents = [run.document() for run in runs]

@@ -1,4 +1,4 @@
-"""Where a GPU is: everything that runs on it gives what the CPU gives, in float32 within rounding."""
+"""On a GPU, everything computes what it computes on the CPU, up to float32 rounding."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from post_shared.engine import packing
 from post_shared.errors import Cancelled, OutOfMemory
 from post_shared.inference.classification import ServedPrompt, classify_mixed
 from post_shared.inference.evaluation import evaluate
-from post_shared.inference.generation import Decoder, Sampling
-from post_shared.inference.generation import DecodingRow as Line
+from post_shared.inference.generation import Decoder, DecodingRow, Sampling
 from post_shared.method.distillation.distil import distil
 from post_shared.method.distillation.teacher_cache import CacheBudget
 from post_shared.method.transfer.transfer import transfer
@@ -54,24 +53,24 @@ def task_for(model: LanguageModel) -> Task:
 
 
 def on(device: str, family: str = "llama", dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The same model on either device."""
+    """The same model on the given device."""
     model = tiny_model(family)
     return LanguageModel(model.model.to(device, dtype), model.tokenizer)
 
 
 def close(mine: Tensor, expected: Tensor, *, rtol: float = 1e-3) -> None:
-    """Equal within float32 rounding, which the models' large random weights make larger."""
+    """Equal up to float32 rounding, which the models' large random weights amplify."""
     error = float((mine.cpu().double() - expected.cpu().double()).norm() / expected.double().norm().clamp_min(1e-12))
     assert error < rtol, error
 
 
 def gradients(model: LanguageModel, *, several: bool = False) -> tuple[Tensor, Tensor]:
-    """Logits behind a prompt that runs once for all texts, or behind three of which each text has one."""
+    """Logits and prompt gradients, with one shared prompt or with three prompts and an index per text."""
     batch = encode_rows(model, task_for(model), TEXTS).batch(range(8))
-    prompts = torch.stack([SoftPrompt.random(tiny_model(), 5, seed=at).embeddings for at in range(3)])
+    prompts = torch.stack([SoftPrompt.random(tiny_model(), 5, seed=seed).embeddings for seed in range(3)])
     prompt = (prompts if several else prompts[0]).to(model.device).requires_grad_()
-    owner = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1], device=model.device) if several else None
-    logits = model.answer_logits(batch, prompt, prompt_index=owner)
+    prompt_index = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1], device=model.device) if several else None
+    logits = model.answer_logits(batch, prompt, prompt_index=prompt_index)
     logits.logsumexp(-1).sum().backward()
     assert prompt.grad is not None
     return logits.detach(), prompt.grad
@@ -80,59 +79,59 @@ def gradients(model: LanguageModel, *, several: bool = False) -> tuple[Tensor, T
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("family", CAUSAL + MASKED)
 def test_logits_and_prompt_gradients(family: str, several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_model, "pays", lambda *_: True)
+    monkeypatch.setattr(language_model, "packing_pays", lambda *_: True)
     for mine, expected in zip(
         gradients(on("cuda", family), several=several), gradients(on("cpu", family), several=several), strict=True
     ):
         close(mine, expected)
 
 
-def test_few_texts_behind_a_short_prompt_are_not_packed() -> None:
+def test_few_texts_with_a_short_prompt_are_not_packed() -> None:
     model = on("cuda")
     batch = EncodedRows((EncodedRow([5] * 40, [39], [], None),) * 8).whole
     short, long = (SoftPrompt.random(tiny_model(), length).embeddings for length in (5, 100))
-    assert not packing.pays(model, batch, short)
-    assert packing.pays(model, batch, long)
-    with model.replaying(model.new_graphs()):
-        assert packing.pays(model, batch, short)
+    assert not packing.packing_pays(model, batch, short)
+    assert packing.packing_pays(model, batch, long)
+    with model.using_graphs(model.new_graphs()):
+        assert packing.packing_pays(model, batch, short)
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_packed_row_under_one_mask_is_what_its_groups_are(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_model, "pays", lambda *_: True)
+def test_a_packed_row_with_one_mask_equals_its_groups(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_model, "packing_pays", lambda *_: True)
     model = on("cuda")
     assert model.packs
-    whole = gradients(model, several=several)
+    one_mask = gradients(model, several=several)
     monkeypatch.setattr(packing, "ONE_MASK", 0)
-    for mine, expected in zip(whole, gradients(model, several=several), strict=True):
+    for mine, expected in zip(one_mask, gradients(model, several=several), strict=True):
         close(mine, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox", "opt"])
-def test_replayed_passes(family: str, dtype: torch.dtype) -> None:
-    """Shapes by turns, so that each writes where the others did."""
+def test_passes_replayed_from_cuda_graphs(family: str, dtype: torch.dtype) -> None:
+    """Alternating shapes, so that graphs overwrite each other's memory."""
     model = on("cuda", family, dtype)
     encoded = encode_rows(model, task_for(model), TEXTS)
-    prompts = [SoftPrompt.random(tiny_model(), 5, seed=at).embeddings.cuda() for at in range(6)]
-    cases = [(encoded.batch(index), prompts[at]) for at in range(6) for index in ([0, 2, 7], [1, 3, 4, 5], [4, 3])]
+    prompts = [SoftPrompt.random(tiny_model(), 5, seed=seed).embeddings.cuda() for seed in range(6)]
+    cases = [(encoded.batch(rows), prompt) for prompt in prompts for rows in ([0, 2, 7], [1, 3, 4, 5], [4, 3])]
 
-    def found(batch: Batch, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def run(batch: Batch, prompt: Tensor) -> tuple[Tensor, Tensor]:
         leaf = prompt.clone().requires_grad_()
         logits = model.answer_logits(batch, leaf)
         logits.logsumexp(-1).sum().backward()
         assert leaf.grad is not None
         return logits.detach(), leaf.grad
 
-    expected = [found(*case) for case in cases]
+    expected = [run(*case) for case in cases]
     graphs = model.new_graphs()
     assert graphs is not None
-    with model.replaying(graphs):
-        replayed = [found(*case) for case in cases]
+    with model.using_graphs(graphs):
+        replayed = [run(*case) for case in cases]
     assert graphs.made
     for mine, plain in zip(replayed, expected, strict=True):
-        for one, other in zip(mine, plain, strict=True):
-            close(one, other, rtol=1e-4 if dtype == torch.float32 else 0.1)
+        for actual, reference in zip(mine, plain, strict=True):
+            close(actual, reference, rtol=1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_the_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,26 +144,28 @@ def test_the_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(way["ms"] > 0 for part in (moved, tuned) for way in part["ways"].values())
 
 
-def test_what_a_gpu_cannot_record_is_run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_can_not_be_captured_still_runs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = on("cuda")
     expected, graphs = gradients(model), model.new_graphs()
     plain = packing._run_row
 
-    def reads(*given: Any) -> Tensor:
-        hidden = plain(*given)
-        return hidden + 0.0 * float(hidden.detach().sum())  # waits for the GPU, which no recording may
+    def synchronising(*args: Any) -> Tensor:
+        hidden = plain(*args)
+        return hidden + 0.0 * float(hidden.detach().sum())  # waits for the GPU, which a capture forbids
 
-    monkeypatch.setattr(packing, "_run_row", reads)
-    with caplog.at_level(logging.WARNING, "post.cuda_graphs"), model.replaying(graphs):
+    monkeypatch.setattr(packing, "_run_row", synchronising)
+    with caplog.at_level(logging.WARNING, "post.cuda_graphs"), model.using_graphs(graphs):
         for _ in range(3):
             for mine, other in zip(gradients(model), expected, strict=True):
                 close(mine, other, rtol=1e-4)
     assert "passes aren't recorded" in caplog.text
-    assert torch.randn(4, device="cuda").isfinite().all()  # random numbers don't wait for the recording's end
+    assert torch.randn(4, device="cuda").isfinite().all()  # the random generator isn't left in capture mode
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
-def test_sixteen_bits_say_about_the_same(family: str) -> None:
+def test_bfloat16_is_close_to_float32(family: str) -> None:
     model = on("cuda", family, torch.bfloat16)
     assert gradients(model)[0].dtype == torch.float32
     close(gradients(model)[0], gradients(on("cpu", family))[0], rtol=0.15)
@@ -183,10 +184,10 @@ def test_tuning(family: str, privacy: PrivacyConfig | None, tmp_path: Path) -> N
     )
     assert (mine.statement is None) == (privacy is None)
     assert mine.prompt.embeddings.device.type == "cpu"
-    close(mine.prompt.embeddings, expected.prompt.embeddings, rtol=0.02)  # Adam makes a step of a tiny gradient too
+    close(mine.prompt.embeddings, expected.prompt.embeddings, rtol=0.02)  # Adam also steps on tiny gradients
 
 
-def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_tuning_is_resumed(tmp_path: Path) -> None:
     config, privacy = (
         TuneOptions(num_virtual_tokens=4, steps=8, batch_size=4),
         PrivacyConfig(epsilon=8, batch_size=4, steps=8, seed=3),
@@ -195,7 +196,7 @@ def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
 
     def stop(progress: Progress) -> None:
         if progress.step == 5:
-            raise Cancelled("enough")
+            raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
         tune(model, task_for(model), ROWS * 20, config, privacy=privacy, on_progress=stop, checkpoint=tmp_path)
@@ -218,17 +219,19 @@ def test_a_tuning_that_was_stopped_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_a_transfer(family: str, method: str, tmp_path: Path) -> None:
     config = TransferOptions(steps=6, batch_size=5, method=method, learning_rate=0.003)  # type: ignore[arg-type]
-    found = []
+    results = []
     for device in ("cuda", "cpu"):
         target = on(device, family)
         prompt = SoftPrompt.random(tiny_model(family), 4)
-        found.append(transfer(target, copy_student(target, [0, 3]), task_for(target), prompt, TEXTS * 10, config))
-    mine, expected = found
+        results.append(transfer(target, copy_student(target, [0, 3]), task_for(target), prompt, TEXTS * 10, config))
+    mine, expected = results
     assert mine.first_loss == pytest.approx(expected.first_loss, rel=1e-2)
     close(mine.prompt.embeddings, expected.prompt.embeddings, rtol=0.02)
     bf16 = on("cuda", family, torch.bfloat16)
-    moved = transfer(bf16, copy_student(bf16, [0, 3]), task_for(bf16), prompt, TEXTS * 10, config, checkpoint=tmp_path)
-    assert moved.first_loss == pytest.approx(expected.first_loss, rel=0.2)
+    in_bf16 = transfer(
+        bf16, copy_student(bf16, [0, 3]), task_for(bf16), prompt, TEXTS * 10, config, checkpoint=tmp_path
+    )
+    assert in_bf16.first_loss == pytest.approx(expected.first_loss, rel=0.2)
 
 
 def test_a_distillation_in_mixed_precision_trains_float32_weights(tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ def test_a_distillation_in_mixed_precision_trains_float32_weights(tmp_path: Path
     assert evaluate(student, task_for(student), ROWS).rows == len(ROWS)
 
 
-def test_a_distillation_in_parts_with_the_targets_states_kept(tmp_path: Path) -> None:
+def test_a_distillation_with_gradient_accumulation_and_a_teacher_cache(tmp_path: Path) -> None:
     target = on("cuda", dtype=torch.bfloat16)
     config = DISTIL.replace(gradient_accumulation_steps=2, alignment=0.0, templates=("{text}, it was",))
     steps: list[int] = []
@@ -268,7 +271,7 @@ def test_a_distillation_in_parts_with_the_targets_states_kept(tmp_path: Path) ->
 
 
 def test_mixed_prompts_and_generation() -> None:
-    found = []
+    results = []
     for device in ("cuda", "cpu"):
         model = on(device)
         task = task_for(model)
@@ -279,19 +282,19 @@ def test_mixed_prompts_and_generation() -> None:
         scores = [each.scores for each in classify_mixed(model, TEXTS, [prompts[at % 3] for at in range(len(TEXTS))])]
         decoder = Decoder(model)
         rows = [
-            Line(model.tokenizer(text).input_ids, prompts[at % 3].prefix, 6, Sampling())
+            DecodingRow(model.tokenizer(text).input_ids, prompts[at % 3].prefix, 6, Sampling())
             for at, text in enumerate(TEXTS)
         ]
         decoder.add(rows)
         while decoder.rows:
             decoder.step()
-        found.append((torch.tensor(scores), [[token.id for token in row.made] for row in rows]))
-    close(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
+        results.append((torch.tensor(scores), [[token.id for token in row.made] for row in rows]))
+    close(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_a_model_with_most_layers_in_memory_answers_and_teaches_on_the_gpu(family: str, tmp_path: Path) -> None:
+def test_a_model_with_most_layers_in_main_memory_runs_on_the_gpu(family: str, tmp_path: Path) -> None:
     tiny_model(family).save(tmp_path)
     reserved = int(0.6 * tiny_model(family).nbytes)
     spread = LanguageModel.load(tmp_path, device="spread", memory={0: reserved, "cpu": 2**30}, dtype=torch.float32)
@@ -300,7 +303,7 @@ def test_a_model_with_most_layers_in_memory_answers_and_teaches_on_the_gpu(famil
         close(mine, expected)
 
 
-def test_a_target_shared_by_nccl() -> None:
+def test_a_target_sharded_with_nccl() -> None:
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ.update(names, RANK="0", LOCAL_RANK="0")
     try:
@@ -327,11 +330,11 @@ def test_the_memory_plan_measures_the_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_long_packed_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More positions than one mask is for, and the same answers."""
-    monkeypatch.setattr(language_model, "pays", lambda *_: True)
+    """More positions than one mask covers, and the same logits."""
+    monkeypatch.setattr(language_model, "packing_pays", lambda *_: True)
     model = on("cuda")
     rows = EncodedRows(tuple(EncodedRow([5 + at % 90] * (40 + at % 7), [39], [], None) for at in range(120)))
     prompt = SoftPrompt.random(tiny_model(), 5).embeddings
-    found = model.answer_logits(rows.whole, prompt)
+    logits = model.answer_logits(rows.whole, prompt)
     monkeypatch.setattr(packing, "ONE_MASK", 10**6)
-    close(model.answer_logits(rows.whole, prompt), found, rtol=1e-4)
+    close(model.answer_logits(rows.whole, prompt), logits, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The measurable ones among CONTRIBUTING.md's house rules, and the two that security rests on."""
+"""The measurable house rules of CONTRIBUTING.md, and two on which security depends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_modules_and_functions_are_short(path: Path) -> None:
-    """At most 300 lines and 40 lines: more asks to be split."""
+    """At most 300 lines per module and 40 per function."""
     source = path.read_text("utf-8")
     assert source.count("\n") <= 300
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)]
@@ -39,10 +39,10 @@ def test_modules_and_functions_are_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_modules_say_what_they_are(path: Path) -> None:
+def test_modules_have_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_nothing_is_unpickled_and_no_model_brings_code(path: Path) -> None:
+def test_nothing_is_unpickled_and_no_remote_code_is_run(path: Path) -> None:
     assert not UNSAFE.search(path.read_text("utf-8"))

@@ -1,6 +1,6 @@
-"""Processes that answer requests stay free of torch, and annotations are lazy.
+"""Processes that serve requests don't import torch, and annotations are lazy.
 
-That imports go one way and never in a circle are contracts of import-linter in pyproject.toml (`make lint`).
+The direction of imports and the absence of cycles are import-linter contracts in pyproject.toml (`make lint`).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ LIGHT = (
     "post_server.worker.supervisor",
     "post_server.predictions.queue_client",
 )
-"""Modules, or packages with all that is in them, that run where no torch may be."""
+"""Modules, or packages with all their modules, that must not import torch."""
 
 
 def _modules() -> dict[str, Path]:
-    found = {}
+    modules = {}
     for package, folder in PACKAGES.items():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder.parent).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-        assert package in found
-    return found
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+        assert package in modules
+    return modules
 
 
 MODULES = _modules()
@@ -55,7 +55,7 @@ def _light_modules() -> list[str]:
 
 
 def test_api_process_has_no_torch(tmp_path: Path) -> None:
-    """The real thing: a fresh interpreter imports all light modules and builds the app."""
+    """A new interpreter imports all light modules and builds the app."""
     code = f"""
 import importlib, os, sys
 os.environ["POST_HOME"] = {str(tmp_path)!r}
@@ -70,7 +70,7 @@ sys.exit("loaded: " + ", ".join(loaded) if loaded else 0)
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_annotations_are_lazy(module: str) -> None:
-    """Every module that holds more than its docstring defers annotations."""
+    """Every module with more than a docstring defers annotations."""
     body = ast.parse(MODULES[module].read_text("utf-8")).body
     code = [node for node in body if not isinstance(node, ast.Expr)]
     assert not code or (isinstance(code[0], ast.ImportFrom) and code[0].module == "__future__")

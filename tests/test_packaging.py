@@ -1,4 +1,4 @@
-"""What a newcomer gets: packages, pinned versions, the make targets, the containers."""
+"""Packages, pinned versions, make targets and containers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _requirements() -> list[Requirement]:
 
 @pytest.mark.parametrize("requirement", _requirements(), ids=str)
 def test_every_requirement_is_pinned(requirement: Requirement) -> None:
-    """constraints.txt names one version, and pyproject.toml allows it."""
+    """constraints.txt pins one version, which pyproject.toml allows."""
     pinned = _pins()[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(pinned)
 
@@ -53,10 +53,10 @@ def test_four_packages_one_distribution() -> None:
     for name, root in ROOTS.items():
         assert (ROOT / root / name / "py.typed").exists()
         if root != "benchmarks":  # whose programs run as python -m benchmarks.NAME
-            assert not (ROOT / root / "__init__.py").exists(), "a source root is no package"
+            assert not (ROOT / root / "__init__.py").exists(), "a source root is not a package"
 
 
-def test_one_command_with_the_verbs_of_all_sides() -> None:
+def test_one_command_with_the_subcommands_of_all_packages() -> None:
     (script,) = entry_points(group="console_scripts", name="post")
     assert callable(script.load())
     assert {entry.name for entry in entry_points(group="post.commands")} == {"bench", "client", "server"}
@@ -68,7 +68,7 @@ def test_version_is_in_the_changelog() -> None:
 
 @pytest.mark.parametrize("target", ["demo", "test", "test-slow", "lint", "format", "install", "clean"])
 def test_make_targets(target: str) -> None:
-    """Each is there, and each but clean goes through the virtual environment."""
+    """Each exists, and each except clean uses the virtual environment."""
     command = ["make", "--dry-run", "--always-make", target, "ARGS=--xyz"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -77,7 +77,7 @@ def test_make_targets(target: str) -> None:
 
 
 def test_an_old_python_is_refused(tmp_path: Path) -> None:
-    """With a sentence, and before anything is made."""
+    """With a clear message, and before anything is created."""
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     old.chmod(0o755)
@@ -131,7 +131,7 @@ def test_compose_file_validates(options: list[str]) -> None:
 
 
 def test_compose_reads_only_what_the_example_shows() -> None:
-    """Every variable has a line in .env.example, if only a suggested one, and none has a secret as its default."""
+    """Every variable is in .env.example, if only as a comment, and no secret has a default."""
     used = dict(re.findall(r"(?<!\$)\$\{([A-Z_]+):-([^}]*)\}", (ROOT / "docker-compose.yml").read_text("utf-8")))
     example = (ROOT / ".env.example").read_text("utf-8")
     assert used.keys() == set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
@@ -152,7 +152,7 @@ def test_image_copies_what_exists_and_runs_unprivileged() -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_code_and_data_and_nothing_else(tmp_path: Path) -> None:
-    """Built in a copy, so that nothing of the checkout but tracked kinds of files can slip in."""
+    """Built from a copy of the checkout without caches and virtual environment."""
     copy = shutil.copytree(
         ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache")
     )

@@ -1,1 +1,1 @@
-"""Benchmarks over both sides at once, in one process: the only package that imports provider and owner alike."""
+"""Benchmarks of both sides in one process: the only package that imports both ``post_server`` and ``post_client``."""

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from post_shared.training.progress import Progress as TrainingProgress
 
 DEFAULT_METHODS = (
-    "zero_shot,direct_reuse,prompted_student,paper,post,upper_bound,direct_reuse_dp,prompted_student_dp,post_dp"
+    "zero_shot,calibrated_plain,calibrated,direct_reuse,prompted_student,proxy,untuned,post,upper_bound,"
+    "prompted_student_dp,post_dp"
 )
 STUDENT, TRAINING = "Student", "Training"
 
@@ -48,7 +49,9 @@ def quality(
     public: Annotated[list[str], typer.Option(help="Set of the provider; may be repeated.")],
     json: Annotated[Path, typer.Option("--json", help="The figures; a run that was stopped goes on from them.")],
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of tuning and transfer.")] = 3,
-    methods: Annotated[str, typer.Option(help="Comma-separated; also there: untuned, paper_dp.")] = DEFAULT_METHODS,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; also there: paper, paper_dp, direct_reuse_dp, proxy_dp.")
+    ] = DEFAULT_METHODS,
     table: Annotated[Path | None, typer.Option(help="Markdown table; by default beside the JSON file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture; by default beside the JSON file.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of models and prompts; by default FILE.work.")] = None,

@@ -1,4 +1,4 @@
-"""The target model as the benchmarks load it."""
+"""Loads the target model for the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from pathlib import Path
 
 import torch
 
-from post_shared.engine.devices import training_dtype
 from post_shared.model.language_model import LanguageModel
 
 
 def target_and_teacher(source: str | Path, device: str) -> tuple[LanguageModel, LanguageModel]:
-    """The target as it is measured, and as a worker trains with it: one and the same where both have one type."""
+    """The target for measurements and as a worker's teacher: the same object if both have the same dtype."""
     model = LanguageModel.load(source, device=device)
-    if training_dtype(model.device, model.hidden_size) == model.dtype:
+    if model.training_precision.dtype == model.dtype:
         return model, model
-    return model, LanguageModel.load(source, device=device, teaches=True)
+    return model, LanguageModel.load(source, device=device, for_training=True)
 
 
 def in_type(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
-    """The same model, or a copy of it where it computes in another type."""
+    """The model, or a copy in ``dtype`` if it has another dtype."""
     return model if model.dtype == dtype else LanguageModel(deepcopy(model.model).to(dtype), model.tokenizer)

@@ -20,18 +20,18 @@ from torch import Tensor
 from post_bench.methods import QualityConfig
 from post_bench.models import in_type
 from post_bench.results import Figure, Key, Results
-from post_bench.sets import LabelledSet, read_prose, read_set, some_prose, task_of
+from post_bench.sets import LabelledSet, check_apart, read_prose, read_set, some_prose, task_of, templates_of
 from post_bench.spent import Spent
 from post_client.privacy import PrivacyConfig
 from post_client.students.checks import load_student
 from post_client.tuning.tune import starting_prompt, tune
 from post_shared.data.rows import Row
-from post_shared.data.tasks import Task, preset_names
-from post_shared.engine.devices import training_dtype
+from post_shared.data.tasks import Task
 from post_shared.errors import DataInvalid
-from post_shared.inference.evaluation import evaluate
+from post_shared.inference.evaluation import check_labels, classify
 from post_shared.method.distillation.distil import distil
 from post_shared.method.distillation.teacher_cache import CACHE_BYTES, CacheBudget
+from post_shared.method.transfer.baselines import PUBLIC_TEXTS, calibrated_scores, proxy_scores
 from post_shared.method.transfer.transfer import transfer
 from post_shared.method.tuning.label_bias import check_public
 from post_shared.model.language_model import LanguageModel
@@ -79,10 +79,10 @@ class Bench:
     def run(self, keys: list[Key], left: Callable[[float | None], None] = lambda seconds: None) -> None:
         """Measure what isn't measured yet. ``left`` is told the seconds left, None while they can't be known."""
         for private, public in dict.fromkeys((private, public) for private, public, _, _ in keys):
-            self._task(private)  # what is missing is said before hours of work
+            check_labels(self._task(private), self._test(private))  # what is missing is said before hours of work
             check_public(self._set(public).texts, public)
             for other in dict.fromkeys((public, *self._others(private))):
-                self._check_apart(private, other)
+                check_apart(self._set(private), self._set(other))
         missing = self.results.missing(keys)
         while missing:
             left(self.results.seconds_left(missing))
@@ -94,15 +94,23 @@ class Bench:
         private, public, method, seed = key
         plain = method.removesuffix("_dp")
         if plain == "zero_shot":
-            (accuracy, seconds), settings = self._zero_shot(private), dict[str, Any]()
+            (right, seconds), settings = self._zero_shot(private), dict[str, Any]()
+        elif plain.startswith("calibrated"):
+            (right, seconds), settings = self._calibrated(key), {"public_texts": PUBLIC_TEXTS}
+        elif plain == "proxy":
+            prompt, seconds, settings = self._prompt_of(
+                (private, public, method.replace("proxy", "direct_reuse"), seed)
+            )
+            right, seconds = self._proxy(private, prompt)
         else:
             model = self._student(private) if plain == "prompted_student" else self.target
             prompt, made, settings = self._prompt_of(key)
-            accuracy, seconds = self._measure(model, private, prompt)
+            right, seconds = self._measure(model, private, prompt)
             seconds += made
         epsilon = self.config.epsilon if method.endswith("_dp") else None
-        n_test = len(self._test(private))
-        return Figure(private, public, method, seed, accuracy, n_test, round(seconds, 2), epsilon, settings)
+        bits, n_test = "".join("1" if hit else "0" for hit in right), len(right)
+        accuracy = sum(right) / n_test
+        return Figure(private, public, method, seed, accuracy, n_test, round(seconds, 2), epsilon, settings, bits)
 
     # --- what a method does ---------------------------------------------------------------------------
 
@@ -193,7 +201,7 @@ class Bench:
             return self.given
         texts = list(dict.fromkeys(text for name in public for text in self._set(name).texts))
         corpus = some_prose(read_prose(self.data), max(PROSE, sum(map(len, texts)))) + texts
-        config = self.config.distil.replace(templates=self._forms(public))
+        config = self.config.distil.replace(templates=self._templates(public))
         name = "-".join(("student", *public))
         folder = self.work / f"{name}-{fingerprint(config, self.teacher, corpus)[:12]}"
         known = self.results.students.get(name, {}).get("weights") if self.results.rows else None
@@ -232,34 +240,42 @@ class Bench:
     def _make_fast(self, public: tuple[str, ...]) -> LanguageModel:
         """The student as :func:`load_student` gives it to an owner who tunes without privacy."""
         student = self._student_of(public)
-        return in_type(student, training_dtype(student.device, student.hidden_size))
+        return in_type(student, student.training_precision.dtype)
 
-    def _forms(self, public: tuple[str, ...]) -> tuple[str, ...]:
-        """The provider knows families of tasks, not the owner's task: half of the texts stand in the templates of its
-        own sets' tasks, the others in those of the presets."""
-        if self.target.kind != "causal":
-            return ()
-        presets = [Task.preset(name) for name in preset_names()]
-        every = dict.fromkeys(task.template_for("causal") for task in presets if not task.is_generation)
-        own = list(dict.fromkeys(self._task(name).template_for("causal") for name in public))
-        others = [form for form in every if form not in own]
-        return tuple(own * max(1, len(others)) + others * len(own))
-
-    def _check_apart(self, private: str, public: str) -> None:
-        """Raise :class:`DataInvalid` when public text holds a private one: what came of it would mean nothing."""
-        mine = {row.text for row in self._set(private).train + self._set(private).test}
-        shared = mine & set(self._set(public).texts)
-        if shared:
-            raise DataInvalid(f"{len(shared)} texts of {private} are also in {public}; take them out of one of the two")
+    def _templates(self, public: tuple[str, ...]) -> tuple[str, ...]:
+        return templates_of([self._task(name) for name in public]) if self.target.kind == "causal" else ()
 
     # --- small things ---------------------------------------------------------------------------------
 
-    def _measure(self, model: LanguageModel, private: str, prompt: Tensor | None) -> tuple[float, float]:
-        """(accuracy, seconds) on the private test rows."""
+    def _measure(self, model: LanguageModel, private: str, prompt: Tensor | None) -> tuple[list[bool], float]:
+        """(which private test rows are answered right, seconds)."""
+        task, texts = self._task(private), [row.text for row in self._test(private)]
+        return self._timed(private, lambda: classify(model, task, texts, prompt, max_length=self.config.max_length))
+
+    def _calibrated(self, key: Key) -> tuple[list[bool], float]:
+        private, public, method, seed = key
+        task, texts = self._task(private), [row.text for row in self._test(private)]
+        known, limit, ensemble = self._set(public).texts, self.config.max_length, method == "calibrated"
+        return self._timed(
+            private,
+            lambda: calibrated_scores(self.teacher, task, texts, known, ensemble=ensemble, max_length=limit, seed=seed),
+        )
+
+    def _proxy(self, private: str, prompt: Tensor) -> tuple[list[bool], float]:
+        task, texts, student = self._task(private), [row.text for row in self._test(private)], self._student(private)
+        limit = self.config.max_length
+        return self._timed(
+            private,
+            lambda: proxy_scores(self.teacher, student, task, SoftPrompt(prompt), texts, max_length=limit),
+        )
+
+    def _timed(self, private: str, scores: Callable[[], Tensor]) -> tuple[list[bool], float]:
+        """Scores (N, C) of the private test rows -> (which are right, seconds)."""
         began = time.monotonic()
         self.tell(f"evaluate-{private}", Progress(0, 1, "evaluate"))
-        found = evaluate(model, self._task(private), self._test(private), prompt, max_length=self.config.max_length)
-        return found.accuracy, time.monotonic() - began
+        guesses, labels = scores().argmax(-1).tolist(), self._task(private).labels
+        right = [labels[guess] == row.label for guess, row in zip(guesses, self._test(private), strict=True)]
+        return right, time.monotonic() - began
 
     def _test(self, private: str) -> tuple[Row, ...]:
         return self._set(private).test[: self.config.test_rows]

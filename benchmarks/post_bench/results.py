@@ -9,25 +9,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from post_client.console import write_file
 from post_shared.errors import DataInvalid, InvalidInput
 
 Key = tuple[str, str, str, int]
 """(private, public, method, seed)"""
 METHODS: dict[str, str] = {
-    "zero_shot": "large model, no prompt",
-    "direct_reuse": "the student's prompt on the large model as it is",
-    "prompted_student": "prompted student",
+    "zero_shot": "zero-shot (ZS): large model, no prompt",
+    "calibrated_plain": "calibrated zero-shot, one question",
+    "calibrated": "calibrated zero-shot: large model, label bias off, four wordings",
+    "direct_reuse": "direct reuse (D): the student's prompt on the large model",
+    "prompted_student": "prompted student (C)",
+    "proxy": "proxy: the large model's logits plus the student's change",
     "untuned": "POST with a prompt that saw no private data",
     "paper": "transferred by the paper's loss",
     "post": "POST",
-    "upper_bound": "prompt tuned on the large model (forbidden)",
-    "direct_reuse_dp": "direct_reuse, DP",
+    "upper_bound": "prompt tuned on the large model (PT, forbidden)",
+    "direct_reuse_dp": "direct reuse, DP",
     "prompted_student_dp": "prompted student, DP",
+    "proxy_dp": "proxy, DP",
     "paper_dp": "the paper's loss, DP",
     "post_dp": "POST, DP",
 }
-"""Every method and what it is, in the order of the tables."""
+"""Every method and what it is, in the order of the tables. The letters are the paper's columns."""
+SIMPLE = ("calibrated", "prompted_student", "untuned")
+"""What POST has to beat: what can be had without a transfer, or without private rows."""
+LEAST_GAP = 0.02
+"""Pairs whose gap is smaller say nothing about the share of it that is closed."""
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class Figure:
     seconds: float
     epsilon: float | None
     settings: dict[str, Any]
+    right: str = ""
+    """Which test rows were answered right, in their order: "1" or "0" each."""
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -85,7 +99,8 @@ class Results:
 
     def save(self) -> None:
         rows = [asdict(row) for row in self.rows]
-        document = {"about": self.about, "students": self.students, "rows": rows, "summary": summary(self.rows)}
+        document = {"about": self.about, "students": self.students, "rows": rows}
+        document |= {"summary": summary(self.rows), "overall": overall(self.rows)}
         write_file(self.path, (json.dumps(document, indent=1) + "\n").encode())
 
     def missing(self, wanted: Iterable[tuple[str, str, str, int]]) -> list[tuple[str, str, str, int]]:
@@ -107,24 +122,37 @@ class Results:
         return sum(means.get(method, usual) for _, _, method, _ in missing)
 
 
-def gap_share(accuracy: float, zero_shot: float | None, upper_bound: float | None) -> float | None:
-    """Share of the way from zero-shot to the upper bound: the paper's measure of how much a transfer is worth."""
-    if zero_shot is None or upper_bound is None or upper_bound <= zero_shot:
+def gap_share(accuracy: float, calibrated: float | None, upper_bound: float | None) -> float | None:
+    """Share of the way from calibrated zero-shot to the upper bound: what private rows add, of all they could add."""
+    if calibrated is None or upper_bound is None or upper_bound - calibrated < LEAST_GAP:
         return None
-    return (accuracy - zero_shot) / (upper_bound - zero_shot)
+    return (accuracy - calibrated) / (upper_bound - calibrated)
+
+
+Cells = dict[tuple[str, str], dict[str, list[Figure]]]
+"""The figures of each pair by method, one a seed."""
+
+
+def cells_of(rows: Sequence[Figure]) -> Cells:
+    cells: Cells = {}
+    for row in rows:
+        cells.setdefault((row.private, row.public), {}).setdefault(row.method, []).append(row)
+    return cells
 
 
 def summary(rows: Sequence[Figure]) -> list[dict[str, Any]]:
-    """Mean over seeds of each pair and method: accuracy, its standard deviation, seconds, share of the gap closed."""
-    cells: dict[tuple[str, str], dict[str, list[Figure]]] = {}
-    for row in rows:
-        cells.setdefault((row.private, row.public), {}).setdefault(row.method, []).append(row)
+    """Mean over seeds of each pair and method, with intervals.
+
+    ``deviation`` is the spread over seeds; ``low`` and ``high`` the 95 % interval of the mean by bootstrap over test
+    rows; ``gain`` what a method has over the best of :data:`SIMPLE`, with the interval of the paired difference.
+    """
     found = []
-    for (private, public), methods in cells.items():
+    for (private, public), methods in cells_of(rows).items():
         means = {name: statistics.fmean(row.accuracy for row in some) for name, some in methods.items()}
         for method in (name for name in METHODS if name in methods):
             some = methods[method]
             spread = statistics.stdev(row.accuracy for row in some) if len(some) > 1 else None
+            low, high = interval(hits(some)) or (None, None)
             found.append(
                 {
                     "private": private,
@@ -132,13 +160,64 @@ def summary(rows: Sequence[Figure]) -> list[dict[str, Any]]:
                     "method": method,
                     "accuracy": means[method],
                     "deviation": spread,
+                    "low": low,
+                    "high": high,
                     "seeds": len(some),
                     "n_test": some[0].n_test,
                     "seconds": statistics.fmean(row.seconds for row in some),
-                    "gap_share": gap_share(means[method], means.get("zero_shot"), means.get("upper_bound")),
+                    "gap_share": gap_share(means[method], means.get("calibrated"), means.get("upper_bound")),
+                    **_gain(method, methods, means),
                 }
             )
     return found
+
+
+def _gain(method: str, methods: dict[str, list[Figure]], means: dict[str, float]) -> dict[str, Any]:
+    """Over the best simple alternative of the same privacy; nothing for the alternatives themselves."""
+    private = method.endswith("_dp")
+    others = [f"{name}_dp" if private and name == "prompted_student" else name for name in SIMPLE]
+    there = [name for name in others if name in means and name != method]
+    if not there or method in SIMPLE or not method.startswith(("post", "paper", "proxy", "direct_reuse")):
+        return {}
+    best = max(there, key=means.__getitem__)
+    mine, theirs = hits(methods[method]), hits(methods[best])
+    paired = interval(mine - theirs) if mine is not None and theirs is not None and len(mine) == len(theirs) else None
+    low, high = paired or (None, None)
+    return {"over": best, "gain": means[method] - means[best], "gain_low": low, "gain_high": high}
+
+
+def overall(rows: Sequence[Figure]) -> dict[str, float]:
+    """By method: the sum of gains over calibrated zero-shot as a share of the sum of gaps, over pairs with a gap."""
+    gains: dict[str, float] = {}
+    gap = 0.0
+    for methods in cells_of(rows).values():
+        means = {name: statistics.fmean(row.accuracy for row in some) for name, some in methods.items()}
+        low, high = means.get("calibrated"), means.get("upper_bound")
+        if low is None or high is None or high - low < LEAST_GAP:
+            continue
+        gap += high - low
+        for name, mean in means.items():
+            gains[name] = gains.get(name, 0.0) + mean - low
+    return {name: gain / gap for name, gain in gains.items()} if gap else {}
+
+
+def hits(some: Sequence[Figure]) -> NDArray[np.float64] | None:
+    """Share of the seeds that answered each test row right, (N,); None for figures of before rows were kept."""
+    if not some or any(len(row.right) != row.n_test for row in some):
+        return None
+    bits: NDArray[np.float64] = np.array([[float(bit) for bit in row.right] for row in some])
+    mean: NDArray[np.float64] = bits.mean(0)
+    return mean
+
+
+def interval(values: NDArray[np.float64] | None) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of ``values`` (N,), by bootstrap over rows."""
+    if values is None:
+        return None
+    generator = np.random.default_rng(0)
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def table(rows: Sequence[Figure]) -> str:
@@ -152,13 +231,22 @@ def table(rows: Sequence[Figure]) -> str:
         if any((*column, method) in cells for column in columns):
             values = [show(cells.get((*column, method))) for column in columns]
             lines.append(f"| {what} | " + " | ".join(values) + " |")
+    shares = {name: share for name, share in overall(rows).items() if "post" in name or name.startswith("prompted")}
+    if shares:
+        told = ", ".join(f"{METHODS[name]} {share:.2f}" for name, share in shares.items())
+        lines += ["", f"Share of the gap from calibrated zero-shot to the upper bound, over all pairs: {told}."]
     return "\n".join(lines) + "\n"
 
 
 def _cell(each: dict[str, Any]) -> str:
+    """Mean ± spread over seeds [interval over rows] (gain over the best simple alternative, with its interval)."""
     spread = f" ± {each['deviation']:.3f}" if each["deviation"] is not None else ""
-    gap = f" ({each['gap_share']:.2f})" if each["gap_share"] is not None and "post" in each["method"] else ""
-    return f"{each['accuracy']:.3f}{spread}{gap}"
+    rows = f" [{each['low']:.3f}, {each['high']:.3f}]" if each["low"] is not None else ""
+    gain = ""
+    if each.get("gain") is not None and "post" in each["method"]:
+        around = f" [{each['gain_low']:+.3f}, {each['gain_high']:+.3f}]" if each["gain_low"] is not None else ""
+        gain = f" ({each['gain']:+.3f}{around})"
+    return f"{each['accuracy']:.3f}{spread}{rows}{gain}"
 
 
 def check_picture(path: Path) -> None:

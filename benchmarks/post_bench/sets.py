@@ -124,3 +124,22 @@ def pairs(private: list[str], public: list[str]) -> list[tuple[str, str]]:
     if not found:
         raise InvalidInput("a private set needs a public one other than itself")
     return found
+
+
+def check_apart(private: LabelledSet, public: LabelledSet) -> None:
+    """Raise :class:`DataInvalid` when public text holds a private one: what came of it would mean nothing."""
+    shared = {row.text for row in private.train + private.test} & set(public.texts)
+    if shared:
+        raise DataInvalid(
+            f"{len(shared)} texts of {private.name} are also in {public.name}; take them out of one of the two"
+        )
+
+
+def templates_of(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """For distillation. The provider knows families of tasks, not the owner's task: half of the texts stand in the
+    templates of its own sets' tasks, the others in those of the presets."""
+    presets = [Task.preset(name) for name in preset_names()]
+    every = dict.fromkeys(task.template_for("causal") for task in presets if not task.is_generation)
+    own = list(dict.fromkeys(task.template_for("causal") for task in tasks))
+    others = [template for template in every if template not in own]
+    return tuple(own * max(1, len(others)) + others * len(own))

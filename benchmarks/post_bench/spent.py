@@ -1,4 +1,4 @@
-"""Seconds that a piece of work took over all runs that were at it: those of a stopped one are kept beside its files."""
+"""The seconds that a task took in total over interrupted runs, kept in a file beside its output."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from pathlib import Path
 from post_shared.training.progress import Progress, ProgressCallback
 
 EVERY = 10.0
-"""Seconds from one note of the time spent to the next: what a kill can lose."""
+"""Seconds between two saves: at most this much is lost when the process is killed."""
 
 
 class Spent:
-    """Seconds spent on what is made at ``path``, over all runs that worked on it."""
+    """Seconds spent on the output at ``path``, over all runs."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._kept, self._clock = path.with_name(f"{path.name}.seconds"), clock
-        self._before = float(self._kept.read_text("utf-8")) if self._kept.exists() else 0.0
-        self._began = self._noted = clock()
+        self._file, self._clock = path.with_name(f"{path.name}.seconds"), clock
+        self._before = float(self._file.read_text("utf-8")) if self._file.exists() else 0.0
+        self._began = self._saved = clock()
 
     @property
     def seconds(self) -> float:
         return self._before + self._clock() - self._began
 
     def noting(self, on_progress: ProgressCallback) -> ProgressCallback:
-        """As ``report``, and now and then the time is noted."""
+        """A progress callback that also saves the time spent, every :data:`EVERY` seconds."""
 
-        def tell(progress: Progress) -> None:
-            if self._clock() - self._noted >= EVERY:
-                self._noted = self._clock()
-                aside = self._kept.with_name(f"{self._kept.name}.part")
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                aside.write_text(repr(self.seconds), "utf-8")
-                aside.replace(self._kept)
+        def save_and_report(progress: Progress) -> None:
+            if self._clock() - self._saved >= EVERY:
+                self._saved = self._clock()
+                temporary = self._file.with_name(f"{self._file.name}.part")
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(repr(self.seconds), "utf-8")
+                temporary.replace(self._file)
             on_progress(progress)
 
-        return tell
+        return save_and_report
 
     def over(self) -> float:
-        """The seconds in all; there is nothing to go on with any more."""
-        self._kept.unlink(missing_ok=True)
+        """The total seconds of the finished task; the file is removed."""
+        self._file.unlink(missing_ok=True)
         return self.seconds

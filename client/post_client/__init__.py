@@ -1,4 +1,4 @@
-"""The data owner's side of POST: everything that reads private data lives here.
+"""The data owner's side of POST. Only this package reads private data.
 
 from post_client import Client
 

@@ -1,4 +1,4 @@
-"""The clients of a provider's server: one attribute per noun of the API.
+"""The clients of a provider's server: one attribute per resource of the API.
 
 client = Client()                                   # POST_URL and POST_API_KEY from the environment
 folder = client.models.download("smollm2-student", Path("student"))
@@ -6,8 +6,8 @@ prompt = client.prompts.upload(build_upload(prompt_file))
 job = client.transfers.create(prompt=prompt.id, target="smollm2", dataset="amazon")
 job.wait(progress=print)
 
-:class:`AsyncClient` has the same nouns and verbs for asyncio; what gives one thing is awaited, what gives many is
-gone through with ``async for``.
+:class:`AsyncClient` has the same resources and methods for asyncio: await a method that returns one item, and use
+``async for`` with one that returns many.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ KEY_VARIABLE = "POST_API_KEY"
 
 
 class AsyncClient:
-    """Speaks ``/v1`` of one server with one API key, for asyncio. Close it, or use ``async with``.
+    """The client of one server's ``/v1`` API with one API key, for asyncio. Close it, or use ``async with``.
 
-    Errors are the classes of :mod:`post_shared.errors`. Requests that may be repeated without harm are
-    repeated when the server is away or busy; others never.
+    Errors are the classes of :mod:`post_shared.errors`. Idempotent requests are retried when the server is
+    unavailable or busy; others never.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class AsyncClient:
         attempts: int = 5,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """``timeout`` is how long one answer may take in seconds; ``attempts`` how often a request is made at most."""
-        address, key = _server(url, api_key)
+        """``timeout`` is the longest wait for a response in seconds; ``attempts`` the most attempts per request."""
+        address, key = _server_and_key(url, api_key)
         self._http = async_http(address, key, timeout=timeout, attempts=attempts, transport=transport)
         self.models = AsyncModels(self._http)
         self.datasets = AsyncDatasets(self._http)
@@ -72,10 +72,10 @@ class AsyncClient:
         self.server = AsyncServer(self._http)
 
     async def ready(self) -> Health:
-        """Whether the server can work now.
+        """Check that the server is ready.
 
         Raises:
-            Unavailable: it can't, or nothing answers there.
+            Unavailable: it isn't ready, or nothing responds at the address.
         """
         return await self.server.ready()
 
@@ -93,10 +93,10 @@ class AsyncClient:
 
 
 class Client:
-    """Speaks ``/v1`` of one server with one API key. Safe to share between threads; close it, or use ``with``.
+    """The client of one server's ``/v1`` API with one API key. Threads can share it. Close it, or use ``with``.
 
-    Errors are the classes of :mod:`post_shared.errors`. Requests that may be repeated without harm are
-    repeated when the server is away or busy; others never.
+    Errors are the classes of :mod:`post_shared.errors`. Idempotent requests are retried when the server is
+    unavailable or busy; others never.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class Client:
         attempts: int = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """``timeout`` is how long one answer may take in seconds; ``attempts`` how often a request is made at most."""
-        address, key = _server(url, api_key)
+        """``timeout`` is the longest wait for a response in seconds; ``attempts`` the most attempts per request."""
+        address, key = _server_and_key(url, api_key)
         self._http = blocking_http(address, key, timeout=timeout, attempts=attempts, transport=transport)
         self.models = Models(AsyncModels(self._http))
         self.datasets = Datasets(AsyncDatasets(self._http))
@@ -125,10 +125,10 @@ class Client:
         self.server = Server(AsyncServer(self._http))
 
     def ready(self) -> Health:
-        """Whether the server can work now.
+        """Check that the server is ready.
 
         Raises:
-            Unavailable: it can't, or nothing answers there.
+            Unavailable: it isn't ready, or nothing responds at the address.
         """
         return self.server.ready()
 
@@ -145,19 +145,19 @@ class Client:
         self.close()
 
 
-def _server(url: str | None, api_key: str | None) -> tuple[str, str]:
-    """Address and key, given or from the environment.
+def _server_and_key(url: str | None, api_key: str | None) -> tuple[str, str]:
+    """The server's address and the API key, from the arguments or the environment.
 
     Raises:
-        InvalidInput: there is none.
+        InvalidInput: one of them is missing.
     """
     address = url or os.environ.get(URL_VARIABLE)
     key = api_key or os.environ.get(KEY_VARIABLE)
     if not address:
-        raise InvalidInput(f"which server? Give its address: Client(url=...), --url or {URL_VARIABLE}")
+        raise InvalidInput(f"no server address: set it with Client(url=...), --url or {URL_VARIABLE}")
     if not key:
         raise InvalidInput(
-            f"which API key? Ask the provider for one (post key create) and give it: Client(api_key=...) "
+            f"no API key: ask the provider for one (post key create) and set it with Client(api_key=...) "
             f"or {KEY_VARIABLE}"
         )
     return address, key

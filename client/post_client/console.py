@@ -1,4 +1,4 @@
-"""What the verbs share: options, the two streams, progress bars. Results go to stdout, all else to stderr."""
+"""What the commands share: options, consoles, progress bars. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from post_shared.training.progress import ProgressCallback
 
 Url = Annotated[
-    str | None, typer.Option("--url", help="Address of the server; by default POST_URL. The key is POST_API_KEY.")
+    str | None, typer.Option("--url", help="Server address; default: POST_URL. The API key comes from POST_API_KEY.")
 ]
 
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -36,14 +36,14 @@ out = Console(soft_wrap=True, highlight=False)
 
 
 def connect(url: str | None) -> Client:
-    """The client of the server that the option or the environment names."""
+    """A client for the server given by ``--url`` or the environment."""
     from post_client.client import Client
 
     return Client(url=url)
 
 
 def print_facts(facts: Mapping[str, Any], *, console: Console = out) -> None:
-    """Names and values, one a line."""
+    """Print names and values, one per line."""
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         if value is not None:
@@ -52,7 +52,7 @@ def print_facts(facts: Mapping[str, Any], *, console: Console = out) -> None:
 
 
 def confirm(question: str, *, default: bool) -> bool | None:
-    """The answer of whoever sits there; None if nobody does."""
+    """Ask a yes/no question on the terminal; None if there is no input."""
     try:
         return typer.confirm(question, default=default, err=True)
     except typer.Abort as stop:
@@ -63,15 +63,15 @@ def confirm(question: str, *, default: bool) -> bool | None:
 
 
 def usage_error(message: str) -> NoReturn:
-    """End with exit code 2: the options don't fit together."""
+    """Exit with status 2: the options are wrong or don't go together."""
     raise typer.BadParameter(message)
 
 
 def check_writable(path: Path) -> None:
-    """Find out before minutes of work, not after, that a result couldn't be kept.
+    """Check, before minutes of work, that the result can be written to ``path``.
 
     Raises:
-        InvalidInput: no file can be written there.
+        InvalidInput: it can't.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,27 +80,27 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         raise InvalidInput(f"{path}: can't write: {error.strerror or error}") from error
     if path.is_dir():
-        raise InvalidInput(f"{path} is a folder; name a file")
+        raise InvalidInput(f"{path} is a folder; give the path of a file")
 
 
 def check_new(path: Path, force: bool) -> None:
-    """What can't be had again at no cost is not written over unasked.
+    """Don't overwrite, without ``force``, a file that costs privacy budget to make again.
 
     Raises:
-        InvalidInput: the file is there already, and ``force`` wasn't said.
+        InvalidInput: the file exists and ``force`` is false.
     """
     if (path.exists() or path.is_symlink()) and not force:
         raise InvalidInput(
-            f"{path} is there already. Nothing was charged and nothing trained: name another file, or say --force to "
-            "write over it"
+            f"{path} already exists. Nothing was charged and nothing was trained: choose another file, or overwrite it "
+            "with --force"
         )
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file at once and whole; only its owner may read it.
+    """Write a file atomically, readable by its owner only.
 
     Raises:
-        InvalidInput: it can't be written there.
+        InvalidInput: it can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error about what a file holds says which file it is."""
+    """Prefix an error about a file's content with the file's path."""
     try:
         yield
     except InvalidInput as error:
@@ -128,7 +128,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file that was named on the command line."""
+    """The bytes of a file given on the command line."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -139,16 +139,16 @@ def read_file(path: Path) -> bytes:
 
 
 @contextmanager
-def bar(what: str, *columns: ProgressColumn) -> Iterator[Callable[[float, float, str], None]]:
-    """A bar on stderr, from the first ``show(done, total, note)`` on: work that is refused at once shows none."""
+def bar(title: str, *columns: ProgressColumn) -> Iterator[Callable[[float, float, str], None]]:
+    """A progress bar on stderr. It appears at the first ``show(done, total, note)``, so refused work shows none."""
     layout = (TextColumn("[bold]{task.description}"), BarColumn(), *columns, TextColumn("{task.fields[note]}"))
     progress = Progress(*layout, TimeElapsedColumn(), console=err)
-    task = progress.add_task(what, total=None, note="")
-    with ExitStack() as shown:
+    task = progress.add_task(title, total=None, note="")
+    with ExitStack() as stack:
 
         def show(done: float, total: float, note: str = "") -> None:
             if not progress.live.is_started:
-                shown.enter_context(progress)
+                stack.enter_context(progress)
             progress.update(task, completed=done, total=total, note=escape(note))
 
         yield show
@@ -165,83 +165,83 @@ def metrics_note(metrics: Mapping[str, float]) -> str:
 
 
 def follow(job: Job) -> Job:
-    """Wait for a job with a bar. Ctrl-C offers to leave it running."""
+    """Wait for a job and show a progress bar. On Ctrl-C, ask whether to leave the job running."""
     from post_shared.errors import Unavailable
 
     try:
         with bar(f"{job.document.kind} {job.id}") as show, interruptible(signal.SIGINT) as stopped:
 
-            def heard(document: JobDocument) -> None:
+            def on_change(document: JobDocument) -> None:
                 if stopped():
                     raise KeyboardInterrupt
                 note = "  ".join(filter(None, [document.stage or str(document.state), metrics_note(document.metrics)]))
                 show(document.progress, 1.0, note)
 
-            return job.wait(progress=heard)
+            return job.wait(progress=on_change)
     except KeyboardInterrupt:
         leave = not err.is_terminal or confirm("\nLeave the job running at the provider?", default=True)
         if leave is False:
             job.cancel()
             err.print(f"Cancelling {job.id}.")
         else:
-            err.print(f"{job.id} goes on. Watch it: post jobs watch {job.id}   Cancel it: post jobs cancel {job.id}")
+            err.print(f"{job.id} keeps running. Watch: post jobs watch {job.id}   Cancel: post jobs cancel {job.id}")
         raise typer.Exit(130) from None
     except Unavailable:
-        err.print(f"Lost sight of {job.id}. Look again later: post jobs watch {job.id}")
+        err.print(f"Lost the connection to {job.id}. Try again later: post jobs watch {job.id}")
         raise
 
 
 @contextmanager
 def interruptible(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
-    """Each of ``signals`` interrupts at once, as Ctrl-C does by default. Yields whether one came: an exception that is
-    raised at a bad moment can be lost inside a library, so long work asks now and then.
+    """Raise KeyboardInterrupt on each of ``signals``, as Ctrl-C does by default. Yields a function that tells whether
+    one was received: a library can swallow the exception, so long work polls the function.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    before = {each: signal.signal(each, interrupt) for each in signals}
+    previous = {number: signal.signal(number, interrupt) for number in signals}
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def stop_gently() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C only makes the yielded ``asked()`` true; the second one interrupts."""
-    asked = False
+    """The first Ctrl-C only makes the yielded function return true; the second one interrupts."""
+    requested = False
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        asked = True
+        requested = True
 
-    before = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, request)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
-def watched(what: str, stopped: str) -> Iterator[ProgressCallback]:
-    """A bar for training on this machine. Ctrl-C ends it between two steps: ``stopped`` is said, the exit status 130.
+def training_bar(title: str, stopped: str) -> Iterator[ProgressCallback]:
+    """A progress bar for local training. Ctrl-C ends it between two steps, prints ``stopped`` and exits with 130.
 
     Raises:
-        typer.Exit: in the place of :class:`post_shared.errors.Cancelled`.
+        typer.Exit: instead of :class:`post_shared.errors.Cancelled`.
     """
-    with bar(what) as show, stop_gently() as asked:
+    with bar(title) as show, stop_gently() as stop_requested:
 
         def on_progress(progress: TrainingProgress) -> None:
-            stage = "" if progress.stage == what else f"{progress.stage}  "
+            stage = "" if progress.stage == title else f"{progress.stage}  "
             note = f"{stage}{progress.step}/{progress.steps}  {metrics_note(progress.metrics)}"
             show(progress.step, progress.steps, note)
-            if asked():
+            if stop_requested():
                 raise Cancelled("stopped by Ctrl-C")
 
         try:
@@ -252,7 +252,7 @@ def watched(what: str, stopped: str) -> Iterator[ProgressCallback]:
 
 
 def quiet_libraries() -> None:
-    """No bars and notes of the libraries between ours."""
+    """Turn off the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""The one door out of the data owner's machine.
+"""The only way a prompt leaves the data owner's machine.
 
-:func:`build_upload` makes the whole request that carries a prompt. It is a function of the prompt file alone:
-no clock, no random number, no name or path of this machine. Sending adds the address (``Host``), the API key
-(``Authorization``) and nothing else.
+:func:`build_upload` builds the whole upload request. It depends on the prompt file alone: no clock, no random
+number, no name or path of this machine. Sending adds the address (``Host``) and the API key
+(``Authorization``), nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UPLOAD_PATH = "/v1/prompts"
 
 @dataclass(frozen=True)
 class OutboundRequest:
-    """A request that carries a prompt, complete but for the address and the API key."""
+    """A request that uploads a prompt, complete except for the address and the API key."""
 
     method: str
     path: str
@@ -27,13 +27,13 @@ class OutboundRequest:
     body: bytes
 
     def to_bytes(self) -> bytes:
-        """As it goes over the wire in HTTP/1.1."""
+        """The request as it is sent over HTTP/1.1."""
         lines = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in self.headers)]
         return "\r\n".join([*lines, "", ""]).encode("ascii") + self.body
 
 
 def build_upload(prompt: PromptFile) -> OutboundRequest:
-    """Everything that leaves when ``prompt`` is pushed. The body is the prompt file's bytes."""
+    """The request that uploads ``prompt``. Its body is the prompt file's bytes."""
     body = write_prompt(prompt)
     headers = (
         ("Accept", "application/json"),
@@ -45,18 +45,18 @@ def build_upload(prompt: PromptFile) -> OutboundRequest:
 
 
 def check_outbound(request: OutboundRequest) -> None:
-    """Refuse a request that :func:`build_upload` would not have built, to the last byte.
+    """Check that ``request`` is byte for byte what :func:`build_upload` builds.
 
     Raises:
-        InvalidInput: it isn't one.
-        PromptFileInvalid: its body is no prompt file.
+        InvalidInput: it isn't.
+        PromptFileInvalid: its body isn't a prompt file.
     """
     if not isinstance(request, OutboundRequest) or build_upload(read_prompt(request.body)) != request:
         raise InvalidInput("only a request made by build_upload(prompt_file) may be uploaded")
 
 
 def describe(request: OutboundRequest) -> dict[str, Any]:
-    """What a request says to the provider, read back from its bytes."""
+    """What the provider learns from a request, read back from its bytes."""
     prompt = read_prompt(request.body)
     return {
         "request": f"{request.method} {request.path}",

@@ -1,4 +1,4 @@
-"""A trade-off report to look at: tables as Markdown, and a picture. Made on the caller's side from the document."""
+"""Render a trade-off report as Markdown tables and as a figure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from post_shared.schemas.reports import Estimate, TradeOffReport
 
 SHOWN_SHARE = 0.2
-"""Min-K% and Min-K%++ at the share that their authors use, fixed before any figure is seen; the JSON has all shares."""
+"""The share k that the authors of Min-K% and Min-K%++ use, chosen in advance; the JSON has all shares."""
 SCORES = {"min_k": "Min-K%", "min_k_plus": "Min-K%++"}
 COLOURS = {"target": "#555555", "student": "#2a6f97"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """One table: a title, the columns' names, rows of cells, and what to know about it."""
+    """One table: a title, column names, rows of cells, and a note."""
 
     title: str
     columns: tuple[str, ...]
@@ -57,8 +57,8 @@ def _loss(report: TradeOffReport) -> Section:
     measured = report.measured_loss
     names = {"ce": "L_ce (imitation)", "lm": "L_lm (text)", "cos": "L_cos (hidden states)"}
     rows = tuple(
-        (what, f"{getattr(measured, name):.4f}", f"{recorded[name]:.4f}" if name in recorded else "")
-        for name, what in names.items()
+        (label, f"{getattr(measured, name):.4f}", f"{recorded[name]:.4f}" if name in recorded else "")
+        for name, label in names.items()
     )
     origin = f"Recorded by {report.recorded_loss.job_id}." if report.recorded_loss else "No distillation job is known."
     note = f"Measured on {measured.tokens:,} tokens of non-member text. {origin}"
@@ -66,23 +66,23 @@ def _loss(report: TradeOffReport) -> Section:
 
 
 def _accuracy(report: TradeOffReport) -> Section:
-    columns = ("", "always the most frequent", "target", "target, tuned", "student", "student, tuned", "gap")
+    columns = ("", "majority label", "target", "target, tuned", "student", "student, tuned", "gap")
     rows = tuple(
         (
-            each.dataset,
-            f"{each.majority:.3f}",
+            task.dataset,
+            f"{task.majority:.3f}",
             *map(
                 estimate,
-                (each.target_zero_shot, each.target_tuned, each.student_zero_shot, each.student_tuned, each.gap),
+                (task.target_zero_shot, task.target_tuned, task.student_zero_shot, task.student_tuned, task.gap),
             ),
         )
-        for each in report.tasks
+        for task in report.tasks
     )
-    tests = ", ".join(f"{each.dataset} {each.test_rows}" for each in report.tasks)
-    beaten = [each.dataset for each in report.tasks if each.gap_zero_shot.value < 0]
-    note = f"95 % intervals; held-out rows: {tests}. Gap: the tuned target less the tuned student. "
-    if beaten:
-        note += f"The tuned student is above the target without a prompt on {', '.join(beaten)}."
+    tests = ", ".join(f"{task.dataset} {task.test_rows}" for task in report.tasks)
+    better = [task.dataset for task in report.tasks if task.gap_zero_shot.value < 0]
+    note = f"95 % intervals; held-out rows: {tests}. Gap: tuned target minus tuned student. "
+    if better:
+        note += f"The tuned student beats the target without a prompt on {', '.join(better)}."
     return Section("Accuracy on public tasks", columns, rows, note.strip())
 
 
@@ -90,15 +90,18 @@ def _leakage(report: TradeOffReport) -> Section:
     columns = ("", "AUC, target", "AUC, student", "drop", "TPR at 1 % FPR, target", "TPR at 1 % FPR, student")
     rows = tuple(
         (
-            f"{SCORES[each.score]}, k = {each.share:.0%}",
-            *map(estimate, (each.target.auc, each.student.auc, each.auc_drop, each.target.tpr, each.student.tpr)),
+            f"{SCORES[attack.score]}, k = {attack.share:.0%}",
+            *map(
+                estimate,
+                (attack.target.auc, attack.student.auc, attack.auc_drop, attack.target.tpr, attack.student.tpr),
+            ),
         )
-        for each in report.leakage
-        if each.share == SHOWN_SHARE
+        for attack in report.leakage
+        if attack.share == SHOWN_SHARE
     )
     note = f"{report.members} members, {report.non_members} non-members; guessing gives AUC 0.5 and TPR 0.01."
     if report.non_members < 100:
-        note += " With fewer than 100 non-members, the TPR is the one without any false positive."
+        note += " With fewer than 100 non-members, the TPR is measured without any false positive."
     return Section("Leakage of training text", columns, rows, note)
 
 
@@ -107,11 +110,11 @@ def estimate(figure: Estimate) -> str:
     return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
 
 
-# --- picture ------------------------------------------------------------------------------------------
+# --- figure -------------------------------------------------------------------------------------------
 
 
 def draw(report: TradeOffReport, path: Path) -> None:
-    """Three panels, all with their intervals: size, accuracy on every task, AUC of both attacks over k."""
+    """Draw three panels with intervals: size, accuracy on every task, AUC of both attacks over k."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -142,28 +145,28 @@ def _draw_accuracy(report: TradeOffReport, axes: Any) -> None:
         ("student_zero_shot", "student", COLOURS["student"], 0.45),
         ("student_tuned", "student, tuned", COLOURS["student"], 1.0),
     )
-    for at, (member, name, colour, alpha) in enumerate(shown):
-        figures = [getattr(each, member) for each in report.tasks]
-        places = [place + 0.2 * at for place in range(len(figures))]
-        values = [each.value for each in figures]
-        axes.bar(places, values, 0.19, yerr=_spread(figures), label=name, color=colour, alpha=alpha, capsize=2)
-    for place, task in enumerate(report.tasks):
-        axes.hlines(task.majority, place - 0.1, place + 0.7, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks([place + 0.3 for place in range(len(report.tasks))], [each.dataset for each in report.tasks])
+    for bar, (member, name, colour, alpha) in enumerate(shown):
+        estimates = [getattr(task, member) for task in report.tasks]
+        positions = [x + 0.2 * bar for x in range(len(estimates))]
+        values = [each.value for each in estimates]
+        axes.bar(positions, values, 0.19, yerr=_error_bars(estimates), label=name, color=colour, alpha=alpha, capsize=2)
+    for x, task in enumerate(report.tasks):
+        axes.hlines(task.majority, x - 0.1, x + 0.7, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks([x + 0.3 for x in range(len(report.tasks))], [task.dataset for task in report.tasks])
     axes.set_ylim(0, 1.15)
-    axes.set_title("accuracy (dotted: the most frequent label)", fontsize=9)
+    axes.set_title("accuracy (dotted: majority label)", fontsize=9)
     axes.legend(fontsize=7, ncols=2, loc="upper left")
 
 
 def _draw_leakage(report: TradeOffReport, axes: Any) -> None:
     for score, name in SCORES.items():
-        some = [each for each in report.leakage if each.score == score]
+        attacks = [attack for attack in report.leakage if attack.score == score]
         for model, colour in COLOURS.items():
-            figures = [getattr(each, model).auc for each in some]
+            estimates = [getattr(attack, model).auc for attack in attacks]
             axes.errorbar(
-                [100 * each.share for each in some],
-                [each.value for each in figures],
-                yerr=_spread(figures),
+                [100 * attack.share for attack in attacks],
+                [each.value for each in estimates],
+                yerr=_error_bars(estimates),
                 label=f"{model}, {name}",
                 color=colour,
                 linestyle="-" if score == "min_k" else "--",
@@ -173,11 +176,11 @@ def _draw_leakage(report: TradeOffReport, axes: Any) -> None:
             )
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("k, % of a text's tokens")
-    axes.set_title("AUC, members against non-members (dotted: guessing)", fontsize=9)
+    axes.set_title("AUC, members vs. non-members (dotted: guessing)", fontsize=9)
     axes.legend(fontsize=7)
 
 
-def _spread(figures: Sequence[Estimate]) -> list[list[float]]:
-    """How far the intervals reach below and above, as matplotlib wants it."""
-    below = [max(0.0, each.value - each.low) for each in figures]
-    return [below, [max(0.0, each.high - each.value) for each in figures]]
+def _error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Distances from the values to their lower and upper bounds, (2, N) for matplotlib's ``yerr``."""
+    below = [max(0.0, each.value - each.low) for each in estimates]
+    return [below, [max(0.0, each.high - each.value) for each in estimates]]

@@ -1,4 +1,4 @@
-"""Every setting of the provider's side, in one place. Each is an environment variable ``POST_<NAME>``."""
+"""All settings of the server. Each is read from the environment variable ``POST_<NAME>``."""
 
 from __future__ import annotations
 
@@ -14,125 +14,130 @@ from post_shared.errors import InvalidInput
 from post_shared.schemas.jobs import JobKind
 from post_shared.schemas.validation import validation_errors
 
-_ROOM = r"(\d+|cpu)=\d+(\.\d+)?([KMGT]i?B)?"
+_DEVICE_MEMORY = r"(\d+|cpu)=\d+(\.\d+)?([KMGT]i?B)?"
 _KINDS = f"({'|'.join(JobKind)})"
 
 
 class Settings(BaseSettings):
-    """Embedded by default; each URL replaces one embedded part by the real thing at scale."""
+    """By default every service is embedded; each URL replaces one of them with an external service."""
 
     model_config = SettingsConfigDict(env_prefix="POST_", frozen=True, extra="ignore")
 
-    home: Path = Field(default_factory=lambda: user_data_path("post"), description="Folder of all embedded parts.")
+    home: Path = Field(default_factory=lambda: user_data_path("post"), description="Folder of the embedded services.")
     database_url: str = Field(default="", description="SQLAlchemy URL; default: SQLite in the home folder.")
     redis_url: str = Field(
-        default="", description="Broker and events; default: an embedded server on a private socket."
+        default="", description="Redis for the job queue and events; default: an embedded server on a private socket."
     )
     storage_url: str = Field(default="", description="fsspec URL for blobs; default: a folder in the home folder.")
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: int = Field(default=8321, ge=0, le=65535, description="0 takes a free port.")
+    port: int = Field(default=8321, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
 
     device: str = Field(
         default="auto",
-        description="auto, cpu, cuda, cuda:N, or spread: a model's weights over all GPUs, then memory, then the disk.",
+        description="auto, cpu, cuda, cuda:N, or spread (weights over all GPUs, then main memory, then disk).",
     )
     device_memory: str = Field(
         default="",
-        pattern=rf"^({_ROOM}(,{_ROOM})*)?$",
-        description="With `spread`, what weights may take, such as `0=20GiB,1=20GiB,cpu=60GiB`; default: 70 % of what "
-        "is free.",
+        pattern=rf"^({_DEVICE_MEMORY}(,{_DEVICE_MEMORY})*)?$",
+        description="With `spread`, the memory for weights on each device, for example `0=20GiB,1=20GiB,cpu=60GiB`; "
+        "default: 70 % of the free memory.",
     )
-    precision: Literal["auto", "float32"] = Field(
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="`auto`: bfloat16 on a GPU, and for a target that is distilled or gets a prompt also on a CPU with "
-        "matrix units for it (AMX).",
+        description="`auto`: bfloat16 on a GPU; for distillation and transfer also on a CPU where a short measurement "
+        "finds it faster.",
     )
-    threads: int = Field(default=0, ge=0, description="CPU threads of a job; 0: the cores there are.")
+    threads: int = Field(default=0, ge=0, description="CPU threads of a job; 0: one per core.")
     job_nice: int = Field(
         default=10,
         ge=0,
         le=19,
-        description="How far a job's processes stand back (`nice`), so that the API beside them stays fast.",
+        description="Niceness of a job's processes, so that the API on the same machine stays responsive.",
     )
 
     lease_seconds: float = Field(
-        default=30.0, gt=0, description="A worker that is silent for so long has lost its job."
+        default=30.0, gt=0, description="A worker that sends no heartbeat for this long loses its job."
     )
     heartbeat_seconds: float = Field(
-        default=5.0, gt=0, description="How often a worker renews its lease; at most half of it."
+        default=5.0, gt=0, description="Interval at which a worker renews its lease; at most half of the lease."
     )
     progress_seconds: float = Field(
-        default=3600.0, gt=0, description="A job that reports nothing for so long hangs: it is killed and tried again."
+        default=3600.0,
+        gt=0,
+        description="A job that reports no progress for this long counts as hung: it is killed and retried.",
     )
-    max_attempts: int = Field(default=3, ge=1, description="How often a lost job is started again before it fails.")
-    checkpoint_seconds: float = Field(default=60.0, gt=0, description="How often a job keeps a checkpoint.")
-    cancel_grace_seconds: float = Field(default=30.0, gt=0, description="From cancel to kill.")
+    max_attempts: int = Field(default=3, ge=1, description="Attempts of a lost job before it fails.")
+    checkpoint_seconds: float = Field(default=60.0, gt=0, description="Interval between a job's checkpoints.")
+    cancel_grace_seconds: float = Field(default=30.0, gt=0, description="Time from a cancel request to a kill.")
 
     teacher_cache_bytes: int = Field(
         default=2 * 2**30,  # post_shared.method.distillation.teacher_cache.CACHE_BYTES: importing it would load torch
         ge=0,
-        description="Disk that a distillation may use for the target's hidden states, for later passes of its corpus.",
+        description="Disk space that a distillation may use to cache the target's hidden states for later epochs.",
     )
     gpu_jobs: str = Field(
         default="",
         pattern=f"^({_KINDS}(,{_KINDS})*)?$",
-        description="Kinds of jobs that only a worker with a GPU takes, such as `distil,transfer`.",
+        description="Kinds of jobs that only a worker with a GPU takes, for example `distil,transfer`.",
     )
     running_jobs_per_key: int = Field(
-        default=0, ge=0, description="Jobs of one API key that run at a time; 0: no limit."
+        default=0, ge=0, description="Jobs of one API key that may run at the same time; 0: no limit."
     )
-    worker_jobs: int = Field(default=1, ge=1, description="Jobs that one worker runs at a time.")
+    worker_jobs: int = Field(default=1, ge=1, description="Jobs that one worker runs at the same time.")
     reconcile_seconds: float = Field(
-        default=5.0, gt=0, description="How often a worker looks for lost and undelivered jobs."
+        default=5.0, gt=0, description="Interval at which a worker checks for lost and undelivered jobs."
     )
-    ring_seconds: float = Field(
+    notify_seconds: float = Field(
         default=10.0,
         ge=0.1,
-        description="A job that is queued for longer is announced again; it rests as long while the store is away.",
+        description="Workers are notified again of a job that has been queued for longer; a job whose storage can't be "
+        "reached is retried after this time.",
     )
     visibility_seconds: float = Field(
-        default=3600.0, gt=0, description="Redis gives a ring that a worker kept for so long to another one."
+        default=3600.0,
+        gt=0,
+        description="Redis redelivers a notification that a worker has not acknowledged for this long.",
     )
-    stop_seconds: float = Field(default=30.0, gt=0, description="From a stop signal to kill, for every process.")
+    stop_seconds: float = Field(default=30.0, gt=0, description="Time from a stop signal to a kill, for every process.")
 
     @model_validator(mode="after")
-    def _leases_last(self) -> Self:
+    def _check_lease(self) -> Self:
         if self.lease_seconds < 2 * self.heartbeat_seconds:
-            raise ValueError("lease_seconds is at least twice heartbeat_seconds, or every job would be taken for lost")
+            raise ValueError("lease_seconds is at least twice heartbeat_seconds, or running jobs would count as lost")
         return self
 
     @property
     def step_seconds(self) -> float:
-        """How long a job may take to reach the end of its step and keep a checkpoint, once its worker has to stop."""
+        """Time for a job to finish its step and save a checkpoint after its worker was told to stop."""
         return max(self.stop_seconds / 2, self.stop_seconds - 5.0)
 
-    predictor_models: int = Field(default=2, ge=1, description="Models that a predictor keeps in memory.")
+    predictor_models: int = Field(default=2, ge=1, description="Models that one predictor keeps loaded.")
     predictor_prompt_bytes: int = Field(
-        default=2**30, ge=0, description="Memory that it uses for prompts it keeps ready, of all models together."
+        default=2**30, ge=0, description="Memory of one predictor for the prepared prompts of all its models."
     )
     predictor_text_tokens: int = Field(
         default=2048,
         ge=8,
-        description="Most tokens of a text in its template, where the model's context allows as many.",
+        description="Maximum tokens of a text in its template, if the model's context allows that many.",
     )
     predictor_queue: int = Field(
-        default=256, ge=1, description="Requests that wait for a predictor; with more, callers are told to come later."
+        default=256,
+        ge=1,
+        description="Requests that may wait for a predictor; further ones are told to retry later.",
     )
 
-    prompt_bytes: int = Field(default=64 * 2**20, ge=1, description="Largest prompt file.")
-    dataset_bytes: int = Field(default=2 * 2**30, ge=1, description="Largest dataset upload.")
-    part_bytes: int = Field(default=64 * 2**20, ge=1, description="Largest part of a dataset that comes in parts.")
-    document_bytes: int = Field(default=32 * 2**20, ge=1, description="Largest JSON document.")
-    requests_per_minute: int = Field(
-        default=1200, ge=0, description="Requests that an API key may make in a minute; 0: no limit."
-    )
-    jobs_per_key: int = Field(default=100, ge=1, description="Jobs of one API key that have not ended.")
-    prediction_seconds: float = Field(default=120.0, gt=0, description="How long a request waits for a prediction.")
+    prompt_bytes: int = Field(default=64 * 2**20, ge=1, description="Maximum size of a prompt file.")
+    dataset_bytes: int = Field(default=2 * 2**30, ge=1, description="Maximum size of a dataset.")
+    part_bytes: int = Field(default=64 * 2**20, ge=1, description="Maximum size of one part of a dataset upload.")
+    document_bytes: int = Field(default=32 * 2**20, ge=1, description="Maximum size of a JSON request body.")
+    requests_per_minute: int = Field(default=1200, ge=0, description="Requests per minute of one API key; 0: no limit.")
+    jobs_per_key: int = Field(default=100, ge=1, description="Unfinished jobs that one API key may have.")
+    prediction_seconds: float = Field(default=120.0, gt=0, description="Time that a request waits for its prediction.")
     log_level: str = Field(
         default="INFO", pattern="(?i)^(debug|info|warning|error)$", description="DEBUG, INFO, WARNING or ERROR."
     )
-    log_json: bool = Field(default=True, description="JSON lines for machines; false: lines for people.")
+    log_json: bool = Field(default=True, description="Log JSON lines; false: human-readable lines.")
 
     @model_validator(mode="before")
     @classmethod
@@ -153,19 +158,19 @@ class Settings(BaseSettings):
 
 @lru_cache
 def get_settings() -> Settings:
-    """The settings of the environment: see :func:`settings_with`."""
+    """The settings from the environment; see :func:`settings_with`."""
     return settings_with()
 
 
-def settings_with(**given: Any) -> Settings:
-    """The settings of the environment, but for those that are given.
+def settings_with(**overrides: Any) -> Settings:
+    """The settings from the environment, with ``overrides``.
 
     Raises:
-        InvalidInput: a setting has a value that makes no sense; its value, which may be secret, isn't shown.
+        InvalidInput: a setting has an invalid value. The value isn't shown, because it may be secret.
     """
     try:
-        return Settings(**given)
+        return Settings(**overrides)
     except ValidationError as error:
-        found = validation_errors(error.errors())
-        detail = "; ".join(f"POST_{name.upper()}: {message}" if name else message for name, message in found)
+        problems = validation_errors(error.errors())
+        detail = "; ".join(f"POST_{name.upper()}: {message}" if name else message for name, message in problems)
         raise InvalidInput(detail) from None

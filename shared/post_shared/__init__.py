@@ -1,1 +1,1 @@
-"""What both sides of POST need: language models, soft prompts, tasks, losses, prompt files and API schemas."""
+"""Shared by both sides of POST: language models, soft prompts, tasks, losses, prompt files and API schemas."""

@@ -1,35 +1,35 @@
-"""Every error that POST raises on purpose: one class, one stable code, known to both sides.
+"""Every error that POST raises deliberately: one class and one stable code, shared by both sides.
 
     PostError
-    ├── InvalidInput               422  something you passed can't be used
+    ├── InvalidInput               422  an argument can't be used
     │   ├── TaskInvalid            422  template, labels or label words
     │   ├── DataInvalid            422  a row of a data file (names file, line and column)
-    │   ├── PromptFileInvalid      422  bytes that are no prompt file
+    │   ├── PromptFileInvalid      422  bytes that aren't a valid prompt file
     │   ├── PromptMismatch         422  a prompt made for another model, or of another width
     │   ├── ModelUnsafe            422  a model folder that POST refuses to load
     │   ├── PrivacyInvalid         422  (ε, δ) or a noise setting that gives no guarantee
     │   ├── LedgerInvalid          422  a privacy ledger that can't be read or written (client side)
     │   └── IdempotencyMismatch    422  an Idempotency-Key reused with another body
     ├── Unauthenticated            401
-    │   └── KeyExpired             401  the key's time is over
+    │   └── KeyExpired             401  the API key has expired
     ├── Forbidden                  403
     ├── NotFound                   404
     ├── Conflict                   409
-    │   ├── BudgetExceeded         409  a run would go above the cap on the privacy budget (client side)
-    │   └── RequestInFlight        409  the same Idempotency-Key is being worked on
+    │   ├── BudgetExceeded         409  a run would exceed the cap on the privacy budget (client side)
+    │   └── RequestInFlight        409  a request with the same Idempotency-Key is in progress
     ├── PayloadTooLarge            413
     ├── RangeInvalid               416
     ├── TooManyRequests            429
     ├── IntegrityError             500  bytes that don't match their hash
-    ├── Unavailable                503  try again later
+    ├── Unavailable                503  not available now; try again later
     │   └── Timeout                504
-    ├── JobFailed                       a job ended as failed (client side)
-    │   ├── WorkerLost                  its worker went silent too often
+    ├── JobFailed                       a job failed (client side)
+    │   ├── WorkerLost                  its worker was lost too often
     │   ├── JobKilled                   its process was killed or crashed too often
     │   ├── JobStalled                  it stopped making progress too often
-    │   ├── DiskFull                    the worker's disk has no room for it
+    │   ├── DiskFull                    the worker's disk is too full for it
     │   └── OutOfMemory                 the machine or the device has too little memory for it
-    └── Cancelled                       long work was cancelled
+    └── Cancelled                       a job or a long computation was cancelled
 
 The server turns an error into RFC 9457 ``application/problem+json`` with :meth:`PostError.problem`;
 the client turns the problem back into the same class with :func:`from_problem`.
@@ -43,7 +43,7 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
 class PostError(Exception):
-    """Base of all. ``detail`` says what went wrong, where, and what to do about it."""
+    """Base class. ``detail`` says what went wrong, where, and what to do about it."""
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
@@ -56,7 +56,7 @@ class PostError(Exception):
         self.request_id: str | None = None
 
     def problem(self) -> dict[str, Any]:
-        """The RFC 9457 members; ``type`` is a URN made from the stable code."""
+        """The RFC 9457 members; ``type`` is a URN that contains the stable code."""
         return {
             "type": f"urn:post:error:{self.code}",
             "title": self.title,
@@ -184,19 +184,19 @@ class Cancelled(PostError):
 
 
 def _tree(base: type[PostError]) -> dict[str, type[PostError]]:
-    found = {base.code: base}
+    by_code = {base.code: base}
     for child in base.__subclasses__():
-        found |= _tree(child)
-    return found
+        by_code |= _tree(child)
+    return by_code
 
 
 def errors() -> list[type[PostError]]:
-    """Every class of the tree."""
+    """All classes of the tree."""
     return list(_tree(PostError).values())
 
 
 def from_problem(problem: dict[str, Any]) -> PostError:
-    """The error that a problem document describes; an unknown code gives a plain :class:`PostError`."""
+    """The error that a problem document describes; for an unknown code, a plain :class:`PostError`."""
     members = dict(problem)
     code = str(members.pop("code", PostError.code))
     detail = str(members.pop("detail", members.get("title", "The server gave no detail")))

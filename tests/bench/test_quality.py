@@ -11,7 +11,7 @@ import pytest
 
 from post_bench.methods import QualityConfig, wanted
 from post_bench.quality import Bench
-from post_bench.results import Figure, Results, gap_share, summary, table
+from post_bench.results import Figure, Results, gap_share, overall, summary, table
 from post_bench.sets import LabelledSet, pairs, read_prose, read_set, some_prose, task_of
 from post_bench.spent import Spent
 from post_shared.cli.app import EXIT_INTERRUPTED, build_app, run
@@ -25,8 +25,11 @@ from tests.models import LABELS, TEXTS, tiny_model
 
 ALL = (
     "zero_shot",
+    "calibrated_plain",
+    "calibrated",
     "direct_reuse",
     "prompted_student",
+    "proxy",
     "untuned",
     "paper",
     "post",
@@ -72,6 +75,8 @@ def test_every_method_has_its_figure(data: Path, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "q.json").read_text("utf-8"))["rows"]
     assert {(row["method"], row["seed"]) for row in rows} == {(method, seed) for method in ALL for seed in (0, 1)}
     assert all(0 <= row["accuracy"] <= 1 and row["n_test"] == len(TEXTS) and row["seconds"] > 0 for row in rows)
+    assert all(len(row["right"]) == row["n_test"] for row in rows)
+    assert all(row["right"].count("1") == round(row["accuracy"] * row["n_test"]) for row in rows)
     assert all((row["epsilon"] == 8.0) == row["method"].endswith("_dp") for row in rows)
     paper = next(row for row in rows if row["method"] == "paper")
     assert paper["settings"]["method"] == "paper"
@@ -215,7 +220,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     document = json.loads(out.read_text("utf-8"))
     assert [row["method"] for row in document["rows"]] == ["zero_shot", "prompted_student"]
     assert {row["n_test"] for row in document["rows"]} == {6}
-    assert "| prompted student |" in out.with_suffix(".md").read_text("utf-8")
+    assert "| prompted student (C) |" in out.with_suffix(".md").read_text("utf-8")
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert run(build_app(), [*command[:-1], "31"]) == 1, "another setting isn't mixed in"
     assert "other settings (config)" in capsys.readouterr().err
@@ -280,8 +285,8 @@ def _figure(method: str, seed: int, accuracy: float) -> Figure:
 
 def test_summary_is_the_mean_over_seeds() -> None:
     rows = [
-        _figure("zero_shot", 0, 0.5),
-        _figure("zero_shot", 1, 0.5),
+        _figure("calibrated", 0, 0.5),
+        _figure("calibrated", 1, 0.5),
         _figure("post", 0, 0.7),
         _figure("post", 1, 0.8),
     ]
@@ -290,7 +295,7 @@ def test_summary_is_the_mean_over_seeds() -> None:
     assert post["accuracy"] == pytest.approx(0.75)
     assert post["deviation"] == pytest.approx(0.0707, abs=1e-4)
     assert post["gap_share"] == pytest.approx(0.625)
-    assert "| POST | 0.750 ± 0.071 (0.62) |" in table(rows)
+    assert "| POST | 0.750 ± 0.071 (+0.250) |" in table(rows)
 
 
 def test_time_left_is_known_once_anything_is(tmp_path: Path) -> None:
@@ -306,3 +311,40 @@ def test_gap_share_needs_a_gap() -> None:
     assert gap_share(0.8, 0.5, 0.9) == pytest.approx(0.75)
     assert gap_share(0.8, None, 0.9) is None
     assert gap_share(0.8, 0.5, 0.5) is None
+
+
+def figure(method: str, right: str, seed: int = 0, public: str = "products") -> Figure:
+    return Figure("films", public, method, seed, right.count("1") / len(right), len(right), 1.0, None, {}, right)
+
+
+def test_a_gain_is_measured_over_the_best_simple_alternative_row_by_row() -> None:
+    rows = [
+        figure("zero_shot", "0" * 40),
+        figure("calibrated", "1" * 30 + "0" * 10),
+        figure("prompted_student", "1" * 20 + "0" * 20),
+        figure("post", "1" * 34 + "0" * 6, 0),
+        figure("post", "1" * 36 + "0" * 4, 1),
+        figure("upper_bound", "1" * 38 + "0" * 2),
+    ]
+    (post,) = [each for each in summary(rows) if each["method"] == "post"]
+    assert post["over"] == "calibrated"
+    assert post["gain"] == pytest.approx(35 / 40 - 30 / 40)
+    assert 0 <= post["gain_low"] < post["gain"] < post["gain_high"], "paired: no row is worse than before"
+    assert post["low"] < post["accuracy"] < post["high"]
+    assert post["gap_share"] == pytest.approx(5 / 8)
+    assert "(+0.125 [" in table(rows)
+    assert "gain" not in next(each for each in summary(rows) if each["method"] == "calibrated")
+
+
+def test_the_share_over_pairs_is_that_of_the_sums_and_small_gaps_say_nothing() -> None:
+    rows = []
+    for public, calibrated, post, upper in (("a", 10, 15, 20), ("b", 20, 20, 30), ("c", 39, 0, 39)):
+        for method, count in (("calibrated", calibrated), ("post", post), ("upper_bound", upper)):
+            rows.append(figure(method, "1" * count + "0" * (40 - count), public=public))
+    assert overall(rows)["post"] == pytest.approx((5 + 0) / (10 + 10))
+    assert overall(rows)["upper_bound"] == 1.0
+
+
+def test_figures_of_before_rows_were_kept_have_no_interval() -> None:
+    (old,) = summary([Figure("films", "products", "zero_shot", 0, 0.5, 40, 1.0, None, {})])
+    assert (old["low"], old["high"]) == (None, None)

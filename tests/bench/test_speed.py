@@ -1,4 +1,4 @@
-"""``post bench speed``: both sides of each comparison do the same work, and the report has every figure."""
+"""``post bench speed``: both sides of each comparison compute the same, and the results have every figure."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ FIGURES = {
 @pytest.fixture
 def bench() -> Bench:
     target = tiny_model(layers=4)
-    rows = [Row(f"{text} {at}", label) for at in range(5) for text, label in zip(TEXTS, LABELS, strict=True)]
+    rows = [Row(f"{text} {copy}", label) for copy in range(5) for text, label in zip(TEXTS, LABELS, strict=True)]
     student = copy_student(target, [0, 3])
     return Bench(target, student, TASK, rows, [row.text for row in rows], [" ".join(TEXTS)] * 150, length=5)
 
 
-def test_the_published_loop_makes_the_step_that_ours_makes_for_the_same_loss(bench: Bench) -> None:
+def test_the_published_loop_and_ours_take_the_same_step(bench: Bench) -> None:
     prompt, batch = bench.prompt(bench.target), bench.batches(bench.public_rows, 8)(0)
-    known = teacher_outputs(bench.target, bench.student, SoftPrompt(prompt), bench.public_rows)
+    outputs = teacher_outputs(bench.target, bench.student, SoftPrompt(prompt), bench.public_rows)
     ours = nn.Parameter(prompt.clone())
     optimizer = torch.optim.Adam([ours], lr=1e-3)
-    paper_objective(bench.target, known, 0.7, 2.0)(ours, batch).mean().backward()
+    paper_objective(bench.target, outputs, 0.7, 2.0)(ours, batch).mean().backward()
     optimizer.step()
     published = PublishedTransfer(bench.target, bench.student, prompt, alpha=0.7, temperature=2.0)
     published.step(batch)
@@ -65,16 +65,16 @@ def test_the_published_loop_makes_the_step_that_ours_makes_for_the_same_loss(ben
     assert float((ours.detach() - prompt).abs().max()) > 5e-4
 
 
-def test_peft_says_what_ours_says_for_the_same_prompt(bench: Bench) -> None:
-    asked = Requests.draw(bench, count=3, length=4, tokens=6)
-    theirs = PeftPrompts(bench.target, asked.prompts)
-    for at, ids in enumerate(asked.token_ids):
-        hidden = bench.target.hidden(torch.tensor([ids]), prompt=asked.prompts[at])
-        torch.testing.assert_close(theirs.logits(at, ids), bench.target.head(hidden)[0, -1], rtol=1e-4, atol=1e-4)
-        assert len(theirs.generate(at, ids, 3)) == 3
+def test_peft_and_ours_compute_the_same_logits_for_the_same_prompt(bench: Bench) -> None:
+    requests = Requests.draw(bench, count=3, length=4, tokens=6)
+    peft = PeftPrompts(bench.target, requests.prompts)
+    for index, ids in enumerate(requests.token_ids):
+        hidden = bench.target.hidden(torch.tensor([ids]), prompt=requests.prompts[index])
+        torch.testing.assert_close(peft.logits(index, ids), bench.target.head(hidden)[0, -1], rtol=1e-4, atol=1e-4)
+        assert len(peft.generate(index, ids, 3)) == 3
 
 
-def test_the_trainer_moves_its_own_prompt_and_no_weight(bench: Bench) -> None:
+def test_the_trainer_updates_its_own_prompt_and_no_weight(bench: Bench) -> None:
     before = {name: weight.clone() for name, weight in bench.student.model.named_parameters()}
     trainer = PeftTrainer(bench.student, TASK, length=5)
     start = trainer.peft.prompt_encoder["default"].embedding.weight.detach().clone()
@@ -84,35 +84,35 @@ def test_the_trainer_moves_its_own_prompt_and_no_weight(bench: Bench) -> None:
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
-def test_operations_are_counted_as_by_hand() -> None:
+def test_operations_equal_a_count_by_hand() -> None:
     model = tiny_model(layers=2)
     config = model.config
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_key_value_heads
-    kept = width * width * 2 + 2 * width * heads * (width // config.num_attention_heads) + 3 * width * inner
-    one = Arithmetic.of(model)
-    assert (one.layers, one.head) == (2 * 2 * kept, 2 * config.vocab_size * width)
-    assert prompt_step(model, 30, 2, 5) == 2 * (35 * one.layers + 2 * one.head)
-    assert distillation_step(model, model, 30, 4) == 4 * 30 * one.layers + 3 * 4 * one.head
+    weights = width * width * 2 + 2 * width * heads * (width // config.num_attention_heads) + 3 * width * inner
+    arithmetic = Arithmetic.of(model)
+    assert (arithmetic.layers, arithmetic.head) == (2 * 2 * weights, 2 * config.vocab_size * width)
+    assert prompt_step(model, 30, 2, 5) == 2 * (35 * arithmetic.layers + 2 * arithmetic.head)
+    assert distillation_step(model, model, 30, 4) == 4 * 30 * arithmetic.layers + 3 * 4 * arithmetic.head
 
 
-def test_the_first_round_warms_up_and_ratios_are_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_round_is_a_warm_up_and_ratios_are_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = iter([9.0, 1.0, 2.0, 4.0]), iter([1.0, 3.0, 4.0, 8.0])
     monkeypatch.setattr(machine, "PROBE", 0.01)
     part = Race({"post": lambda _: next(ours), "other": lambda _: next(theirs)}, int, float, int).run(
         3, torch.device("cpu")
     )
     assert part.ways["post"].seconds == 2.0
-    assert part.ratios == {"other": 2.0}  # of 3, 2 and 2; the medians' own ratio is 2 as well, their mean's isn't
+    assert part.ratios == {"other": 2.0}  # the median of 3, 2 and 2, which is not the ratio of the means
 
 
 def test_the_machine_is_measured() -> None:
     assert matrix_rate(seconds=0.01) > 1e6
     with Peak() as peak:
-        block = torch.ones(32 * 2**20)  # so large that no freed memory is used for it
+        block = torch.ones(32 * 2**20)  # too large to reuse freed memory
     assert peak.bytes > 0.9 * block.nbytes
 
 
-def test_the_journey_is_made_in_the_type_that_a_worker_takes(bench: Bench) -> None:
+def test_the_journey_is_timed_in_the_dtype_of_a_worker(bench: Bench) -> None:
     teacher = tiny_model(layers=4)
     teacher.model.to(torch.bfloat16)
     names, device = ("transfer", "transfer_constants", "tune_whole", "tune_target"), torch.device("cpu")
@@ -125,7 +125,7 @@ def test_the_journey_is_made_in_the_type_that_a_worker_takes(bench: Bench) -> No
 
 
 @pytest.mark.slow
-def test_every_figure_is_reported_and_compared(
+def test_every_figure_is_written_and_compared(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(cli, "_bench", lambda *_: bench)
@@ -150,7 +150,7 @@ def test_every_figure_is_reported_and_compared(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": []}'])
-def test_what_is_compared_with_is_a_report(text: str, tmp_path: Path, capsys: Captured) -> None:
+def test_a_file_that_is_not_a_result_is_refused(text: str, tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "old.json").write_text(text)
     line = ("bench", "speed", "--json", tmp_path / "new.json", "--compare", tmp_path / "old.json")
     assert post(*line) != 0
@@ -159,7 +159,7 @@ def test_what_is_compared_with_is_a_report(text: str, tmp_path: Path, capsys: Ca
     assert "flight" in capsys.readouterr().err
 
 
-def test_the_memory_of_a_transfer_is_that_of_a_process(bench: Bench, tmp_path: Path) -> None:
-    found = transfer_memory(tmp_path, bench.target, bench.student, TASK, bench.public, bench.prompt(bench.student))
-    assert found["target_bytes"] == sum(weight.nbytes for weight in bench.target.model.parameters())
-    assert found["ratio"] == found["peak_bytes"] / found["target_bytes"]
+def test_the_memory_of_a_transfer_is_measured_in_its_own_process(bench: Bench, tmp_path: Path) -> None:
+    memory = transfer_memory(tmp_path, bench.target, bench.student, TASK, bench.public, bench.prompt(bench.student))
+    assert memory["target_bytes"] == sum(weight.nbytes for weight in bench.target.model.parameters())
+    assert memory["ratio"] == memory["peak_bytes"] / memory["target_bytes"]

@@ -1,4 +1,4 @@
-"""A real API server without workers, clients that speak to it, and a student on this machine."""
+"""A real API server without workers, its clients, and a local student."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def provider(http_harness: HttpHarness) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny student. Tests leave it as it is."""
+    """The folder of a tiny student, which tests must not change."""
     folder = tmp_path_factory.mktemp("models") / "student"
     tiny_model("llama", layers=2).save(folder)
     return folder

@@ -1,4 +1,4 @@
-"""`post` as typed, within the test's process."""
+"""The `post` command, run in the test's process."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ Captured = pytest.CaptureFixture[str]
 
 def post(*arguments: object) -> int:
     """The exit status of `post` with these arguments."""
-    return run(build_app(), [str(each) for each in arguments])
+    return run(build_app(), [str(argument) for argument in arguments])

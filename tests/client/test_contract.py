@@ -1,5 +1,5 @@
-"""The clients and the OpenAPI document say the same: every operation is reached by both clients, every parameter can
-be given, and what is sent and read has the members that the document describes."""
+"""The clients match the OpenAPI document: both clients reach every operation, every parameter can be passed, and what
+they send and read has the members that the document describes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.server.operations import operation_of, operations, resolved
 
 
 @dataclass
-class Things:
-    """What there is at the server, for verbs to name."""
+class Fixtures:
+    """The server's objects that the calls refer to."""
 
     folder: Path
     prompt: str
@@ -46,8 +46,8 @@ class Things:
 
 
 REPORT = {"student": "small", "tasks": {"public": TASK}, "members": ["public"], "non_members": ["other"]}
-ORDER = {"model": "large", "dataset": "public", "task": TASK}
-CALLS: dict[str, Callable[[Any, Things], Any]] = {
+EVALUATION = {"model": "large", "dataset": "public", "task": TASK}
+CALLS: dict[str, Callable[[Any, Fixtures], Any]] = {
     "models.get": lambda client, has: client.models.get("small"),
     "models.list": lambda client, has: client.models.list(role="student"),
     "models.manifest": lambda client, has: client.models.manifest("small"),
@@ -84,7 +84,7 @@ CALLS: dict[str, Callable[[Any, Things], Any]] = {
         prompt=has.prompt, target="large", dataset="public", alpha="auto"
     ),
     "transfers.list": lambda client, has: client.transfers.list(),
-    "evaluations.create": lambda client, has: client.evaluations.create(**ORDER),
+    "evaluations.create": lambda client, has: client.evaluations.create(**EVALUATION),
     "evaluations.list": lambda client, has: client.evaluations.list(),
     "reports.create": lambda client, has: client.reports.create(**REPORT),
     "reports.list": lambda client, has: client.reports.list(),
@@ -97,25 +97,25 @@ CALLS: dict[str, Callable[[Any, Things], Any]] = {
     "server.metrics": lambda client, has: client.server.metrics(),
 }
 PAGING = {"limit", "cursor"}
-BY_ITSELF = {"snapshot"}
-"""What ``job.wait`` sends without being asked."""
+INTERNAL = {"snapshot"}
+"""Parameters that the client sets itself, in ``job.wait``."""
 REFUSALS = (NotFound, Conflict, InvalidInput, Unavailable)
-"""No broker runs here, and a job is no report: what counts is what was asked for."""
+"""There is no broker, and an evaluation isn't a report: only the requests count."""
 
 
 class Recording(httpx.BaseTransport, httpx.AsyncBaseTransport):
-    """The real network; keeps what was asked."""
+    """The real network; records the requests."""
 
     def __init__(self) -> None:
-        self.seen: list[httpx.Request] = []
+        self.requests: list[httpx.Request] = []
         self._real, self._async = httpx.HTTPTransport(), httpx.AsyncHTTPTransport()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        self.seen.append(request)
+        self.requests.append(request)
         return self._real.handle_request(request)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        self.seen.append(request)
+        self.requests.append(request)
         return await self._async.handle_async_request(request)
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Recording(httpx.BaseTransport, httpx.AsyncBaseTransport):
 
 
 @pytest.fixture
-def things(http_harness: HttpHarness, tmp_path: Path) -> Things:
+def fixtures(http_harness: HttpHarness, tmp_path: Path) -> Fixtures:
     _, student = http_harness.add_pair()
     http_harness.add_dataset("public")
     http_harness.add_dataset("other", ROWS.replace(b"fine", b"good"))
@@ -134,39 +134,39 @@ def things(http_harness: HttpHarness, tmp_path: Path) -> Things:
         http_harness("provider", "POST", "/v1/prompts", content=prompt_bytes(student.hash, seed=n)).json()["id"]
         for n in (1, 2)
     ]
-    order = ORDER | {"task": TASK.model_dump()}
-    job = http_harness("provider", "POST", "/v1/evaluations", json=order).json()["id"]
+    body = EVALUATION | {"task": TASK.model_dump()}
+    job = http_harness("provider", "POST", "/v1/evaluations", json=body).json()["id"]
     uploads = [
         http_harness("provider", "POST", "/v1/uploads", json={"name": f"up-{n}", "kind": "rows"}).json()["id"]
         for n in (1, 2)
     ]
-    return Things(tmp_path, *prompts, job, *uploads, student.hash)
+    return Fixtures(tmp_path, *prompts, job, *uploads, student.hash)
 
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[httpx.Response, type[BaseModel]]]:
-    """Every document that a client has read, with the class that it was read as."""
+    """Every response that a client has parsed, with its document class."""
     from post_client.http import responses
 
-    seen: list[tuple[httpx.Response, type[BaseModel]]] = []
+    documents: list[tuple[httpx.Response, type[BaseModel]]] = []
     real = responses.parse
 
-    def parse(answer: httpx.Response, document: type[Any]) -> Any:
-        seen.append((answer, document))
-        return real(answer, document)
+    def parse(response: httpx.Response, document: type[Any]) -> Any:
+        documents.append((response, document))
+        return real(response, document)
 
-    for module in [each for name, each in list(sys.modules.items()) if name.startswith("post_client")]:
+    for module in [module for name, module in list(sys.modules.items()) if name.startswith("post_client")]:
         if getattr(module, "parse", None) is real:
             monkeypatch.setattr(module, "parse", parse)
-    return seen
+    return documents
 
 
-def reach_all(http_harness: HttpHarness, things: Things, transport: Recording) -> None:
-    """Call every verb of the blocking client."""
+def reach_all(http_harness: HttpHarness, fixtures: Fixtures, transport: Recording) -> None:
+    """Call every method of the blocking client."""
     with Client(url=http_harness.url, api_key=http_harness.keys["provider"], transport=transport, attempts=1) as client:
         for call in CALLS.values():
-            _all(lambda call=call: call(client, things))  # type: ignore[misc]
-        job = client.jobs.get(things.job)
+            _all(lambda call=call: call(client, fixtures))  # type: ignore[misc]
+        job = client.jobs.get(fixtures.job)
         assert isinstance(job, Job)
         job.refresh().cancel()
         list(job.events(follow=True))
@@ -174,68 +174,69 @@ def reach_all(http_harness: HttpHarness, things: Things, transport: Recording) -
 
 def _all(call: Callable[[], Any]) -> None:
     with suppress(*REFUSALS):
-        found = call()
-        if isinstance(found, Iterator):
-            list(found)
+        result = call()
+        if isinstance(result, Iterator):
+            list(result)
 
 
-async def reach_all_async(http_harness: HttpHarness, things: Things, transport: Recording) -> None:
-    """Call every verb of the asynchronous client."""
+async def reach_all_async(http_harness: HttpHarness, fixtures: Fixtures, transport: Recording) -> None:
+    """Call every method of the asynchronous client."""
     async with AsyncClient(
         url=http_harness.url, api_key=http_harness.keys["provider"], transport=transport, attempts=1
     ) as client:
         for call in CALLS.values():
             with suppress(*REFUSALS):
-                found = call(client, things)
-                if isinstance(found, AsyncIterator):
-                    async for _ in found:
+                result = call(client, fixtures)
+                if isinstance(result, AsyncIterator):
+                    async for _ in result:
                         pass
                 else:
-                    await found
-        job = await client.jobs.get(things.job)
+                    await result
+        job = await client.jobs.get(fixtures.job)
         assert isinstance(job, AsyncJob)
         await (await job.refresh()).cancel()
         async for _ in job.events(follow=True):
             pass
 
 
-def test_every_verb_is_tried_here() -> None:
+def test_every_method_is_called_here() -> None:
     client = Client(url="http://127.0.0.1:1", api_key="x")
-    verbs = {
-        f"{noun}.{verb}"
-        for noun, each in vars(client).items()
-        if not noun.startswith("_")
-        for verb in vars(type(each))
-        if not verb.startswith("_")
+    methods = {
+        f"{name}.{method}"
+        for name, resource in vars(client).items()
+        if not name.startswith("_")
+        for method in vars(type(resource))
+        if not method.startswith("_")
     }
-    assert verbs == set(CALLS)
+    assert methods == set(CALLS)
 
 
 @pytest.mark.parametrize("kind", ["blocking", "asynchronous"])
 def test_every_operation_is_reached_and_every_document_is_as_described(
-    http_harness: HttpHarness, things: Things, parsed: list[tuple[httpx.Response, type[BaseModel]]], kind: str
+    http_harness: HttpHarness, fixtures: Fixtures, parsed: list[tuple[httpx.Response, type[BaseModel]]], kind: str
 ) -> None:
     transport = Recording()
     if kind == "blocking":
-        reach_all(http_harness, things, transport)
+        reach_all(http_harness, fixtures, transport)
     else:
-        asyncio.run(reach_all_async(http_harness, things, transport))
+        asyncio.run(reach_all_async(http_harness, fixtures, transport))
     document = http_harness.app.openapi()
     reached = {
-        operation_of(document, request.method, request.url.path)["operationId"]: request for request in transport.seen
+        operation_of(document, request.method, request.url.path)["operationId"]: request
+        for request in transport.requests
     }
     assert set(operations(document)) - set(reached) == set()
-    for request in transport.seen:
+    for request in transport.requests:
         _check_request(document, request)
     assert len({document_class for _, document_class in parsed}) > 10
-    for answer, document_class in parsed:
-        _check_answer(document, answer, document_class)
+    for response, document_class in parsed:
+        _check_response(document, response, document_class)
 
 
 def _check_request(document: dict[str, Any], request: httpx.Request) -> None:
     operation = operation_of(document, request.method, request.url.path)
-    known = {each["name"] for each in operation.get("parameters", []) if each["in"] == "query"}
-    assert set(request.url.params) <= known, (request.url, known)
+    parameters = {each["name"] for each in operation.get("parameters", []) if each["in"] == "query"}
+    assert set(request.url.params) <= parameters, (request.url, parameters)
     body = operation.get("requestBody", {}).get("content", {})
     sent = request.headers.get("content-type")
     assert (sent in body) if body else sent is None, (request.url, sent)
@@ -245,15 +246,15 @@ def _check_request(document: dict[str, Any], request: httpx.Request) -> None:
         assert set(schema.get("required", [])) <= set(members) <= set(schema["properties"]), request.url
 
 
-def _check_answer(document: dict[str, Any], answer: httpx.Response, document_class: type[BaseModel]) -> None:
-    operation = operation_of(document, answer.request.method, answer.request.url.path)
-    described = operation["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
+def _check_response(document: dict[str, Any], response: httpx.Response, document_class: type[BaseModel]) -> None:
+    operation = operation_of(document, response.request.method, response.request.url.path)
+    described = operation["responses"][str(response.status_code)]["content"]["application/json"]["schema"]
     read = document_class.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
-    assert resolved(document, described)["properties"].keys() == read["properties"].keys(), answer.request.url
+    assert resolved(document, described)["properties"].keys() == read["properties"].keys(), response.request.url
 
 
 def test_every_member_of_every_document_is_the_same_on_both_sides(http_harness: HttpHarness) -> None:
-    """By name: what the client can read or send has the schema that the server's document gives it."""
+    """Documents of the same name have the same members in the client and in the OpenAPI document."""
     schemas = http_harness.app.openapi()["components"]["schemas"]
     modules = [module for name, module in sys.modules.items() if name.startswith("post_shared.") and "schemas" in name]
     assert TradeOffReport.__module__ in [module.__name__ for module in modules]
@@ -270,8 +271,8 @@ def test_every_member_of_every_document_is_the_same_on_both_sides(http_harness: 
         assert set(own.get("required", [])) == set(schemas[name].get("required", [])), name
 
 
-def test_every_filter_of_a_list_can_be_given(http_harness: HttpHarness) -> None:
-    """A query parameter that no verb takes would be a thing that the client can't ask for."""
+def test_every_query_parameter_can_be_passed(http_harness: HttpHarness) -> None:
+    """Every query parameter of the API is a parameter of some method."""
     document = http_harness.app.openapi()
     client = Client(url="http://127.0.0.1:1", api_key="x")
     for operation, (method, path) in operations(document).items():
@@ -280,7 +281,7 @@ def test_every_filter_of_a_list_can_be_given(http_harness: HttpHarness) -> None:
             for each in document["paths"][path][method.lower()].get("parameters", [])
             if each["in"] == "query" and each["name"] not in PAGING
         }
-        noun = getattr(client, path.split("/")[2] if path.startswith("/v1/") else "server")
-        verbs = [getattr(noun, name) for name in vars(type(noun)) if not name.startswith("_")]
-        taken = {name for verb in verbs for name in inspect.signature(verb).parameters}
-        assert queries - BY_ITSELF <= taken, operation
+        resource = getattr(client, path.split("/")[2] if path.startswith("/v1/") else "server")
+        methods = [getattr(resource, name) for name in vars(type(resource)) if not name.startswith("_")]
+        parameters = {name for call in methods for name in inspect.signature(call).parameters}
+        assert queries - INTERNAL <= parameters, operation

@@ -1,4 +1,4 @@
-"""The one door out, byte for byte."""
+"""The upload request, the only way out, checked byte for byte."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def a_prompt(*, dp: bool = True) -> PromptFile:
     return read_prompt(prompt_bytes(HASH, dp=dp))
 
 
-def caught(prompt: PromptFile) -> bytes:
-    """What an upload puts on a socket."""
-    got = bytearray()
+def bytes_sent(prompt: PromptFile) -> bytes:
+    """The bytes that an upload writes to a socket."""
+    received = bytearray()
     document = {
         "id": "prm_1", "role": "source", "model_id": "mod_1", "model_hash": HASH, "length": 3, "width": 8,
         "task": TASK.model_dump(), "sha256": HASH, "size_bytes": 1, "created_at": "2026-01-01T00:00:00Z",
@@ -43,15 +43,15 @@ def caught(prompt: PromptFile) -> bytes:
         connection, _ = listening.accept()
         with connection:
             connection.settimeout(10)
-            while b"\r\n\r\n" not in got or len(got) < len(got.partition(b"\r\n\r\n")[0]) + 4 + len(
+            while b"\r\n\r\n" not in received or len(received) < len(received.partition(b"\r\n\r\n")[0]) + 4 + len(
                 write_prompt(prompt)
             ):
-                got.extend(connection.recv(65536))
+                received.extend(connection.recv(65536))
             connection.sendall(b"HTTP/1.1 201 Created\r\nContent-Type: application/json\r\n")
             connection.sendall(b"Content-Length: %d\r\n\r\n" % len(answer) + answer)
             connection.settimeout(0.3)
-            with contextlib.suppress(TimeoutError):  # nothing more may come
-                got.extend(connection.recv(65536))
+            with contextlib.suppress(TimeoutError):  # nothing more may arrive
+                received.extend(connection.recv(65536))
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=serve, args=(listening,))
@@ -59,19 +59,19 @@ def caught(prompt: PromptFile) -> bytes:
         with Client(url=f"http://127.0.0.1:{listening.getsockname()[1]}", api_key="post_secret") as client:
             client.prompts.upload(build_upload(prompt))
         thread.join()
-        caught.port = listening.getsockname()[1]  # type: ignore[attr-defined]
-    return bytes(got)
+        bytes_sent.port = listening.getsockname()[1]  # type: ignore[attr-defined]
+    return bytes(received)
 
 
 @pytest.mark.parametrize("dp", [True, False])
 def test_the_wire_carries_the_built_request_and_nothing_else(dp: bool) -> None:
     prompt = a_prompt(dp=dp)
     request = build_upload(prompt)
-    head, _, body = caught(prompt).partition(b"\r\n\r\n")
+    head, _, body = bytes_sent(prompt).partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     assert body == request.body == write_prompt(prompt)
     assert first == "POST /v1/prompts HTTP/1.1"
-    port = caught.port  # type: ignore[attr-defined]
+    port = bytes_sent.port  # type: ignore[attr-defined]
     expected = {f"{name}: {value}" for name, value in request.headers}
     assert set(lines) == expected | {f"Host: 127.0.0.1:{port}", "Authorization: Bearer post_secret"}
     assert len(lines) == len(expected) + 2
@@ -88,7 +88,7 @@ def test_the_body_is_one_tensor_and_the_documented_metadata(dp: bool, tmp_path: 
     assert json.loads(metadata["task"]) == TASK.model_dump()
 
 
-def test_the_request_is_a_function_of_the_prompt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_depends_on_the_prompt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = build_upload(a_prompt()).to_bytes()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("USER", "somebody")
@@ -103,7 +103,7 @@ def test_the_request_is_a_function_of_the_prompt_alone(tmp_path: Path, monkeypat
     st.integers(1, 5),
     st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and text.isprintable() and "{" not in text),
 )
-def test_what_is_shown_is_what_is_in_the_bytes(length: int, width: int, word: str) -> None:
+def test_what_is_shown_matches_the_bytes(length: int, width: int, word: str) -> None:
     task = TaskSpec(template="{text} " + word.replace("}", ""), label_words={"a": [word], "b": [word + "x"]})
     prompt = PromptFile(np.ones((length, width), np.float32), HASH, task)
     request = build_upload(prompt)
@@ -133,7 +133,7 @@ GOOD = build_upload(a_prompt())
         GOOD.body,
     ],
 )
-def test_nothing_else_gets_through(request_: OutboundRequest) -> None:
+def test_any_other_request_is_refused(request_: OutboundRequest) -> None:
     def never(*_: object) -> None:
         raise AssertionError("something was sent")
 

@@ -1,4 +1,4 @@
-"""A report as tables and a picture, and the verbs that show it, over the real API with a finished job."""
+"""A report as tables and a figure, and the commands that show it, over the real API with a finished job."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.server.reports.test_reports import ORDER, example
 
 @pytest.fixture
 def job(http_harness: HttpHarness, provider: Client) -> str:
-    """A report job that nobody has worked on."""
+    """A queued report job."""
     http_harness.add_pair()
     http_harness.add_dataset()
     http_harness.add_dataset("seen", b"One text.\n", "corpus")
     http_harness.add_dataset("unseen", b"Another text.\n", "corpus")
-    made = provider.reports.create(student="small", tasks={"public": TASK}, members=["seen"], non_members=["unseen"])
-    assert {name: made.document.request[name] for name in ORDER} == ORDER
-    return made.id
+    job = provider.reports.create(student="small", tasks={"public": TASK}, members=["seen"], non_members=["unseen"])
+    assert {name: job.document.request[name] for name in ORDER} == ORDER
+    return job.id
 
 
 def finish(http_harness: HttpHarness, job: str) -> None:
@@ -35,7 +35,7 @@ def finish(http_harness: HttpHarness, job: str) -> None:
         states.finish(session, lease, example(job))
 
 
-def test_the_client_reads_what_the_server_has(
+def test_the_client_reads_the_servers_report(
     http_harness: HttpHarness, provider: Client, owner: Client, job: str
 ) -> None:
     with pytest.raises(Conflict, match="queued"):
@@ -51,7 +51,7 @@ def test_the_client_reads_what_the_server_has(
         )
 
 
-def test_a_report_is_shown_and_kept(
+def test_a_report_is_shown_and_saved(
     http_harness: HttpHarness, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setenv("POST_URL", http_harness.url)
@@ -79,7 +79,7 @@ def test_a_public_task_is_a_dataset_and_a_task(option: str, capsys: Captured) ->
     assert "--public" in capsys.readouterr().err
 
 
-def test_tables_say_what_the_figures_need() -> None:
+def test_tables_explain_their_figures() -> None:
     report = TradeOffReport.model_validate(example())
     text = markdown(report)
     assert "0.750 (0.500 to 1.000)" in text

@@ -1,4 +1,4 @@
-"""A provider's machine with a running ``post serve``, for all tests of the command line against it."""
+"""A provider's machine with a running ``post serve``, for the command-line tests."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from tests.server.server_harness import wait_for
 
 
 class Machine:
-    """Somebody's machine: a folder, an environment, and the ``post`` command."""
+    """A machine: a folder, an environment, and the ``post`` command."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.told = folder, ""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("POST_")}
-        self.environment = clean | {"POST_HOME": str(folder / "home"), "POST_PORT": "0", "POST_DEVICE": "cpu"}
-        self.environment |= {"POST_LEDGER": str(folder / "ledger.db"), "POST_JOB_NICE": "0"}  # other tests run too
+        self.folder, self.stderr = folder, ""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("POST_")}
+        self.environment = inherited | {"POST_HOME": str(folder / "home"), "POST_PORT": "0", "POST_DEVICE": "cpu"}
+        # Other tests run at the same time, so jobs keep their normal priority.
+        self.environment |= {"POST_LEDGER": str(folder / "ledger.db"), "POST_JOB_NICE": "0"}
 
     def command(self, *arguments: object) -> list[str]:
         return [sys.executable, "-m", "post_shared.cli.app", *map(str, arguments)]
@@ -41,7 +42,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, done.stderr
-        self.told = done.stderr
+        self.stderr = done.stderr
         return done.stdout.strip()
 
     def json(self, *arguments: object) -> Any:
@@ -50,7 +51,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    """With a running ``post serve`` that knows a tiny model, public data and a key for both roles."""
+    """A machine whose ``post serve`` has a tiny model, public data, and a provider's key."""
     with tempfile.TemporaryDirectory(prefix="post-") as name:
         machine = Machine(Path(name))
         (machine.folder / "home").mkdir()

@@ -1,4 +1,4 @@
-"""The core on the real model and real text that the demo uses. Slow: downloads 106 MB once, then minutes."""
+"""The core with the demo's real model and text. Slow: downloads 106 MB once and then takes minutes."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_the_gguf_file_gives_a_model_that_saves_and_loads_as_safetensors(target:
     assert (target.kind, target.layers, target.hidden_size, target.vocabulary) == ("causal", 30, 576, 49152)
     assert target.parameters == 134_515_008
     target.save(tmp_path)
-    again = LanguageModel.load(tmp_path, device="cpu")
+    reloaded = LanguageModel.load(tmp_path, device="cpu")
     ids = torch.tensor([target.tokenizer("A fine film, it was").input_ids])
-    assert torch.equal(again.hidden(ids), target.hidden(ids))
+    assert torch.equal(reloaded.hidden(ids), target.hidden(ids))
 
 
 def test_padded_batch_and_prefix_equal_single_rows(target: LanguageModel, data: texts.DemoTexts) -> None:
@@ -71,30 +71,30 @@ def test_all_presets_fit_the_real_tokenizer(target: LanguageModel) -> None:
 
 
 def test_distil_tune_transfer_each_lower_their_loss_on_real_text(target: LanguageModel, data: texts.DemoTexts) -> None:
-    seen: list[Progress] = []
+    reports: list[Progress] = []
     config = DistilOptions(keep_layers=4, steps=10, init_tokens=4_000, templates=("{text}, it was",))
-    student = distil(target, data.corpus[:3000], config, on_progress=seen.append)
+    student = distil(target, data.corpus[:3000], config, on_progress=reports.append)
     corpus = prepare_corpus(target, data.corpus[3000:3400], 64, None)
     held_out = next_token(corpus.batch(0, 8, 0), 0.25, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = distillation_losses(target, student, held_out)
-        naive = distillation_losses(target, copy_student(target, [0, 1, 28, 29]), held_out)
-    assert float(ours["ce"]) < 0.6 * float(naive["ce"])
-    seen.clear()
+        distilled = distillation_losses(target, student, held_out)
+        copied = distillation_losses(target, copy_student(target, [0, 1, 28, 29]), held_out)
+    assert float(distilled["ce"]) < 0.6 * float(copied["ce"])
+    reports.clear()
     tuned = tune(
         student,
         TASK,
         data.train[:512],
         TuneOptions(num_virtual_tokens=10, steps=30, max_length=64),
         privacy=None,
-        on_progress=seen.append,
+        on_progress=reports.append,
     )
-    assert seen[-1].metrics["loss"] < seen[0].metrics["loss"]
+    assert reports[-1].metrics["loss"] < reports[0].metrics["loss"]
     public = [row.text for row in data.public[:32]]
-    moved = transfer(
+    transferred = transfer(
         target, student, TASK, tuned.prompt, public, TransferOptions(steps=40, batch_size=8, max_rows=32, max_length=64)
     )
-    assert moved.last_loss < moved.first_loss
-    scores = classify(target, TASK, [row.text for row in data.test], moved.prompt.embeddings)
+    assert transferred.last_loss < transferred.first_loss
+    scores = classify(target, TASK, [row.text for row in data.test], transferred.prompt.embeddings)
     assert scores.shape == (64, 2)
     torch.testing.assert_close(scores.sum(1), torch.ones(64))

@@ -1,4 +1,4 @@
-"""All traffic of pull → tune → push → transfer → predict, on the socket: what in it depends on private data."""
+"""What depends on private data in the whole traffic of pull → tune → push → transfer → predict."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ PRIVATE = {
     "clinic": [("great zebra therapy", "positive"), ("dull xylophone hour", "negative"), ("a fine day", "positive")]
     * 9,
 }
-"""Other texts, other numbers of rows, other users, other file names."""
+"""The two sets differ in texts, number of rows, users and file names."""
 
 
-def journey(machine: Machine, folder: Path, name: str, tap: Wiretap) -> tuple[list[bytes], bytes]:
-    """A data owner's whole way with one private data set; the bytes that left, and the prompt file."""
+def workflow(machine: Machine, folder: Path, name: str, tap: Wiretap) -> tuple[list[bytes], bytes]:
+    """A data owner's whole workflow with one private data set. Returns the bytes sent and the prompt file."""
     rows = [{"text": text, "label": label, "who": f"{name}-{at}"} for at, (text, label) in enumerate(PRIVATE[name])]
     data = folder / f"{name}.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     prompt, student = folder / f"{name}.safetensors", folder / f"student-{name}"
 
     def post(*arguments: object) -> None:
-        assert run(build_app(), [str(each) for each in arguments]) == 0
+        assert run(build_app(), [str(argument) for argument in arguments]) == 0
 
     post("pull", "wired", "--to", student)
     small = ("--steps", 3, "--batch-size", 4, "--num-virtual-tokens", 2, "--user-column", "who")
@@ -41,15 +41,14 @@ def journey(machine: Machine, folder: Path, name: str, tap: Wiretap) -> tuple[li
 
 
 def _newest(machine: Machine, role: str) -> str:
-    """Past the proxy: this is the test's question, not the owner's."""
+    """Bypasses the proxy: this request is the test's, not the owner's."""
     from post_client import Client
 
     with Client(url=machine.environment["POST_URL"], api_key=machine.environment["POST_API_KEY"]) as client:
-        found = max(client.prompts.list(role=role), key=lambda prompt: prompt.created_at)
-        return found.id
+        return max(client.prompts.list(role=role), key=lambda prompt: prompt.created_at).id
 
 
-def test_only_the_numbers_of_the_prompt_depend_on_private_data(
+def test_only_the_prompts_numbers_depend_on_private_data(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distil = ("--target", "large", "--corpus", "prose", "--name", "wired", "--steps", 2, "--keep-layers", "0,3")
@@ -58,33 +57,33 @@ def test_only_the_numbers_of_the_prompt_depend_on_private_data(
     monkeypatch.setenv("POST_API_KEY", machine.environment["POST_API_KEY"])
     with Wiretap(port) as tap:
         monkeypatch.setenv("POST_URL", tap.url)
-        caught = {name: journey(machine, tmp_path, name, tap) for name in PRIVATE}
-    first, second = (requests_in(sent) for sent, _ in caught.values())
+        runs = {name: workflow(machine, tmp_path, name, tap) for name in PRIVATE}
+    first, second = (requests_in(sent) for sent, _ in runs.values())
     assert [request.line for request in first] == [request.line for request in second]
     for one, other in zip(first, second, strict=True):
-        assert one.headers == other.headers, "lengths are the same too"
+        assert one.headers == other.headers, "including lengths"
         if not one.is_upload:
             assert one.body == other.body
-    _check_uploads(first, second, [prompt for _, prompt in caught.values()])
-    for name, (sent, _) in caught.items():
+    _check_uploads(first, second, [prompt for _, prompt in runs.values()])
+    for name, (sent, _) in runs.items():
         _check_nothing_private(b"".join(sent), name)
 
 
 def _check_uploads(first: list[Request], second: list[Request], prompts: list[bytes]) -> None:
-    uploads = [[request.body for request in some if request.is_upload] for some in (first, second)]
+    uploads = [[request.body for request in requests if request.is_upload] for requests in (first, second)]
     assert uploads == [[prompts[0]], [prompts[1]]]
-    tensors = [8 + int.from_bytes(body[:8], "little") for body in prompts]
-    assert tensors[0] == tensors[1]
-    assert prompts[0][: tensors[0]] == prompts[1][: tensors[1]], "the metadata is the same"
-    made = [read_prompt(body) for body in prompts]
-    assert len(prompts[0]) - tensors[0] == made[0].embeddings.nbytes == 4 * made[0].length * made[0].width
-    assert (made[0].embeddings != made[1].embeddings).any(), "all that differs"
+    header_bytes = [8 + int.from_bytes(body[:8], "little") for body in prompts]
+    assert header_bytes[0] == header_bytes[1]
+    assert prompts[0][: header_bytes[0]] == prompts[1][: header_bytes[1]], "equal metadata"
+    parsed = [read_prompt(body) for body in prompts]
+    assert len(prompts[0]) - header_bytes[0] == parsed[0].embeddings.nbytes == 4 * parsed[0].length * parsed[0].width
+    assert (parsed[0].embeddings != parsed[1].embeddings).any(), "the only difference"
 
 
-def _check_nothing_private(everything: bytes, name: str) -> None:
-    assert b"a public question" in everything, "the tap works"
+def _check_nothing_private(sent: bytes, name: str) -> None:
+    assert b"a public question" in sent, "the wiretap works"
     for text, _ in PRIVATE[name]:
         for word in text.split():
-            assert len(word) < 6 or word.encode() not in everything, word  # shorter ones are label words
+            assert len(word) < 6 or word.encode() not in sent, word  # shorter words are label words
     for secret in (name, f"{name}-1", str(len(PRIVATE[name])) + " rows", "ledger", "loss"):
-        assert secret.encode() not in everything
+        assert secret.encode() not in sent

@@ -1,4 +1,4 @@
-"""A proxy that keeps every byte of the client, and what the requests in them are."""
+"""A proxy that records every byte sent by the client, and a parser for the recorded requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request, with the server's own names and random keys blotted out: those are no private data."""
+    """One HTTP request; server-generated ids and random keys, which aren't private data, are masked."""
 
     line: str
     headers: tuple[str, ...]
@@ -28,7 +28,7 @@ class Request:
 
 @dataclass
 class Wiretap:
-    """Passes bytes on to ``port`` and keeps those that the client sends, connection by connection."""
+    """Forwards bytes to ``port`` and records those that the client sends, per connection."""
 
     port: int
     sent: list[bytearray] = field(default_factory=list)
@@ -46,26 +46,26 @@ class Wiretap:
         return f"http://127.0.0.1:{self._listening.getsockname()[1]}"
 
     def take(self) -> list[bytes]:
-        """What was sent since the last time."""
-        taken, self.sent = [bytes(each) for each in self.sent], []
-        return taken
+        """The bytes sent since the last call, per connection."""
+        recorded, self.sent = [bytes(stream) for stream in self.sent], []
+        return recorded
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listening.accept()
                 server = socket.create_connection(("127.0.0.1", self.port))
-                kept = bytearray()
-                self.sent.append(kept)
-                threading.Thread(target=_pass, args=(client, server, kept), daemon=True).start()
-                threading.Thread(target=_pass, args=(server, client, None), daemon=True).start()
+                record = bytearray()
+                self.sent.append(record)
+                threading.Thread(target=_forward, args=(client, server, record), daemon=True).start()
+                threading.Thread(target=_forward, args=(server, client, None), daemon=True).start()
 
 
-def _pass(source: socket.socket, sink: socket.socket, kept: bytearray | None) -> None:
+def _forward(source: socket.socket, sink: socket.socket, record: bytearray | None) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
-            if kept is not None:
-                kept.extend(data)
+            if record is not None:
+                record.extend(data)
             sink.sendall(data)
     for end in (source, sink):
         with contextlib.suppress(OSError):
@@ -73,29 +73,29 @@ def _pass(source: socket.socket, sink: socket.socket, kept: bytearray | None) ->
 
 
 def requests_in(sent: list[bytes]) -> list[Request]:
-    """All requests, in their order; one that is repeated at once (a job is asked after) counts once.
+    """All requests in order; consecutive identical requests (polling) count once.
 
-    Every byte is accounted for: what is no whole request with a known length fails.
+    Every byte must belong to a complete request of known length.
     """
-    found: list[Request] = []
+    requests: list[Request] = []
     for stream in sent:
         while stream:
             head, ends, rest = stream.partition(b"\r\n\r\n")
-            assert ends, f"no request: {head[:80]!r}"
+            assert ends, f"not a request: {head[:80]!r}"
             line, *headers = head.decode("ascii").split("\r\n")
             length = next((int(h.split(":")[1]) for h in headers if h.lower().startswith("content-length:")), 0)
             assert not any(header.lower().startswith("transfer-encoding") for header in headers)
             assert len(rest) >= length
-            request = Request(_plain(line), tuple(map(_plain, headers)), _body(rest[:length]))
-            if not found or found[-1] != request:
-                found.append(request)
+            request = Request(_masked(line), tuple(map(_masked, headers)), _masked_body(rest[:length]))
+            if not requests or requests[-1] != request:
+                requests.append(request)
             stream = rest[length:]
-    return found
+    return requests
 
 
-def _plain(text: str) -> str:
+def _masked(text: str) -> str:
     return IDS.sub(r"\1_*", UUID4.sub("*", text))
 
 
-def _body(body: bytes) -> bytes:
-    return _plain(body.decode()).encode() if body.startswith(b"{") else body
+def _masked_body(body: bytes) -> bytes:
+    return _masked(body.decode()).encode() if body.startswith(b"{") else body

@@ -1,4 +1,4 @@
-"""What a test's server stands on: the embedded parts, or with ``--backing real`` the real ones."""
+"""The services behind a test's server: embedded ones, or real ones with ``--backing real``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from post_server.serve import embedded_redis
 from post_server.settings import Settings
-from tests.server.external_services import ObjectStore, Postgres, free_port, missing_parts
+from tests.server.external_services import ObjectStore, Postgres, free_port, missing_programs
 
 
 @dataclass(frozen=True)
 class Backing:
-    """Settings that name the parts; none for the embedded ones, which lie in the home folder."""
+    """Settings with the URLs of the services; none for the embedded ones, which use the home folder."""
 
     urls: dict[str, str] = field(default_factory=dict)
 
@@ -37,22 +37,22 @@ def redis_command(settings: Settings) -> list[str]:
     return ["redis-server", *(part for name, value in options.items() for part in (f"--{name}", value))]
 
 
-def skip_or_fail(missing: list[str], why: str) -> None:
-    """A machine of one's own may lack a program; CI, which installs them, may not."""
+def skip_or_fail(missing: list[str], purpose: str) -> None:
+    """Skip on a machine that lacks a program; fail in CI, which installs them."""
     if missing:
-        reason = f"{why} needs {', '.join(missing)}, which isn't there; .ci/run installs it"
+        reason = f"{purpose} needs {', '.join(missing)}, which isn't installed; .ci/run installs it"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
 
 
-def check_real_parts() -> None:
-    """Skip, or fail in CI, where a real part is missing."""
-    skip_or_fail(missing_parts(), "--backing real")
+def check_external_services() -> None:
+    """Skip, or fail in CI, if a real service isn't installed."""
+    skip_or_fail(missing_programs(), "--backing real")
 
 
 def temporary_files(settings: Settings) -> list[Path]:
-    """What the store has left half-way."""
+    """The unfinished files of the store."""
     embedded = settings.storage_url.startswith("file://")
     folder = settings.home / ("blobs" if embedded else "cache/blobs") / "tmp"
     return list(folder.iterdir())

@@ -1,4 +1,4 @@
-"""A real API server on a loopback port, with keys for a provider and two owners, and no torch in sight."""
+"""A real API server on a loopback port, with keys for a provider and two owners, and without torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROWS = b'{"text": "fine", "label": "positive"}\n{"text": "dull", "label": "negat
 
 
 class HttpHarness:
-    """Everything that a test of the API needs; :meth:`close` stops the server."""
+    """An API server with its database, store and clients; :meth:`close` stops it."""
 
     def __init__(self, home: Path, **settings: Any) -> None:
         self.settings = Settings(home=home, log_level="ERROR", **settings)
@@ -58,12 +58,12 @@ class HttpHarness:
             time.sleep(0.005)
 
     def add_caller(self, name: str, row: ApiKeyRow, text: str) -> None:
-        """From now on ``name`` calls with this key."""
+        """Let ``name`` make requests with this key."""
         self.key_ids[name], self.keys[name] = row.id, text
         self._clients[name] = self._client(name)
 
     def twin(self) -> HttpHarness:
-        """Another API process over the same records and blobs, for the same callers."""
+        """Another API server on the same database and blobs, for the same callers."""
         other = HttpHarness(self.settings.home, **self.settings.model_dump(exclude={"home", "log_level"}))
         for name, text in self.keys.items():
             with self.database.read() as session:
@@ -78,7 +78,7 @@ class HttpHarness:
         self.database.dispose()
 
     def __call__(self, who: str | None, method: str, path: str, **options: Any) -> httpx.Response:
-        """One request of a caller; whatever comes back as an error is a problem document."""
+        """Send a request as ``who``; every error must be a problem document."""
         answer = self._clients[who].request(method, path, **options)
         if answer.status_code >= 400 and path != "/readyz":
             check_problem(answer)
@@ -88,7 +88,7 @@ class HttpHarness:
         headers = {} if name is None else {"Authorization": f"Bearer {self.keys[name]}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
 
-    # --- what there is --------------------------------------------------------------------------------
+    # --- resources ------------------------------------------------------------------------------------
 
     def add_model(self, name: str, role: ModelRole = ModelRole.TARGET, target: ModelRow | None = None) -> ModelRow:
         with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ class HttpHarness:
         return self(who, "POST", "/v1/prompts", content=data, headers={"Content-Type": "application/octet-stream"})
 
     def everything(self) -> dict[str, Any]:
-        """All rows but the keys, and all blobs: what a refused request must not change."""
+        """All rows except keys, and all blobs: a refused request must not change them."""
         tables = [table for table in Base.metadata.sorted_tables if table.name != "api_keys"]
         with self.database.read() as session:
             rows = {table.name: sorted(map(repr, session.execute(table.select()))) for table in tables}
@@ -136,13 +136,13 @@ class HttpHarness:
 
 
 def prompt_bytes(model_hash: str, *, length: int = 3, width: int = WIDTH, seed: int = 0, dp: bool = False) -> bytes:
-    """A prompt file of random numbers."""
+    """A prompt file with random vectors."""
     vectors = np.random.default_rng(seed).normal(size=(length, width)).astype(np.float32)
     return write_prompt(PromptFile(vectors, model_hash, TASK, *((8.0, 1e-5) if dp else (None, None))))
 
 
 def check_problem(answer: httpx.Response) -> None:
-    """RFC 9457, a stable code, and the number by which the log knows the request."""
+    """Check an error: RFC 9457, a stable code, and the request id that the log has."""
     assert answer.headers["content-type"] == PROBLEM_MEDIA_TYPE, answer.text
     problem = answer.json()
     assert problem["status"] == answer.status_code
@@ -154,5 +154,5 @@ def check_problem(answer: httpx.Response) -> None:
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
-    """Status and stable code of a refusal."""
+    """Status and stable code of an error response."""
     return answer.status_code, answer.json()["code"]

@@ -1,4 +1,4 @@
-"""The operations of the OpenAPI document, and which one a request reaches."""
+"""The operations of the OpenAPI document, and the one that a request reaches."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def operations(document: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 def operation_of(document: dict[str, Any], method: str, path: str) -> dict[str, Any]:
     """The operation that a request reaches, as the document describes it."""
-    fits = [
+    matching = [
         operation
         for template, methods in document["paths"].items()
         if re.fullmatch(re.sub(r"{path}", ".+", re.sub(r"{(?!path)\w+}", "[^/]+", template)), path)
-        for each, operation in methods.items()
-        if each.upper() == method
+        for name, operation in methods.items()
+        if name.upper() == method
     ]
-    assert len(fits) == 1, (method, path, [each["operationId"] for each in fits])
-    found: dict[str, Any] = fits[0]
-    return found
+    assert len(matching) == 1, (method, path, [operation["operationId"] for operation in matching])
+    matched: dict[str, Any] = matching[0]
+    return matched
 
 
 def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema, or what it refers to."""
+    """A schema, or the one it refers to."""
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[-1]
-        found: dict[str, Any] = document["components"]["schemas"][name]
-        return found
+        referred: dict[str, Any] = document["components"]["schemas"][name]
+        return referred
     return schema

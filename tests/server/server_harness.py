@@ -1,4 +1,4 @@
-"""What the tests of jobs and predictions need: tiny stored models and real processes to start and kill."""
+"""A harness for the tests of jobs and predictions: tiny stored models, and real processes to start and kill."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ TASK = TaskSpec(
 PUBLIC = list(zip(TEXTS, LABELS, strict=True)) * 4
 
 
-def wait_for(look: Callable[[], T], seconds: float = 30.0, pause: float = 0.05) -> T:
-    """The first true value that ``look`` gives."""
+def wait_for(condition: Callable[[], T], seconds: float = 30.0, pause: float = 0.05) -> T:
+    """The first true value that ``condition`` returns."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"nothing within {seconds} s: {look}")
+            raise AssertionError(f"not true within {seconds} s: {condition}")
         time.sleep(pause)
-    return found
+    return value
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The settings as a process sees them."""
+    """The environment of a process with these settings."""
     return os.environ | {f"POST_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
 
 
 class ServerHarness:
-    """One server's insides. Everything that was started is gone after :meth:`close`."""
+    """One server's database, store and processes; :meth:`close` kills everything that was started."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -178,28 +178,28 @@ class ServerHarness:
     def reaches(self, job_id: str, *, stage: str, progress: float = 0.0, seconds: float = 60.0) -> JobRow:
         """Wait until the running job reports that stage; an ended job is an error."""
 
-        def there() -> bool:
+        def reached() -> bool:
             row = self.job(job_id)
             assert not row.state.ended, (row.state, row.error, self.log())
             return row.state is JobState.RUNNING and row.stage == stage and row.progress >= progress
 
-        wait_for(there, seconds, 0.02)
+        wait_for(reached, seconds, 0.02)
         return self.job(job_id)
 
 
 def job_processes(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The processes of the jobs that a worker runs."""
-    found = []
+    """The processes of a worker's jobs."""
+    processes = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in psutil.Process(worker.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):  # which a zombie is, too
+            with contextlib.suppress(psutil.NoSuchProcess):  # also raised for a zombie
                 if "post_server.worker.job_process" in process.cmdline():
-                    found.append(process)
-    return found
+                    processes.append(process)
+    return processes
 
 
-def undisturbed(server_harness: ServerHarness, job_id: str, folder: Path) -> str:
-    """The hash of the student that a plain call makes of the same request."""
+def undisturbed_hash(server_harness: ServerHarness, job_id: str, folder: Path) -> str:
+    """The hash of the student that a direct call with the same request makes."""
     from post_server.models.service import materialise_model
     from post_shared.data.rows import read_corpus
     from post_shared.files.model_folder import manifest, model_hash
@@ -221,12 +221,12 @@ def undisturbed(server_harness: ServerHarness, job_id: str, folder: Path) -> str
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
-    """Every process whose POST_HOME is that folder, and the Redis server whose socket lies in it."""
-    found = []
+    """Every process whose POST_HOME is that folder, and the Redis server with its socket there."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             at_home = process.environ().get("POST_HOME") == str(folder)
             serves = f"unixsocket:{folder}/" in " ".join(process.cmdline())  # it overwrites its environment
             if (at_home or serves) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes

@@ -1,4 +1,4 @@
-"""The provider's `post` as typed, within the test's process."""
+"""Runs the provider's ``post`` command within the test's process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from post_server.cli import register
 
 
 def run(*arguments: str) -> str:
-    """Standard output of one command line; its error is raised."""
+    """The standard output of one command; an error is raised."""
     app = typer.Typer()
     register(app)
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "250"})

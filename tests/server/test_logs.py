@@ -1,4 +1,4 @@
-"""What is logged helps to find a mistake, by request and by job, and quotes nothing."""
+"""Log lines identify the request and the job, and never quote a text."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.server.server_harness import environment
 SECRET = "my private review of a film"
 
 
-def logged(settings: Settings) -> StringIO:
-    """Everything that is logged from now on."""
+def capture_logs(settings: Settings) -> StringIO:
+    """Collects everything that is logged from now on."""
     configure_logs(settings)
     stream = StringIO()
     (handler,) = logging.getLogger("post").handlers
@@ -33,11 +33,11 @@ def logged(settings: Settings) -> StringIO:
 
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize("kind", ["structlog", "library"])
-def test_an_error_is_told_by_place_and_class_alone(home: Any, as_json: bool, kind: str) -> None:
-    """Its own message and that of its cause may quote a text; whoever logs it."""
-    stream = logged(Settings(home=home, log_json=as_json))
+def test_an_error_is_logged_by_location_and_class_only(home: Any, as_json: bool, kind: str) -> None:
+    """Its message and that of its cause may quote a text, whichever logger is used."""
+    stream = capture_logs(Settings(home=home, log_json=as_json))
 
-    def defect() -> None:
+    def fail() -> None:
         try:
             raise ValueError(SECRET)
         except ValueError as error:
@@ -45,17 +45,17 @@ def test_an_error_is_told_by_place_and_class_alone(home: Any, as_json: bool, kin
 
     log: Any = structlog.get_logger("post.job") if kind == "structlog" else logging.getLogger("post.job")
     try:
-        defect()
+        fail()
     except RuntimeError:
         log.exception("job failed")
-    written = stream.getvalue()
-    assert SECRET not in written
-    for part in ("job failed", "in defect", "ValueError", "RuntimeError"):
-        assert part in written
+    output = stream.getvalue()
+    assert SECRET not in output
+    for part in ("job failed", "in fail", "ValueError", "RuntimeError"):
+        assert part in output
 
 
-def test_a_jobs_lines_carry_its_id_and_no_value_of_a_statement(home: Any) -> None:
-    """In a process of its own, as a job has one; the error is the database's, which likes to quote its parameters."""
+def test_the_lines_of_a_job_have_its_id_and_no_statement_parameters(home: Any) -> None:
+    """In a process of its own, like a job's. The error is SQLAlchemy's, which by default quotes parameters."""
     code = f"""
 import logging, structlog
 from post_server.logs import configure_logs
@@ -71,24 +71,24 @@ try:
 except Exception as error:
     logging.getLogger("post.some.library").exception("failed: %s", error)
 """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment(Settings(home=home))
     )
-    assert done.returncode == 0, done.stderr
-    (line,) = map(json.loads, done.stderr.splitlines())
+    assert result.returncode == 0, result.stderr
+    (line,) = map(json.loads, result.stderr.splitlines())
     assert line["job"] == "job_1"
     assert line["error"] == "OperationalError"
     assert "nowhere" in line["event"]
-    assert SECRET not in done.stderr
+    assert SECRET not in result.stderr
 
 
-def test_an_order_ties_its_job_to_its_request(http_harness: HttpHarness) -> None:
+def test_a_created_job_is_logged_with_its_request(http_harness: HttpHarness) -> None:
     target, student = http_harness.add_pair()
     http_harness.add_dataset()
     prompt = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
-    stream = logged(http_harness.settings.model_copy(update={"log_level": "INFO"}))
-    order = {"prompt": prompt, "target": target.id, "dataset": "public"}
-    answer = http_harness("alice", "POST", "/v1/transfers", json=order)
+    stream = capture_logs(http_harness.settings.model_copy(update={"log_level": "INFO"}))
+    body = {"prompt": prompt, "target": target.id, "dataset": "public"}
+    answer = http_harness("alice", "POST", "/v1/transfers", json=body)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     (line,) = [line for line in lines if line["event"] == "job queued"]
     assert (line["job"], line["kind"]) == (answer.json()["id"], "transfer")

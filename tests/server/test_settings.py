@@ -1,4 +1,4 @@
-"""A setting that makes no sense is refused at once, by its name and without its value."""
+"""An invalid setting is refused immediately, with its name and without its value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from post_shared.errors import InvalidInput
 
 
 @pytest.fixture(autouse=True)
-def _afresh() -> Iterator[None]:
+def _fresh_settings() -> Iterator[None]:
     get_settings.cache_clear()
     yield
     get_settings.cache_clear()
@@ -20,14 +20,14 @@ def _afresh() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("POST_LEASE_SECONDS", "9"),  # a heartbeat comes every 5 s
+        ("POST_LEASE_SECONDS", "9"),  # with a heartbeat every 5 s
         ("POST_HEARTBEAT_SECONDS", "nan"),
         ("POST_PORT", "secret"),
         ("POST_LOG_LEVEL", "LOUD"),
         ("POST_DOCUMENT_BYTES", "-1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_invalid_settings_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(InvalidInput) as refused:
         get_settings()
@@ -35,7 +35,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch, name: s
     assert "secret" not in refused.value.detail
 
 
-def test_what_a_command_is_given_is_checked_like_the_environment() -> None:
+def test_command_arguments_are_checked_like_the_environment() -> None:
     with pytest.raises(InvalidInput, match="POST_PORT"):
         settings_with(port=-3)
     with pytest.raises(InvalidInput, match=r"^lease_seconds is at least"):
@@ -43,6 +43,6 @@ def test_what_a_command_is_given_is_checked_like_the_environment() -> None:
     assert settings_with(port=0).port == 0
 
 
-def test_a_log_level_is_a_word_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_level_may_have_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POST_LOG_LEVEL", "debug")
     assert get_settings().log_level == "debug"

@@ -1,4 +1,4 @@
-"""One owner's things don't exist for another: every operation of the OpenAPI document, with ids of someone else.
+"""One owner's resources don't exist for another: every operation of the OpenAPI document, with another's ids.
 
 The cases are compared with the document, so that a new endpoint without one fails here.
 """
@@ -22,7 +22,7 @@ from tests.server.operations import operations
 
 @dataclass(frozen=True)
 class Foreign:
-    """Names a thing of alice; for anyone else but the provider there is none. ``{prompt}`` stands for its id."""
+    """Names a resource of alice that only she and the provider can see. ``{prompt}`` stands for its id."""
 
     body: dict[str, Any] | bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -30,12 +30,12 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Listed:
-    """A list: it has nothing of alice."""
+    """A list, which contains nothing of alice for others."""
 
 
 @dataclass(frozen=True)
 class Providers:
-    """Only a provider may, whatever it names; ``own``: and not even another provider's key."""
+    """Only a provider may; with ``own``, only the provider's key that created the resource."""
 
     body: dict[str, Any] | bytes | None = None
     own: bool = False
@@ -97,12 +97,12 @@ QUERY = {"create_dataset": {"name": "x", "kind": "rows"}}
 
 @pytest.fixture
 def ids(http_harness: HttpHarness) -> dict[str, str]:
-    """Things of alice, and an upload of the provider; keys of a second provider."""
+    """Resources of alice, an upload of the provider, and a key of a second provider."""
     _, student = http_harness.add_pair()
     http_harness.add_dataset()
     prompt = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
-    order = {"prompt": prompt, "target": "large", "dataset": "public"}
-    job = http_harness("alice", "POST", "/v1/transfers", json=order).json()["id"]
+    body = {"prompt": prompt, "target": "large", "dataset": "public"}
+    job = http_harness("alice", "POST", "/v1/transfers", json=body).json()["id"]
     with http_harness.database.write() as session:
         _, lease = states.claim(session, job, lease_seconds=600, max_attempts=3) or pytest.fail("not claimed")
         states.record_progress(session, lease, progress=0.1, stage="transfer", step=1, steps=2, metrics={"loss": 1.0})
@@ -114,8 +114,8 @@ def ids(http_harness: HttpHarness) -> dict[str, str]:
     return {"prompt": prompt, "job": job, "upload": upload, "report": job, **shared}
 
 
-def ask(http_harness: HttpHarness, who: str, operation: str, ids: dict[str, str]) -> Any:
-    """The request of a case, with the ids in their places."""
+def send(http_harness: HttpHarness, who: str, operation: str, ids: dict[str, str]) -> Any:
+    """Send the request of a case, with the ids filled in."""
     method, template = operations(http_harness.app.openapi())[operation]
     case = CASES[operation]
     path = template.replace("{path}", ids["path"]).format_map(ids)
@@ -128,31 +128,31 @@ def ask(http_harness: HttpHarness, who: str, operation: str, ids: dict[str, str]
     return http_harness(who, method, path, params=QUERY.get(operation), headers=getattr(case, "headers", {}), **content)
 
 
-def names(kind: type) -> list[str]:
+def operations_of(kind: type) -> list[str]:
     return [name for name, case in CASES.items() if isinstance(case, kind)]
 
 
-def test_every_operation_has_its_case_and_every_id_in_a_path_is_known(
+def test_every_operation_has_a_case_and_every_id_in_a_path_is_known(
     http_harness: HttpHarness, ids: dict[str, str]
 ) -> None:
-    found = operations(http_harness.app.openapi())
-    assert set(found) == set(CASES)
-    for operation, (_, path) in found.items():
+    documented = operations(http_harness.app.openapi())
+    assert set(documented) == set(CASES)
+    for operation, (_, path) in documented.items():
         owned = [name for name in ("prompt", "job", "upload", "report") if f"{{{name}}}" in path]
         assert not (owned and isinstance(CASES[operation], Shared | Listed)), operation
         path.replace("{path}", "x").format_map(ids)
 
 
-def test_what_is_foreign_is_not_found_and_stays_as_it_is(http_harness: HttpHarness, ids: dict[str, str]) -> None:
+def test_foreign_resources_are_not_found_and_do_not_change(http_harness: HttpHarness, ids: dict[str, str]) -> None:
     before = http_harness.everything()
-    for operation in names(Foreign):
-        answer = ask(http_harness, "bob", operation, ids)
+    for operation in operations_of(Foreign):
+        answer = send(http_harness, "bob", operation, ids)
         assert code(answer) == (404, "not_found"), operation
-        unknown = ask(http_harness, "bob", operation, ids | {"prompt": "prm_" + "0" * 24, "job": "job_" + "0" * 24})
+        unknown = send(http_harness, "bob", operation, ids | {"prompt": "prm_" + "0" * 24, "job": "job_" + "0" * 24})
         assert code(unknown) == code(answer), operation
-        same = {"detail", "message", "request_id", "prompt", "job"}  # they quote what was asked for
-        assert {k: v for k, v in unknown.json().items() if k not in same} == {
-            k: v for k, v in answer.json().items() if k not in same
+        varying = {"detail", "message", "request_id", "prompt", "job"}  # they quote the requested id
+        assert {k: v for k, v in unknown.json().items() if k not in varying} == {
+            k: v for k, v in answer.json().items() if k not in varying
         }, operation
     stream = http_harness("bob", "GET", f"/v1/jobs/{ids['job']}/events", headers={"Accept": "text/event-stream"})
     assert code(stream) == (404, "not_found")
@@ -160,9 +160,9 @@ def test_what_is_foreign_is_not_found_and_stays_as_it_is(http_harness: HttpHarne
     assert http_harness.everything() == before
 
 
-def test_the_owner_and_the_provider_do_find_it(http_harness: HttpHarness, ids: dict[str, str]) -> None:
-    """The cases above are about who asks, and not about a mistake in what is asked."""
-    for operation in names(Foreign):
+def test_the_owner_and_the_provider_find_them(http_harness: HttpHarness, ids: dict[str, str]) -> None:
+    """So the refusals above depend on the caller, not on an error in the request."""
+    for operation in operations_of(Foreign):
         if operation in (
             "remove_prompt",
             "create_predictions",
@@ -170,27 +170,27 @@ def test_the_owner_and_the_provider_do_find_it(http_harness: HttpHarness, ids: d
         ):  # a job needs it; no predictor runs here
             continue
         for who in ("alice", "provider"):
-            assert ask(http_harness, who, operation, ids).status_code < 300, (operation, who)
+            assert send(http_harness, who, operation, ids).status_code < 300, (operation, who)
     with http_harness.database.write() as session:
         session.execute(update(JobRow).values(state="cancelled"))
-    assert ask(http_harness, "alice", "remove_prompt", ids).status_code == 204
+    assert send(http_harness, "alice", "remove_prompt", ids).status_code == 204
 
 
-def test_lists_have_nothing_of_others(http_harness: HttpHarness, ids: dict[str, str]) -> None:
-    for operation in names(Listed):
-        assert ask(http_harness, "bob", operation, ids).json()["items"] == [], operation
+def test_lists_contain_nothing_of_others(http_harness: HttpHarness, ids: dict[str, str]) -> None:
+    for operation in operations_of(Listed):
+        assert send(http_harness, "bob", operation, ids).json()["items"] == [], operation
         for who in ("alice", "provider"):
-            assert len(ask(http_harness, who, operation, ids).json()["items"]) == 1, (operation, who)
+            assert len(send(http_harness, who, operation, ids).json()["items"]) == 1, (operation, who)
 
 
-def test_what_is_the_providers_is_refused_to_owners_and_changes_nothing(
+def test_provider_operations_are_refused_to_owners_and_change_nothing(
     http_harness: HttpHarness, ids: dict[str, str]
 ) -> None:
     before = http_harness.everything()
-    for operation in names(Providers):
+    for operation in operations_of(Providers):
         for who in ("alice", "bob"):
-            assert code(ask(http_harness, who, operation, ids)) == (403, "forbidden"), operation
+            assert code(send(http_harness, who, operation, ids)) == (403, "forbidden"), operation
         case = CASES[operation]
         if isinstance(case, Providers) and case.own:
-            assert code(ask(http_harness, "other", operation, ids)) == (404, "not_found"), operation
+            assert code(send(http_harness, "other", operation, ids)) == (404, "not_found"), operation
     assert http_harness.everything() == before

@@ -1,6 +1,6 @@
-"""``post bench speed``: how near the hardware's limit POST is, and how far ahead of plain references.
+"""``post bench speed``: POST's speed relative to the hardware's limit and to plain reference implementations.
 
-Each part runs POST's way and the reference's in turn, in one process, on the same model and batch, with the machine's
-matrix rate measured between them. A ratio is the median over the rounds of each round's own ratio, so that a machine
-that is busy for a while slows both sides of a pair.
+Each part alternates POST's implementation and the reference in one process, on the same model and batch, and measures
+the machine's matrix rate in between. A ratio is the median of the rounds' own ratios, so that temporary load on the
+machine slows both sides of a pair.
 """

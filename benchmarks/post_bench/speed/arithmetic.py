@@ -1,8 +1,8 @@
-"""The floating-point operations that each algorithm needs, counted: no padding, nothing that is computed for nobody.
+"""The floating-point operations that each algorithm needs, without padding and unused results.
 
-A token's pass forward through the layers takes two operations for each weight of their matrices; a pass backward to
-the activations takes the same again, and one to the weights once more. Attention's own products are left out (2 % at
-texts of 30 tokens), so that a share of the limit errs to the low side.
+The forward pass of a token takes two operations per weight of the layers' matrices. The backward pass takes as many
+for the gradients of the activations, and as many again for those of the weights. Attention's own products are left
+out (2 % for texts of 30 tokens), so the share of the limit is slightly underestimated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from post_shared.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Operations of one model: ``layers`` for each token that passes through, ``head`` for each predicted position."""
+    """Operations of one model: ``layers`` per token, ``head`` per predicted position."""
 
     layers: float
     head: float
@@ -28,20 +28,19 @@ class Arithmetic:
         return tokens * self.layers + heads * self.head
 
     def to_prompt(self, tokens: float, heads: float) -> float:
-        """Forward, and backward to the activations: a step that trains a prompt."""
+        """Forward and backward pass with gradients of the activations only: a step that trains a prompt."""
         return 2.0 * self.forward(tokens, heads)
 
     def to_weights(self, tokens: float, heads: float) -> float:
-        """Forward, backward to the activations, and to the layers' weights (the head is frozen): a student's step."""
+        """As :meth:`to_prompt`, plus gradients of the layers' weights (the LM head is frozen): a student's step."""
         return self.to_prompt(tokens, heads) + tokens * self.layers
 
 
 def prompt_step(model: LanguageModel, tokens: int, rows: int, length: int) -> float:
-    """A step of tuning (Φs) or of the transfer (Φt): one pass forward and back over ``rows`` texts of ``tokens`` in
-    all, and their prompt once."""
+    """A step of tuning (Φs) or transfer (Φt) on ``rows`` texts of ``tokens`` tokens in all, with one shared prompt."""
     return Arithmetic.of(model).to_prompt(tokens + length, rows)
 
 
 def distillation_step(target: LanguageModel, student: LanguageModel, tokens: int, heads: int) -> float:
-    """Φt forward; Φs forward and back to its weights; the head of both at ``heads`` positions."""
+    """Forward pass of Φt, forward and backward pass of Φs, and the LM heads of both at ``heads`` positions."""
     return Arithmetic.of(target).forward(tokens, heads) + Arithmetic.of(student).to_weights(tokens, heads)

@@ -1,4 +1,4 @@
-"""What every part works on, and how two ways of one thing are timed."""
+"""The inputs of all parts, and the timing of several implementations of one step."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from post_shared.schemas.tuning import TuneOptions
 from post_shared.training.optimizer import Loss, PromptOptimizer
 
 Case = TypeVar("Case")
-"""What one step is made on: a batch, or the number of a step."""
-WARM = {"cpu": 0, "cuda": 2}
-"""Steps of each way on each case that aren't timed: on a GPU a shape is recorded when it comes again."""
-Way = Callable[[Case], float | None]
-"""One step. A way with work around it that isn't to be counted returns its own seconds."""
+"""The input of one step: a batch, or the step's number."""
+WARM_UP_STEPS = {"cpu": 0, "cuda": 2}
+"""Untimed steps on each case: on a GPU, a shape is captured as a CUDA graph when it recurs."""
+Step = Callable[[Case], float | None]
+"""One step. It may return its own seconds, if part of its work must not be counted."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Models, rows and sizes. ``private`` are the owner's rows, ``public`` the provider's texts."""
+    """Models, rows and sizes. ``private`` has the owner's rows, ``public`` the provider's texts."""
 
     target: LanguageModel
     student: LanguageModel
@@ -42,14 +42,14 @@ class Bench:
     public: Sequence[str]
     corpus: Sequence[str]
     length: int = 20
-    """Vectors of the prompt."""
+    """Prompt vectors."""
     max_length: int = 128
     batch_size: int | None = None
-    """Instead of each part's own default."""
+    """Replaces each part's own default."""
     teacher: LanguageModel | None = None
-    """The target as a worker loads it to distil or transfer, where that is in another type."""
+    """The target as a worker loads it to distil or transfer, if its dtype differs."""
     learner: LanguageModel | None = None
-    """The student as an owner loads it to tune without privacy, where that is in another type."""
+    """The student as an owner loads it to tune without privacy, if its dtype differs."""
 
     @property
     def device(self) -> torch.device:
@@ -66,32 +66,32 @@ class Bench:
         return encode_rows(self.target, self.task, self.public, self.max_length, reserved=self.length)
 
     def batches(self, encoded: EncodedRows, size: int) -> Callable[[int], Batch]:
-        """As the training loops draw them: a function of the step."""
+        """Batches as in the training loops, by step."""
         return ShuffledBatches(encoded, self.batch_size or size, seed=0)
 
     def prompt(self, model: LanguageModel) -> Tensor:
-        """(l, d), where tuning starts."""
+        """(l, d): the initial prompt of tuning."""
         return starting_prompt(model, self.task, TuneOptions(num_virtual_tokens=self.length)).embeddings.clone()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One way of doing a part. ``flop`` is None where the algorithm isn't ours to count."""
+    """The timing of one implementation. ``flop`` is None for references."""
 
     seconds: float
-    """Median of a step."""
+    """Median per step."""
     flop: float | None
-    """Operations that a step needs, mean over the rounds."""
+    """Operations that a step needs: the mean over the rounds."""
     share: float | None
-    """Of the matrix rate; median over the rounds."""
+    """Share of the matrix rate: the median over the rounds."""
     tokens_per_second: float
     peak_bytes: int
-    """Above what the process held before the step."""
+    """Peak memory of a step above the memory before it."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """All ways of one part; ``ratios`` say how many times longer each other way takes than the first."""
+    """The timings of one part; ``ratios`` has each other implementation's time over that of the first."""
 
     ways: dict[str, Timing]
     ratios: dict[str, float]
@@ -100,29 +100,29 @@ class Part:
 
 def tokens_of(batch: Batch) -> int:
     """Tokens of the rows, without padding and prompts."""
-    return int(sum(len(batch.encoded.rows[at].token_ids) for at in batch.index))
+    return int(sum(len(batch.encoded.rows[row].token_ids) for row in batch.index))
 
 
 def fresh(batch: Batch) -> Batch:
-    """The same rows: no way profits from what another one's batch has kept."""
+    """A batch of the same rows without cached tensors, so that no step profits from another's."""
     return Batch(batch.encoded, batch.index)
 
 
 def steps(
     model: LanguageModel, optimizer: PromptOptimizer, loss: Loss, graphs: CudaGraphs | None
 ) -> Callable[[Batch], None]:
-    """The optimizer's step, its passes replayed from ``graphs``."""
+    """The optimizer's step, with passes replayed from ``graphs``, if any."""
 
     def step(batch: Batch) -> None:
-        with model.replaying(graphs):
+        with model.using_graphs(graphs):
             optimizer.update(loss, fresh(batch))
 
     return step
 
 
 @dataclass
-class _Seen:
-    """What the rounds have shown."""
+class _Measurements:
+    """The measurements of all rounds."""
 
     seconds: dict[str, list[float]]
     peaks: dict[str, int]
@@ -131,13 +131,13 @@ class _Seen:
     tokens: list[int] = field(default_factory=list)
 
     def timing(self, name: str, *, counted: bool) -> Timing:
-        each = self.seconds[name]
-        share = [f / s / r for f, s, r in zip(self.flops, each, self.rates, strict=True)]
+        seconds = self.seconds[name]
+        shares = [f / s / r for f, s, r in zip(self.flops, seconds, self.rates, strict=True)]
         return Timing(
-            statistics.median(each),
+            statistics.median(seconds),
             statistics.mean(self.flops) if counted else None,
-            statistics.median(share) if counted else None,
-            statistics.median(n / s for n, s in zip(self.tokens, each, strict=True)),
+            statistics.median(shares) if counted else None,
+            statistics.median(n / s for n, s in zip(self.tokens, seconds, strict=True)),
             self.peaks[name],
         )
 
@@ -148,48 +148,48 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Race(Generic[Case]):
-    """Ways of making the same step, POST's first, and the cases that they are timed on."""
+    """Implementations of the same step, POST's first, and the cases on which they are timed."""
 
-    ways: Mapping[str, Way[Case]]
+    ways: Mapping[str, Step[Case]]
     cases: Callable[[int], Case]
     flop: Callable[[Case], float]
-    """What a step of POST's way needs."""
+    """Operations that POST's step needs."""
     tokens: Callable[[Case], int]
 
     def alone(self) -> Race[Case]:
-        """POST's way without the others."""
-        name, way = next(iter(self.ways.items()))
-        return replace(self, ways={name: way})
+        """POST's implementation without the references."""
+        name, step = next(iter(self.ways.items()))
+        return replace(self, ways={name: step})
 
     def run(self, rounds: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Part:
-        """Time all ways on the same case, round by round, with the matrix rate in ``dtype`` between them.
+        """Time all implementations on the same case, round by round, and the matrix rate in ``dtype`` in between.
 
-        The first round warms up and isn't timed, but its memory counts: allocators keep what they have got.
+        The first round is an untimed warm-up, but its memory counts, because allocators don't return memory.
         """
-        found = _Seen({name: [] for name in self.ways}, dict.fromkeys(self.ways, 0))
+        measured = _Measurements({name: [] for name in self.ways}, dict.fromkeys(self.ways, 0))
         for turn in range(rounds + 1):
             case = self.cases(turn)
             before = matrix_rate(device, dtype)
-            for name, way in list(self.ways.items())[:: 1 if turn % 2 else -1]:
-                for _ in range(WARM[device.type]):
-                    way(case)
+            for name, step in list(self.ways.items())[:: 1 if turn % 2 else -1]:
+                for _ in range(WARM_UP_STEPS[device.type]):
+                    step(case)
                 with Peak(device) as peak:
-                    took = _seconds(way, case, device)
-                found.peaks[name] = max(found.peaks[name], peak.bytes)
+                    seconds = _seconds(step, case, device)
+                measured.peaks[name] = max(measured.peaks[name], peak.bytes)
                 if turn:
-                    found.seconds[name].append(took)
+                    measured.seconds[name].append(seconds)
             if turn:
-                found.rates.append((before + matrix_rate(device, dtype)) / 2)
-                found.tokens.append(self.tokens(case))
-                found.flops.append(self.flop(case))
+                measured.rates.append((before + matrix_rate(device, dtype)) / 2)
+                measured.tokens.append(self.tokens(case))
+                measured.flops.append(self.flop(case))
         first = next(iter(self.ways))
-        timings = {name: found.timing(name, counted=name == first) for name in self.ways}
-        ratios = {name: found.ratio(name, first) for name in self.ways if name != first}
-        return Part(timings, ratios, statistics.median(found.rates))
+        timings = {name: measured.timing(name, counted=name == first) for name in self.ways}
+        ratios = {name: measured.ratio(name, first) for name in self.ways if name != first}
+        return Part(timings, ratios, statistics.median(measured.rates))
 
 
-def _seconds(way: Way[Case], case: Case, device: torch.device) -> float:
+def _seconds(step: Step[Case], case: Case, device: torch.device) -> float:
     began = time.perf_counter()
-    own = way(case)
+    own = step(case)
     finish(device)
     return time.perf_counter() - began if own is None else own

@@ -16,19 +16,19 @@ NAMES = "transfer, transfer_constants, distil, tune, tune_whole, tune_target, pr
 
 
 def speed(
-    json: Annotated[Path, typer.Option("--json", help="The figures; table and picture come beside it.")],
-    compare: Annotated[Path | None, typer.Option(help="Earlier figures: print the ratios to them.")] = None,
-    part: Annotated[list[str] | None, typer.Option(help=f"Only these parts; may be repeated: {NAMES}.")] = None,
-    curves: Annotated[bool, typer.Option("--curves", help="Also how costs grow with each size: minutes more.")] = False,
+    json: Annotated[Path, typer.Option("--json", help="File for the figures; table and plot are written beside it.")],
+    compare: Annotated[Path | None, typer.Option(help="Earlier figures; prints the ratios to them.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help=f"Only this part; may be repeated: {NAMES}.")] = None,
+    curves: Annotated[bool, typer.Option("--curves", help="Also time the steps at several sizes.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each part.")] = 5,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Of tune and transfer, not the defaults.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Vectors of the prompt that is trained.")] = 20,
-    target: Annotated[str | None, typer.Option(help="Folder, GGUF file or hub id; by default the demo's.")] = None,
-    student: Annotated[str | None, typer.Option(help="By default layers of the target, as many as named.")] = None,
-    keep_layers: Annotated[int, typer.Option(min=1, help="Layers of the student that is made.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="For tune and transfer; default: their own.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Vectors of the trained prompt.")] = 20,
+    target: Annotated[str | None, typer.Option(help="Folder, GGUF file or hub id; default: the demo's.")] = None,
+    student: Annotated[str | None, typer.Option(help="Default: layers of the target, see --keep-layers.")] = None,
+    keep_layers: Annotated[int, typer.Option(min=1, help="Layers of the default student.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Time of every step against plain references, and its share of what this machine's matrix rate allows."""
+    """Time every step against reference implementations, and its share of this machine's matrix rate."""
     from post_bench.speed import curves as cost
     from post_bench.speed import results
     from post_bench.speed.memory import transfer_memory
@@ -39,35 +39,35 @@ def speed(
     for path in (json, table, plot):
         check_writable(path)
     before = results.read(compare) if compare else None
-    every = [*PARTS, "memory"]
-    wanted = part or every
-    unknown = sorted(set(wanted) - set(every))
+    all_parts = [*PARTS, "memory"]
+    selected = part or all_parts
+    unknown = sorted(set(selected) - set(all_parts))
     if unknown:
-        usage_error(f"there is no part {unknown[0]!r}; there are: {', '.join(every)}")
+        usage_error(f"there is no part {unknown[0]!r}; the parts are: {', '.join(all_parts)}")
     quiet_libraries()
     bench = _bench(target, student, keep_layers, device, length, batch_size)
-    found, console = results.Speed(_about(bench, target, rounds)), Console(stderr=True)
+    speed_results, console = results.Speed(_about(bench, target, rounds)), Console(stderr=True)
     with console.status("") as status:
-        for name in (name for name in PARTS if name in wanted):
+        for name in (name for name in PARTS if name in selected):
             status.update(f"{name} …")
-            found.parts[name] = PARTS[name](bench).run(rounds, bench.device, bench.target.dtype)
-            found.save(json)
-        if "memory" in wanted:
+            speed_results.parts[name] = PARTS[name](bench).run(rounds, bench.device, bench.target.dtype)
+            speed_results.save(json)
+        if "memory" in selected:
             status.update("memory of a transfer …")
             with tempfile.TemporaryDirectory() as folder:
                 start = bench.prompt(bench.student)
-                found.memory = transfer_memory(
+                speed_results.memory = transfer_memory(
                     Path(folder), bench.target, bench.student, bench.task, bench.public, start
                 )
         for name in cost.CURVES if curves else ():
             status.update(f"curve of {name} …")
-            found.curves[name] = cost.measure(bench, name, rounds)
-            found.save(json)
-    found.save(json)
-    results.draw(found, plot)
-    shown = results.table(found)
+            speed_results.curves[name] = cost.measure(bench, name, rounds)
+            speed_results.save(json)
+    speed_results.save(json)
+    results.draw(speed_results, plot)
+    shown = results.table(speed_results)
     table.write_text(shown, "utf-8")
-    _print(shown, results.compared(found.document(), before) if before else None)
+    _print(shown, results.compared(speed_results.document(), before) if before else None)
 
 
 def _print(*texts: str | None) -> None:
@@ -78,7 +78,7 @@ def _print(*texts: str | None) -> None:
 def _bench(
     target: str | None, student: str | None, keep_layers: int, device: str, length: int, batch_size: int | None
 ) -> Bench:
-    """Real models, and film reviews, product reviews and prose, fetched once as the demo's are."""
+    """The demo's models, reviews and prose, downloaded once as in the demo."""
     from post_bench.models import in_type, target_and_teacher
     from post_bench.speed.bench import Bench
     from post_client.demo import fetch
@@ -102,8 +102,8 @@ def _bench(
     task = Task.preset(settings.task)
     own = teacher if teacher is not large else None
     learner = None if own is None else in_type(small, own.dtype)
-    every = (large, small, task, texts.train, public, texts.corpus)
-    return Bench(*every, length=length, batch_size=batch_size, teacher=own, learner=learner)
+    inputs = (large, small, task, texts.train, public, texts.corpus)
+    return Bench(*inputs, length=length, batch_size=batch_size, teacher=own, learner=learner)
 
 
 def _about(bench: Bench, target: str | None, rounds: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cost curves: how the time of a step grows with each size, the others as they are by default."""
+"""Cost curves: how the time of a step grows with one size, with the other sizes at their defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from post_bench.speed.bench import Bench, Race
-from post_bench.speed.parts import predict, transfer, transfer_constants, tune
+from post_bench.speed.parts import precompute, predict, transfer, tune
 from post_shared.method.distillation.layer_selection import chosen_layers
 from post_shared.model.layers import copy_student
 
@@ -22,12 +22,12 @@ class Curve:
 
 
 def _of_length(bench: Bench, words: int) -> Bench:
-    """Texts of so many words each, made of the public ones."""
+    """A bench with texts of ``words`` words each, made from the public texts."""
     stream = " ".join(bench.public).split()
     count = min(len(bench.public), max(64, len(stream) // words))
     while len(stream) < count * words:
         stream += stream
-    texts = [" ".join(stream[at * words : (at + 1) * words]) for at in range(count)]
+    texts = [" ".join(stream[index * words : (index + 1) * words]) for index in range(count)]
     return replace(bench, public=texts, max_length=max(bench.max_length, 4 * words))
 
 
@@ -39,19 +39,19 @@ CURVES = {
     "prompt_length": Curve(
         "transfer step over vectors in the prompt", (10, 20, 50, 100), lambda b, n: transfer(replace(b, length=n))
     ),
-    "text_length": Curve(
-        "transfer step over words of a text", (8, 16, 32, 64), lambda b, n: transfer(_of_length(b, n))
+    "text_length": Curve("transfer step over words per text", (8, 16, 32, 64), lambda b, n: transfer(_of_length(b, n))),
+    "batch": Curve(
+        "transfer step over texts per batch", (4, 8, 16, 32), lambda b, n: transfer(replace(b, batch_size=n))
     ),
-    "batch": Curve("transfer step over texts a batch", (4, 8, 16, 32), lambda b, n: transfer(replace(b, batch_size=n))),
     "public_texts": Curve(
-        "a transfer's constants over public texts",
+        "teacher outputs of a transfer over public texts",
         (32, 64, 128, 256),
-        lambda b, n: transfer_constants(b, rows=n),
+        lambda b, n: precompute(b, rows=n),
     ),
-    "prompts": Curve("predict over prompts mixed in a batch", (1, 4, 16, 64), lambda b, n: predict(b, count=n)),
+    "prompts": Curve("predict over prompts per batch", (1, 4, 16, 64), lambda b, n: predict(b, count=n)),
     "layers": Curve("tuning step over the student's layers", (2, 4, 8, 15), lambda b, n: tune(_layers(b, n))),
 }
-"""Every curve by name."""
+"""All curves by name."""
 
 
 def measure(bench: Bench, name: str, rounds: int) -> list[dict[str, float]]:

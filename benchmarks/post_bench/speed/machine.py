@@ -1,4 +1,4 @@
-"""What this machine can do: its matrix rate, and how much memory some work takes."""
+"""Measurements of this machine: its matrix rate, and the peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import psutil
 import torch
 
 SIDE = {"cpu": 1024, "cuda": 8192}
-"""Of the square matrices that are multiplied: far above the caches, and the shape that suits the kernels."""
+"""Size of the square matrices: much larger than the caches, and a shape that suits the kernels."""
 PROBE = 0.25
-"""Seconds of one measurement."""
-LOOK = 0.005
-"""Seconds between two looks at the memory."""
+"""Seconds per measurement."""
+POLL_SECONDS = 0.005
+"""Seconds between two measurements of the memory."""
 
 
 def matrix_rate(
@@ -27,33 +27,33 @@ def matrix_rate(
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """FLOP per second of the machine's own matrix product in ``dtype``, measured for :data:`PROBE` seconds."""
-    place = device or torch.device("cpu")
-    side = SIDE.get(place.type, SIDE["cpu"])
-    a, b = (torch.randn(side, side, device=place, dtype=dtype) for _ in range(2))
+    """FLOP per second of the machine's matrix product in ``dtype``, measured for :data:`PROBE` seconds."""
+    device = device or torch.device("cpu")
+    side = SIDE.get(device.type, SIDE["cpu"])
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    finish(place)
-    done, began = 0, clock()
+    finish(device)
+    products, began = 0, clock()
     while clock() - began < (PROBE if seconds is None else seconds):
         a @ b
-        finish(place)
-        done += 1
-    return done * 2 * side**3 / (clock() - began)
+        finish(device)
+        products += 1
+    return products * 2 * side**3 / (clock() - began)
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Peak:
-    """The most memory above that at its start which this process (or the GPU) held while it was open, in ``bytes``."""
+    """Context manager: peak memory of this process (or the GPU) above that at its start, in ``bytes``."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device if device is not None and device.type == "cuda" else None
         self._process = psutil.Process()
-        self._over = threading.Event()
+        self._stop = threading.Event()
         self.bytes = 0
 
     def __enter__(self) -> Peak:
@@ -61,8 +61,8 @@ class Peak:
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
             return self
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        self._poller = threading.Thread(target=self._poll, daemon=True)
+        self._poller.start()
         return self
 
     def __exit__(
@@ -71,15 +71,15 @@ class Peak:
         if self._cuda is not None:
             self.bytes = torch.cuda.max_memory_allocated(self._cuda) - self._before
             return
-        self._over.set()
-        self._watcher.join()
-        self._look()
+        self._stop.set()
+        self._poller.join()
+        self._measure()
 
-    def _watch(self) -> None:
-        while not self._over.wait(LOOK):
-            self._look()
+    def _poll(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self._measure()
 
-    def _look(self) -> None:
+    def _measure(self) -> None:
         self.bytes = max(self.bytes, self._now() - self._before)
 
     def _now(self) -> int:
@@ -89,7 +89,7 @@ class Peak:
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """The machine, for beside the figures."""
+    """A description of the machine, stored with the figures."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": str(device),
@@ -101,5 +101,5 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name, with the widest vectors it has: they set the matrix rate."""
+    """The processor's architecture and its widest vectors, which determine the matrix rate."""
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,7 +1,7 @@
-"""Peak memory of a transfer over the target model's own size, in a process of its own: ``python -m`` with a folder.
+"""Peak memory of a transfer relative to the target model's size, in a new process: ``python -m`` with a folder.
 
-The process does what a worker's does: it loads both models from their folders and transfers a prompt. What it held
-before it loaded them (Python, its libraries, the code of the models' family) doesn't count; the models themselves do.
+Like a worker, the process loads both models from their folders and transfers a prompt. Memory from before that
+(Python, libraries, the code of the model family) doesn't count; the models themselves do.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ STEPS = 10
 def transfer_memory(
     folder: Path, target: LanguageModel, student: LanguageModel, task: Task, texts: Sequence[str], prompt: torch.Tensor
 ) -> dict[str, float]:
-    """``{"peak_bytes", "target_bytes", "ratio"}`` of a transfer with the default settings, few steps long."""
+    """``{"peak_bytes", "target_bytes", "ratio"}`` of a short transfer with the default settings."""
     for name, model in (("target", target), ("student", student)):
         if not (folder / name).exists():
             model.save(folder / name)
-    words = {label: list(some) for label, some in (task.label_words or {}).items()}
-    (folder / "task.json").write_text(json.dumps({"template": task.template, "label_words": words}), "utf-8")
+    label_words = {label: list(words) for label, words in (task.label_words or {}).items()}
+    (folder / "task.json").write_text(json.dumps({"template": task.template, "label_words": label_words}), "utf-8")
     (folder / "transfer.json").write_text(json.dumps({"texts": list(texts), "prompt": prompt.tolist()}), "utf-8")
     command = [sys.executable, "-m", "post_bench.speed.memory", str(folder), str(target.device)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"the transfer that was to be measured failed: {done.stderr.strip()[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise RuntimeError(f"the measured transfer failed: {done.stderr.strip()[-2000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def measure(folder: Path, device: str) -> dict[str, float]:
-    """In the new process."""
-    given = json.loads((folder / "transfer.json").read_text("utf-8"))
+    """Run the transfer, in the new process."""
+    inputs = json.loads((folder / "transfer.json").read_text("utf-8"))
     for name in ("target", "student"):
         _ = AutoModel._model_mapping[type(AutoConfig.from_pretrained(folder / name))]  # imports the family's code
-    task, prompt = Task.load(folder / "task.json"), torch.tensor(given["prompt"])
+    task, prompt = Task.load(folder / "task.json"), torch.tensor(inputs["prompt"])
     with Peak(torch.device(device)) as peak:
         target = LanguageModel.load(folder / "target", device=device)
         student = partial(LanguageModel.load, folder / "student", device=device)
-        transfer(target, student, task, SoftPrompt(prompt), given["texts"], TransferOptions(steps=STEPS))
+        transfer(target, student, task, SoftPrompt(prompt), inputs["texts"], TransferOptions(steps=STEPS))
     return {"peak_bytes": peak.bytes, "target_bytes": target.nbytes, "ratio": peak.bytes / target.nbytes}
 
 

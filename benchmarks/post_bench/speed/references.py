@@ -1,7 +1,4 @@
-"""Plain ways of doing what POST does, written for this benchmark alone: what the paper published, and PEFT's.
-
-They are the other side of the comparison and are used nowhere else.
-"""
+"""Reference implementations for this benchmark only: the paper's published transfer loop, and PEFT."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ from post_shared.model.language_model import LanguageModel
 from post_shared.model.verbalizer import label_words
 
 PADDED = 128
-"""Tokens to which the published loop pads every text."""
+"""The published loop pads every text to this many tokens."""
 
 
 class PublishedTransfer:
-    """The paper's transfer as its code has it: four forward passes a step, three of which never change.
+    """The transfer of the paper's published code: four forward passes per step, three of which never change.
 
-    All positions of texts padded to 128 tokens go through the head with its whole vocabulary; the loss is Eq. 3.
+    All positions of texts padded to 128 tokens go through the LM head with its whole vocabulary; the loss is Eq. 3.
     """
 
     def __init__(
@@ -39,19 +36,19 @@ class PublishedTransfer:
 
     def step(self, batch: Batch) -> None:
         with torch.no_grad():
-            prompted = _answers(self.student, batch, self.source)
-            plain, target_plain = _answers(self.student, batch, None), _answers(self.target, batch, None)
-        logits = _answers(self.target, batch, self.prompt)
-        heat = self.temperature
-        imitation = divergence(soften(prompted, heat), soften(logits, heat))
-        shift = divergence(soften(prompted - plain, heat), soften(logits - target_plain, heat))
+            prompted = _answer_logits(self.student, batch, self.source)
+            plain, target_plain = _answer_logits(self.student, batch, None), _answer_logits(self.target, batch, None)
+        logits = _answer_logits(self.target, batch, self.prompt)
+        temperature = self.temperature
+        imitation = divergence(soften(prompted, temperature), soften(logits, temperature))
+        shift = divergence(soften(prompted - plain, temperature), soften(logits - target_plain, temperature))
         self.optimizer.zero_grad()
         transfer_loss(imitation, shift, self.alpha).mean().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
 
-def _answers(model: LanguageModel, batch: Batch, prompt: Tensor | None) -> Tensor:
-    """(P, V): taken from the logits of all positions."""
+def _answer_logits(model: LanguageModel, batch: Batch, prompt: Tensor | None) -> Tensor:
+    """(P, V): selected from the logits of all positions."""
     inputs = model.embed(nn.functional.pad(batch.token_ids, (0, PADDED - batch.token_ids.shape[1])))
     if prompt is not None:
         inputs = torch.cat([prompt.to(inputs.dtype).expand(len(batch), -1, -1), inputs], dim=1)
@@ -61,7 +58,7 @@ def _answers(model: LanguageModel, batch: Batch, prompt: Tensor | None) -> Tenso
 
 
 class PeftTrainer:
-    """PEFT's prompt tuning with the Hugging Face Trainer, on the rows of one batch after the other."""
+    """PEFT's prompt tuning with the Hugging Face Trainer, one batch at a time."""
 
     def __init__(self, model: LanguageModel, task: Task, *, length: int) -> None:
         from peft import PromptTuningConfig, TaskType, get_peft_model
@@ -69,18 +66,18 @@ class PeftTrainer:
         settings = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length)
         self.peft = get_peft_model(model.model, settings)
         words = label_words(model, task)
-        self._answers = [int(words.token_ids[int(row.argmax())]) for row in words.weights]
+        self._answer_ids = [int(words.token_ids[int(row.argmax())]) for row in words.weights]
         self._cpu = model.device.type == "cpu"
         self._folder = tempfile.TemporaryDirectory()
 
     def seconds(self, batch: Batch) -> float:
-        """Of one step itself: what the Trainer sets up before and tidies up after isn't counted."""
+        """Seconds of one step, without the Trainer's setup and cleanup."""
         from accelerate.state import AcceleratorState
         from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
         spent: list[float] = []
 
-        class Watch(TrainerCallback):  # type: ignore[misc]
+        class Timer(TrainerCallback):  # type: ignore[misc]
             def on_step_begin(self, *_: Any, **__: Any) -> None:
                 self.began = time.perf_counter()
 
@@ -98,16 +95,16 @@ class PeftTrainer:
             use_cpu=self._cpu,
             dataloader_pin_memory=False,
         )
-        rows = [self._row(batch, at) for at in batch.index]
-        trainer = Trainer(self.peft, arguments, train_dataset=rows, data_collator=_padded, callbacks=[Watch()])
+        rows = [self._row(batch, index) for index in batch.index]
+        trainer = Trainer(self.peft, arguments, train_dataset=rows, data_collator=_padded, callbacks=[Timer()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        AcceleratorState._reset_state(reset_partial_state=True)  # else no group of processes can begin here later
+        AcceleratorState._reset_state(reset_partial_state=True)  # else no process group can be created here later
         return spent[0]
 
-    def _row(self, batch: Batch, at: int) -> dict[str, list[int]]:
-        row = batch.encoded.rows[at]
-        ids = [*row.token_ids, self._answers[row.label or 0]]
+    def _row(self, batch: Batch, index: int) -> dict[str, list[int]]:
+        row = batch.encoded.rows[index]
+        ids = [*row.token_ids, self._answer_ids[row.label or 0]]
         return {"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]}
 
 
@@ -123,7 +120,7 @@ def _padded(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 class PeftPrompts:
-    """Many prompts on one model as PEFT has them: an adapter each, and a request at a time."""
+    """Many prompts on one model with PEFT: one adapter per prompt, one request at a time."""
 
     def __init__(self, model: LanguageModel, prompts: Sequence[Tensor]) -> None:
         from peft import PromptTuningConfig, TaskType, get_peft_model
@@ -132,29 +129,29 @@ class PeftPrompts:
             task_type=TaskType.CAUSAL_LM, num_virtual_tokens=prompts[0].shape[0], inference_mode=True
         )
         self.peft = get_peft_model(model.model, settings, adapter_name="0")
-        for at, prompt in enumerate(prompts):
-            if at:
-                self.peft.add_adapter(str(at), settings)
+        for index, prompt in enumerate(prompts):
+            if index:
+                self.peft.add_adapter(str(index), settings)
             with torch.no_grad():
-                self.peft.prompt_encoder[str(at)].embedding.weight.copy_(prompt)
+                self.peft.prompt_encoder[str(index)].embedding.weight.copy_(prompt)
 
     @torch.no_grad()
     def logits(self, prompt: int, token_ids: Sequence[int]) -> Tensor:
-        """(V,) behind the last token, as a request for one text gives them."""
+        """(V,): the logits after the last token of one text."""
         self.peft.set_adapter(str(prompt))
         ids = torch.tensor([list(token_ids)], device=self.peft.device)
         return self.peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(self, prompt: int, token_ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy continuation of one text."""
+        """The greedy continuation of one text."""
         self.peft.set_adapter(str(prompt))
         ids = torch.tensor([list(token_ids)], device=self.peft.device)
-        made = self.peft.generate(
+        output = self.peft.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
         )
-        return made[0].tolist()[-new_tokens:]  # type: ignore[no-any-return]
+        return output[0].tolist()[-new_tokens:]  # type: ignore[no-any-return]

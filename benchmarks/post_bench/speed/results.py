@@ -1,4 +1,4 @@
-"""The report of ``post bench speed``: one JSON document, a table, a picture, and a comparison with an earlier one."""
+"""The results of ``post bench speed``: a JSON document, a table, a plot, and a comparison with earlier results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from post_client.console import write_file
 from post_shared.errors import DataInvalid
 
 JOURNEY = ("transfer", "transfer_constants", "tune_whole", "tune_target")
-"""Parts that the journey is added up from."""
+"""The parts of the journey."""
 
 
 @dataclass
 class Speed:
-    """What was measured; ``about`` says on what."""
+    """All measurements; ``about`` describes the machine and the models."""
 
     about: dict[str, Any]
     parts: dict[str, Part] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Speed:
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
-        """The figures that POST is held to; None for what wasn't measured."""
+        """The main figures; None for those that weren't measured."""
         legs = journey(self.parts) if all(name in self.parts for name in JOURNEY) else None
         return {
             "transfer_vs_published": self._ratio("transfer", "published"),
@@ -62,35 +62,35 @@ class Speed:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A document that was written before.
+    """Earlier results.
 
     Raises:
-        DataInvalid: it is none.
+        DataInvalid: the file has no such results.
     """
     try:
         document: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if not isinstance(document["parts"], dict):
-            raise TypeError("its parts have no names")
+            raise TypeError("'parts' is not an object")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataInvalid(f"{path} is no report of post bench speed ({error})") from error
+        raise DataInvalid(f"{path} has no results of post bench speed ({error})") from error
     return document
 
 
 def flat(document: Mapping[str, Any]) -> dict[str, float]:
-    """Figures by dotted name, with the seconds of POST's own steps."""
-    found: dict[str, float] = {}
+    """Figures by dotted name, including the seconds of POST's steps."""
+    figures: dict[str, float] = {}
     for name, value in document.items():
         if name in {"about", "parts", "memory", "curves", "journey"}:
             continue
         inner = value if isinstance(value, dict) else {"": value}
-        found |= {f"{name}.{key}".rstrip("."): each for key, each in inner.items() if each is not None}
+        figures |= {f"{name}.{key}".rstrip("."): figure for key, figure in inner.items() if figure is not None}
     for name, part in document["parts"].items():
-        found[f"{name}.seconds"] = part["ways"]["post"]["seconds"]
-    return found
+        figures[f"{name}.seconds"] = part["ways"]["post"]["seconds"]
+    return figures
 
 
 def compared(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """Both documents' figures and their ratio, as a Markdown table."""
+    """The figures of both documents and their ratios, as a Markdown table."""
     new, old = flat(now), flat(before)
     lines = ["| figure | before | now | now / before |", "|---|---|---|---|"]
     for name in [name for name in new if name in old]:
@@ -108,7 +108,7 @@ def _rate(document: Mapping[str, Any]) -> float:
 
 
 def table(speed: Speed) -> str:
-    """All parts, a line for each way of doing them."""
+    """A Markdown table of all parts, with a line per implementation."""
     head = ("part", "way", "seconds", "times POST's", "tokens/s", "GFLOP needed", "share of the limit", "peak MB")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, part in speed.parts.items():
@@ -128,16 +128,16 @@ def _or_empty(value: float | None, form: str, unit: float = 1.0) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Five figures are more than any clock is worth."""
+    """Five significant digits: timings aren't more precise."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def draw(speed: Speed, path: Path) -> None:
-    """How many times longer each reference takes, the shares of the limit, and the cost curves."""
+    """Plot the references' times relative to POST, the shares of the limit, and the cost curves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -146,19 +146,19 @@ def draw(speed: Speed, path: Path) -> None:
     FigureCanvasAgg(canvas)
     grid = canvas.add_gridspec(rows, 3)
     bars = canvas.add_subplot(grid[0, :2])
-    names = [(f"{part}\n{way}", each) for part, of in speed.parts.items() for way, each in of.ratios.items()]
-    bars.bar(range(len(names)), [each for _, each in names])
+    ratios = [(f"{name}\n{way}", ratio) for name, part in speed.parts.items() for way, ratio in part.ratios.items()]
+    bars.bar(range(len(ratios)), [ratio for _, ratio in ratios])
     bars.axhline(1.0, color="black", linewidth=0.8)
-    bars.set_xticks(range(len(names)), [name for name, _ in names], fontsize=7)
+    bars.set_xticks(range(len(ratios)), [name for name, _ in ratios], fontsize=7)
     bars.set_ylabel("times longer than POST")
     shares = canvas.add_subplot(grid[0, 2])
-    known = [(name, part.ways["post"].share) for name, part in speed.parts.items()]
-    shares.barh([name for name, _ in known], [share or 0.0 for _, share in known])
+    by_part = [(name, part.ways["post"].share) for name, part in speed.parts.items()]
+    shares.barh([name for name, _ in by_part], [share or 0.0 for _, share in by_part])
     shares.set_xlim(0, 1)
     shares.set_xlabel("share of the matrix rate")
-    for at, (name, points) in enumerate(speed.curves.items()):
-        axes = canvas.add_subplot(grid[1 + at // 3, at % 3])
-        axes.plot([each["value"] for each in points], [each["seconds"] for each in points], marker="o")
+    for index, (name, points) in enumerate(speed.curves.items()):
+        axes = canvas.add_subplot(grid[1 + index // 3, index % 3])
+        axes.plot([point["value"] for point in points], [point["seconds"] for point in points], marker="o")
         axes.set(xlabel=name.replace("_", " "), ylabel="seconds", ylim=(0, None))
     for axes in canvas.axes:
         axes.spines[["top", "right"]].set_visible(False)

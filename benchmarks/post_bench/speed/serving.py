@@ -1,4 +1,4 @@
-"""POST's own serving path, as the predictor goes it, ready to be timed."""
+"""POST's serving path, as in the predictor, for timing."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from post_shared.model.language_model import LanguageModel
 
 
 def mixed(model: LanguageModel, task: Task, prompts: Sequence[Tensor], texts: Sequence[str]) -> Callable[[int], None]:
-    """Class probabilities of each text behind its own prompt, which was asked for before."""
+    """Class probabilities of each text with its own prompt, which has been prepared before."""
     served = [ServedPrompt.of(model, task, prompt) for prompt in prompts]
 
-    def way(_: int) -> None:
+    def step(_: int) -> None:
         classify_mixed(model, texts, served)
 
-    return way
+    return step
 
 
 def mixed_generation(
     model: LanguageModel, prompts: Sequence[Tensor], token_ids: Sequence[list[int]], new_tokens: int
 ) -> Callable[[int], None]:
-    """Greedy continuations of each text behind its own prompt, which was asked for before."""
+    """Greedy continuations of each text with its own prompt, which has been prepared before."""
     prefixes = [model.prefix(prompt) for prompt in prompts]
 
-    def way(_: int) -> None:
+    def step(_: int) -> None:
         decoder = Decoder(model)
         decoder.add([DecodingRow(ids, prefix, new_tokens) for ids, prefix in zip(token_ids, prefixes, strict=True)])
         while decoder.rows:
             decoder.step()
 
-    return way
+    return step

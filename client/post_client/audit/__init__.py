@@ -1,10 +1,10 @@
-"""Audits of tuned prompts, on the data owner's machine: what an attacker finds, and whether a claimed ε can be true.
+"""Privacy audits of tuned prompts on the data owner's machine: how well attacks work, and whether a claimed ε holds.
 
 report = audit(student, task, rows, [Arm(PLAIN, None), Arm(PRIVATE, PrivacyConfig(epsilon=8))], AuditConfig(shadows=16))
 print(to_markdown(report))
 
-Nothing here leaves the machine. Private shadow prompts spend no budget as long as neither they nor figures computed
-from them are shown to anyone who may not see the rows.
+Nothing leaves the machine. Private shadow prompts spend no budget as long as neither they nor figures computed from
+them are shown to anyone who may not see the rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A whole audit: LiRA against prompts tuned without and with differential privacy, and the one-run bound on ε."""
+"""The full audit: LiRA against prompts tuned with and without differential privacy, and the one-run bound on ε."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from post_shared.training.progress import ProgressCallback, ignore
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """How much to audit; 0 leaves a part out."""
+    """The size of an audit; 0 skips a part."""
 
     shadows: int = 16
-    """Shadow prompts of each arm. Each is the target once."""
+    """Shadow prompts per arm. Each is the attack's target once."""
     canaries: int | None = None
-    """Of each kind in the one-run audit. None: as many as the rows allow, up to 1000."""
+    """Canaries of each kind in the one-run audit. None: as many as the rows allow, up to 1000."""
     confidence: float = CONFIDENCE
     seed: int = 0
-    """Draws halves and canaries. The noise of private runs comes from elsewhere."""
+    """Seed for halves and canaries. It doesn't affect the noise of private runs."""
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
-            raise InvalidInput(f"the confidence is {self.confidence}; it lies between 0.5 and 1")
+            raise InvalidInput(f"the confidence is {self.confidence}; it must be at least 0.5 and below 1")
         if self.shadows < 0 or (self.canaries or 0) < 0:
-            raise InvalidInput("the numbers of shadow prompts and canaries aren't below 0")
+            raise InvalidInput("the numbers of shadow prompts and canaries can't be negative")
         if self.shadows == 0 and self.canaries == 0:
-            raise InvalidInput("without shadow prompts and without canaries there is nothing to audit")
+            raise InvalidInput("with neither shadow prompts nor canaries there is nothing to audit")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of tuning: its settings, its budget (None without differential privacy), and how LiRA fares."""
+    """One tuning configuration to audit: its settings and its budget (None without differential privacy)."""
 
     config: TuneOptions
     privacy: PrivacyConfig | None
@@ -57,11 +57,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found. It is computed from private rows without noise: it stays on the owner's machine."""
+    """The results of an audit. They are computed from private rows without noise: keep them on this machine."""
 
     about: Mapping[str, Any]
     attacks: Mapping[str, Sequence[Attack]]
-    """By the name of the arm."""
+    """By name of the arm."""
     findings: Sequence[Finding]
 
 
@@ -76,12 +76,12 @@ def audit(
     on_progress: ProgressCallback = ignore,
     checkpoint: Path | None = None,
 ) -> AuditReport:
-    """Attack each arm with LiRA, and bound the ε of the private ones from below in one run each.
+    """Attack each arm with LiRA, and compute a lower bound on the ε of each private arm in one run.
 
-    ``public`` are the public texts of ``tune``. With a ``checkpoint`` folder a killed audit goes on where it was.
+    ``public``: the public texts, as in ``tune``. With a ``checkpoint`` folder, an interrupted audit resumes.
 
     Raises:
-        InvalidInput: a generation task, or too few rows or prompts.
+        InvalidInput: a generation task, or too few rows, shadow prompts or canaries.
         DataInvalid, TaskInvalid, ModelUnsafe, PrivacyInvalid, Cancelled: as ``tune``.
     """
     check_rows(task, rows)
@@ -91,14 +91,14 @@ def audit(
     findings: list[Finding] = []
     members = random_halves(config.shadows, len(rows), config.seed)
     for arm in arms:
-        place = None if checkpoint is None else checkpoint / ("plain" if arm.privacy is None else "private")
+        folder = None if checkpoint is None else checkpoint / ("plain" if arm.privacy is None else "private")
         if config.shadows:
-            made = tune_shadows(
+            shadows = tune_shadows(
                 student, task, rows, members, arm.config, privacy=arm.privacy, public=public,
-                stage=f"shadow prompts {arm.name}", on_progress=on_progress, checkpoint=place and place / "shadows",
+                stage=f"shadow prompts {arm.name}", on_progress=on_progress, checkpoint=folder and folder / "shadows",
             )  # fmt: skip
             scores = confidences(
-                student, task, rows, made.prompts, arm.config, stage=f"scores {arm.name}", on_progress=on_progress
+                student, task, rows, shadows.prompts, arm.config, stage=f"scores {arm.name}", on_progress=on_progress
             )
             attacks[arm.name] = [
                 attack(scores, members, variant, confidence=config.confidence, seed=config.seed) for variant in VARIANTS
@@ -107,7 +107,7 @@ def audit(
             findings += audit_in_one_run(
                 student, task, rows, arm.config, arm.privacy, canaries=config.canaries, public=public,
                 seed=config.seed, confidence=config.confidence, on_progress=on_progress,
-                checkpoint=place and place / "canaries",
+                checkpoint=folder and folder / "canaries",
             )  # fmt: skip
     about = {
         "rows": len(rows),

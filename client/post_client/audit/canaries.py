@@ -1,8 +1,8 @@
-"""The one-run audit of private tuning: canaries of two kinds, one prompt tuned with each kind.
+"""The one-run audit of private tuning: two kinds of canaries, one prompt tuned with each kind.
 
-*Data canaries* are rows with wrong labels; the auditor sees the finished prompt, as the provider does. *Gradient
-canaries* are the strongest that the proof allows for: rows whose gradient is one direction of their own at every step,
-and an auditor who sees every noisy sum and knows all that the real rows added to it.
+*Data canaries* are rows with wrong labels; the auditor sees only the final prompt, as the provider does. *Gradient
+canaries* are the strongest ones that the proof allows: each has its own fixed gradient direction at every step, and the
+auditor sees every noisy sum and knows the real rows' contribution to it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from post_shared.schemas.tuning import TuneOptions
 from post_shared.training.progress import ProgressCallback, ignore
 
 Kind = Literal["data", "gradient"]
-MOST = 1000
-"""Canaries by default, if the rows are enough."""
+MAX_DEFAULT_CANARIES = 1000
+"""Default number of canaries, if there are enough rows."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A lower bound on the ε of a run, beside the ε that the run claims."""
+    """A lower bound on the ε of a run, and the ε that the run claims."""
 
     kind: Kind
     claimed: float
@@ -44,39 +44,40 @@ class Finding:
 
     @property
     def refuted(self) -> bool:
-        """True: the run spends more than it claims (or a coin fell badly, once in 20 audits)."""
+        """Whether the bound is above the claim. By chance this happens in at most 1 of 20 sound audits."""
         return self.evidence.epsilon > self.claimed
 
 
 @dataclass(frozen=True)
 class DataCanaries:
-    """The rows with wrong labels at ``places``, and in which run each is included."""
+    """All rows, with wrong labels at ``indices``, and which canaries each run includes."""
 
     rows: tuple[Row, ...]
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    """(m,)"""
     included: Members
     """(runs, m)"""
 
     @classmethod
     def choose(cls, task: Task, rows: Sequence[Row], count: int, runs: int, seed: int) -> DataCanaries:
-        """Take ``count`` random rows and give each one of the labels that it hasn't."""
+        """Choose ``count`` random rows and give each a wrong label."""
         generator = np.random.default_rng([seed, 1])
-        places = np.sort(generator.permutation(len(rows))[:count])
+        indices = np.sort(generator.permutation(len(rows))[:count])
         changed = list(rows)
-        for at in places.tolist():
-            wrong = [label for label in task.labels if label != rows[at].label]
-            changed[at] = Row(rows[at].text, wrong[generator.integers(len(wrong))])
-        return cls(tuple(changed), places, generator.random((runs, count)) < 0.5)
+        for index in indices.tolist():
+            wrong = [label for label in task.labels if label != rows[index].label]
+            changed[index] = Row(rows[index].text, wrong[generator.integers(len(wrong))])
+        return cls(tuple(changed), indices, generator.random((runs, count)) < 0.5)
 
     def members(self) -> Members:
-        """(runs, N): all rows that are no canaries, and the included canaries."""
-        every = np.ones((len(self.included), len(self.rows)), dtype=bool)
-        every[:, self.places] = self.included
-        return every
+        """(runs, N): all rows that aren't canaries, and the included canaries."""
+        members = np.ones((len(self.included), len(self.rows)), dtype=bool)
+        members[:, self.indices] = self.included
+        return members
 
 
 class GradientCanaries:
-    """One direction of the prompt for each canary of one run, at right angles to all others.
+    """The canaries of one run, each with its own coordinate of the prompt as its gradient direction.
 
     See :class:`post_client.privacy.Canaries`.
     """
@@ -85,16 +86,18 @@ class GradientCanaries:
         """
         Args:
             shape: (l, d) of the prompt.
-            run: its number; each has coins and batches of its own, and all have the same directions.
-            rate: how often each included canary is sampled, that of the rows.
+            run: the run's number. Runs share the directions; each draws its own inclusions and batches.
+            rate: the sampling rate of an included canary, which is that of the rows.
 
         Raises:
-            InvalidInput: more canaries than directions.
+            InvalidInput: more canaries than coordinates.
         """
         if count > shape[0] * shape[1]:
-            raise InvalidInput(f"a prompt of {shape[0]} × {shape[1]} has no {count} directions; use fewer canaries")
+            raise InvalidInput(
+                f"a prompt of {shape[0]} × {shape[1]} has fewer than {count} gradient directions; use fewer canaries"
+            )
         self.shape = shape
-        self.length = 2.0 * privacy.max_grad_norm  # above the clipping norm, so that each counts as much as a row can
+        self.length = 2.0 * privacy.max_grad_norm  # above the clipping norm: after clipping, the largest possible
         directions = np.random.default_rng([seed, 2]).permutation(shape[0] * shape[1])[:count]
         self.directions = torch.from_numpy(directions)
         self.included: NDArray[np.bool_] = np.random.default_rng([seed, 3, run]).random(count) < 0.5
@@ -102,13 +105,15 @@ class GradientCanaries:
         self._sampler = PoissonSampler(max(1, int(self.included.sum())), rate, _randomness(privacy, run))
 
     def gradients(self, step: int) -> Tensor:
-        own = np.flatnonzero(self.included)
-        sampled = own[self._sampler.draw(step)] if len(own) else own
+        """The gradients of the canaries sampled at ``step``, (B, l, d)."""
+        included = np.flatnonzero(self.included)
+        sampled = included[self._sampler.draw(step)] if len(included) else included
         rows = torch.zeros(len(sampled), self.shape[0] * self.shape[1])
         rows[torch.arange(len(sampled)), self.directions[sampled]] = self.length
         return rows.reshape(-1, *self.shape)
 
     def observe(self, noisy: Tensor) -> None:
+        """Add a step's noisy sum (l, d), without the real rows, to the canaries' scores."""
         self.scores += noisy.flatten()[self.directions].cpu()
 
     def state(self) -> dict[str, Tensor]:
@@ -120,8 +125,8 @@ def _randomness(privacy: PrivacyConfig, run: int) -> SecureRandomness | SeededRa
 
 
 def default_canaries(rows: int) -> int:
-    """As many as the rows allow, up to :data:`MOST`: half of the rows, for the others have to tune the prompt."""
-    return min(MOST, rows // 2)
+    """Half of the rows, at most :data:`MAX_DEFAULT_CANARIES`; the other half must train the prompt."""
+    return min(MAX_DEFAULT_CANARIES, rows // 2)
 
 
 def audit_in_one_run(
@@ -139,36 +144,42 @@ def audit_in_one_run(
     on_progress: ProgressCallback = ignore,
     checkpoint: Path | None = None,
 ) -> list[Finding]:
-    """Tune privately with canaries of each kind and bound ε from below: first the data canaries' findings.
+    """Tune privately with canaries of each kind and compute lower bounds on ε.
 
-    Each finding comes from a single run; ``runs`` makes several of each kind.
+    Returns ``runs`` findings from data canaries, then ``runs`` from gradient canaries. Each comes from a single run.
 
     Raises:
-        InvalidInput: more canaries than half of the rows, or none.
+        InvalidInput: no canaries, or more than half of the rows.
         DataInvalid, TaskInvalid, ModelUnsafe, PrivacyInvalid, Cancelled: as ``tune``.
     """
     check_rows(task, rows)
     count = default_canaries(len(rows)) if canaries is None else canaries
     if not 1 <= count <= len(rows) // 2:
-        raise InvalidInput(f"{count} canaries for {len(rows)} rows; there are 1 at least and half as many as rows")
-    chosen = DataCanaries.choose(task, rows, count, runs, seed)
+        raise InvalidInput(
+            f"{count} canaries for {len(rows)} rows; use at least 1 canary and at most half as many as rows"
+        )
+    data_canaries = DataCanaries.choose(task, rows, count, runs, seed)
     nominal = len(rows) - count // 2
     plan = PrivacyPlan.make(privacy, nominal, batch_size=config.batch_size, steps=config.steps)
     start = starting_prompt(student, task, config).embeddings
     shape = (int(start.shape[0]), int(start.shape[1]))
-    sharp = [GradientCanaries(shape, count, run, rate=plan.rate, privacy=privacy, seed=seed) for run in range(runs)]
-    without = np.ones((runs, len(rows)), dtype=bool)
-    without[:, chosen.places] = False  # the places of rows are taken by gradient canaries there
+    gradient_canaries = [
+        GradientCanaries(shape, count, run, rate=plan.rate, privacy=privacy, seed=seed) for run in range(runs)
+    ]
+    without_canaries = np.ones((runs, len(rows)), dtype=bool)
+    without_canaries[:, data_canaries.indices] = False  # gradient canaries replace these rows
+    members = np.concatenate([data_canaries.members(), without_canaries])
     tuned = tune_shadows(
-        student, task, chosen.rows, np.concatenate([chosen.members(), without]), config, privacy=privacy, public=public,
-        nominal=nominal, canaries=lambda k: sharp[k - runs] if k >= runs else None, stage="canaries", on_progress=on_progress, checkpoint=checkpoint,
+        student, task, data_canaries.rows, members, config, privacy=privacy, public=public, nominal=nominal,
+        canaries=lambda k: gradient_canaries[k - runs] if k >= runs else None, stage="canaries",
+        on_progress=on_progress, checkpoint=checkpoint,
     )  # fmt: skip
-    rows_in_question = [chosen.rows[at] for at in chosen.places]
+    canary_rows = [data_canaries.rows[index] for index in data_canaries.indices]
     prompts = torch.cat([start[None], tuned.prompts[:runs].cpu()])
-    before, *after = confidences(student, task, rows_in_question, prompts, config, on_progress=on_progress)
-    found = [("data", own - before, coins) for own, coins in zip(after, chosen.included, strict=True)]
-    found += [("gradient", each.scores.numpy(), each.included) for each in sharp]
+    before, *after = confidences(student, task, canary_rows, prompts, config, on_progress=on_progress)
+    observed = [("data", final - before, coins) for final, coins in zip(after, data_canaries.included, strict=True)]
+    observed += [("gradient", each.scores.numpy(), each.included) for each in gradient_canaries]
     return [
         Finding(kind, privacy.epsilon, evidence(scores, coins, plan.delta, confidence))  # type: ignore[arg-type]
-        for kind, scores, coins in found
+        for kind, scores, coins in observed
     ]

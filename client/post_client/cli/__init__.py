@@ -1,6 +1,6 @@
-"""The data owner's verbs of the ``post`` command, and those of the provider that go over HTTP.
+"""The data owner's ``post`` commands, and those of the provider that use the HTTP API.
 
-Everything heavy is imported when a verb runs, so that ``post --help`` answers at once.
+Heavy libraries are imported when a command runs, so ``post --help`` is fast.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ OWNER, PROVIDER, BOTH = "Data owner", "Provider", "Both"
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs.
+    """Add the commands to ``app``.
 
     Raises:
         ImportError: the extra ``client`` isn't installed.
     """
     if find_spec("opacus") is None:
         raise ImportError("No module named 'opacus'")
-    verbs = (pull, tune, audit, push, transfer, predict, generate, ledger, accountant)
-    for verb in verbs:
-        app.command(verb.__name__, rich_help_panel=OWNER)(verb)
+    owner_commands = (pull, tune, audit, push, transfer, predict, generate, ledger, accountant)
+    for command in owner_commands:
+        app.command(command.__name__, rich_help_panel=OWNER)(command)
     app.command("distil", rich_help_panel=PROVIDER)(distil)
     app.add_typer(report, name="report", rich_help_panel=PROVIDER)
     app.command("evaluate", rich_help_panel=BOTH)(evaluate)

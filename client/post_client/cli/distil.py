@@ -1,4 +1,4 @@
-"""``post distil`` and ``post evaluate``: jobs at the provider, started over HTTP."""
+"""``post distil``: distil a student at the provider."""
 
 from __future__ import annotations
 
@@ -12,52 +12,55 @@ from post_shared.cli.output import AsJson, print_json
 
 def distil(
     target: Annotated[str, typer.Option("--target", help="Name or id of the target model.")],
-    corpus: Annotated[list[str], typer.Option("--corpus", help="Name or id of a public dataset; repeat for more.")],
-    name: Annotated[str, typer.Option("--name", help="Name of the student to be.")],
+    corpus: Annotated[
+        list[str], typer.Option("--corpus", help="Name or id of a public dataset; repeat for several datasets.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="Name of the new student.")],
     keep_layers: Annotated[
-        str | None, typer.Option(help="How many layers to keep (8 unless said), or which: 0,1,28,29.")
+        str | None, typer.Option(help="Number of layers to keep (default: 8), or their indices, such as 0,1,28,29.")
     ] = None,
     layer_pattern: Annotated[
-        str | None, typer.Option(help="How a number of layers is spread: ends, even, front, or search for the best.")
+        str | None, typer.Option(help="Which layers to keep, given their number: ends, even, front or search.")
     ] = None,
     student_init: Annotated[str | None, typer.Option(help="least_squares (closed form) or copy.")] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(
-            "--template", help="Put short paragraphs into this template, as '{text}, it was'; repeat for more."
+            "--template",
+            help="Wrap short paragraphs in this template, such as '{text}, it was'; repeat for several templates.",
         ),
     ] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after this many minutes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")] = None,
     early_stopping: Annotated[bool, typer.Option(help="Stop when the loss no longer falls.")] = False,
     freeze_head: Annotated[
         bool | None,
-        typer.Option(
-            "--freeze-head/--train-head", help="Whether the head stays as the target has it; it does unless said."
-        ),
+        typer.Option("--freeze-head/--train-head", help="Whether to keep the target's LM head; default: frozen."),
     ] = None,
     freeze_embeddings: Annotated[
         bool | None,
         typer.Option(
             "--freeze-embeddings/--train-embeddings",
-            help="Whether the embeddings stay as the target has them; they do unless said.",
+            help="Whether to keep the target's embeddings; default: frozen.",
         ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its highest, after the warm-up.")] = None,
-    alignment: Annotated[float | None, typer.Option(min=0, help="Weight of the hidden states inside.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(min=32, help="Tokens of text in a step.")] = None,
-    gradient_accumulation_steps: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batches of a batch; by default as few as fit the memory.")
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, after the warm-up.")] = None,
+    alignment: Annotated[
+        float | None, typer.Option(min=0, help="Weight of the loss that aligns the inner hidden states.")
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=8, help="Tokens in one piece of text.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Order of the text.")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait until it is done.")] = True,
+    batch_tokens: Annotated[int | None, typer.Option(min=32, help="Tokens per step.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batches per step; default: as few as memory allows.")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Tokens per sequence.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed for the order of the text.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the job ends.")] = True,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
     """Distil a target model into a student (provider). Prints the student's id."""
     if max_minutes is None and steps is None:
-        usage_error("Say how long to distil: --max-minutes, --steps or both.")
+        usage_error("Give --max-minutes, --steps or both.")
     options: dict[str, Any] = {
         "keep_layers": None if keep_layers is None else _layers(keep_layers),
         "layer_pattern": layer_pattern,
@@ -75,9 +78,9 @@ def distil(
         "sequence_length": sequence_length,
         "seed": seed,
     }
-    given = {key: value for key, value in options.items() if value is not None}
+    options = {key: value for key, value in options.items() if value is not None}
     with connect(url) as client:
-        job = client.distillations.create(target=target, name=name, corpus=corpus, **given)
+        job = client.distillations.create(target=target, name=name, corpus=corpus, **options)
         if wait:
             follow(job)
     if json:
@@ -88,7 +91,7 @@ def distil(
 
 def _layers(text: str) -> list[int] | int:
     try:
-        found = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        usage_error(f"--keep-layers is a number, or layer numbers such as 0,1,28,29; not {text!r}.")
-    return found if "," in text else found[0]
+        usage_error(f"--keep-layers takes a number, or layer indices such as 0,1,28,29; not {text!r}.")
+    return numbers if "," in text else numbers[0]

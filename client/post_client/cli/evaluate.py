@@ -1,4 +1,4 @@
-"""``post evaluate``: measure a model on public data, at the provider."""
+"""``post evaluate``: evaluate a model on public data at the provider."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def evaluate(
     task: TaskName = None,
     template: Template = None,
     label_word: LabelWords = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows to use at most, from the first on.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first rows, at most this many.")] = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """Measure a model on public data, at the provider. For private data use post predict --data."""
-    form = None if prompt else task_from(task, template, label_word).spec()
+    """Evaluate a model on public data at the provider. For private data use post predict --data."""
+    spec = None if prompt else task_from(task, template, label_word).spec()
     options = {} if max_rows is None else {"max_rows": max_rows}
     with connect(url) as client:
-        job = client.evaluations.create(model=model, dataset=dataset, prompt=prompt, task=form, **options)
+        job = client.evaluations.create(model=model, dataset=dataset, prompt=prompt, task=spec, **options)
         follow(job)
     if json:
         print_json(job.document.model_dump(mode="json"))

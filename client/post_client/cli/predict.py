@@ -1,4 +1,4 @@
-"""``post predict``"""
+"""``post predict``: predictions of the target model, scored on this machine."""
 
 from __future__ import annotations
 
@@ -24,104 +24,117 @@ if TYPE_CHECKING:
 
 def predict(
     model: Annotated[str, typer.Option("--model", help="Name or id of the target model.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Id of a target prompt; else give a task.")] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for more.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="JSONL, CSV or Parquet with a text column.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Id of a target prompt; without one, give a task.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; repeat for several texts.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="JSONL, CSV, TSV or Parquet file with a text column.")
+    ] = None,
     task: TaskName = None,
     template: Template = None,
     label_word: LabelWords = None,
-    to: Annotated[Path | None, typer.Option("--out", help="Write JSON Lines here instead of to stdout.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Write JSON Lines to this file, not to stdout.")] = None,
     text_column: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
     label_column: Annotated[
-        str | None, typer.Option(help="Its labels are compared here; they never leave. By default label, if there.")
+        str | None,
+        typer.Option(help="Column with labels, which never leave this machine; default: label, if it exists."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=256, help="Generation tasks only.")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=256, help="Maximum tokens per answer; generation tasks only.")
+    ] = 16,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """Ask the target model. The provider sees the texts; labels in the file stay here and give the accuracy."""
+    """Predict with the target model. The provider sees the texts; labels stay on this machine, for the accuracy."""
     if bool(text) == (data is not None):
-        usage_error("Say what to ask: either --text or --data.")
+        usage_error("Give either --text or --data.")
     if prompt is not None and (task or template or label_word):
-        usage_error("A prompt brings its own task: give either --prompt or a task.")
-    form = None if prompt else task_from(task, template, label_word).spec()
+        usage_error("A prompt has its own task: give either --prompt or a task.")
+    spec = None if prompt else task_from(task, template, label_word).spec()
     rows = _rows(text, data, text_column, label_column)
-    if to is not None:
-        check_writable(to)
+    if output is not None:
+        check_writable(output)
     with connect(url) as client:
-        _check_labels(rows, form or _form_of(client, str(prompt)))
+        _check_labels(rows, spec or _task_of_prompt(client, str(prompt)))
         with bar(f"predict {model}") as show:
-            found = client.predictions.create(
+            predictions = client.predictions.create(
                 model=model,
                 prompt=prompt,
-                task=form,
+                task=spec,
                 texts=[row.text for row in rows],
                 max_new_tokens=max_new_tokens,
                 texts_per_request=32,
                 progress=lambda done, count: show(done, count, f"{done} of {count}"),
             )
-    _print(rows, found, to, json)
+    _print(rows, predictions, output, json)
 
 
 def _rows(text: list[str] | None, data: Path | None, text_column: str, label_column: str | None) -> list[Row]:
     from post_shared.data.rows import Row, read_rows
 
     if data is None:
-        return [Row(each, None) for each in text or []]
+        return [Row(single, None) for single in text or []]
     rows = read_rows(data, text_column=text_column, label_column=label_column or "label")
     if label_column is not None and all(row.label is None for row in rows):
-        raise DataInvalid(f"{data.name} has no labels in a column {label_column!r}. Nothing was sent")
+        raise DataInvalid(f"{data.name} has no labels in column {label_column!r}. Nothing was sent")
     return rows
 
 
-def _form_of(client: Client, prompt: str) -> TaskSpec:
-    """The task of a prompt; says so if it was never transferred."""
-    found = client.prompts.get(prompt)
-    if found.role == PromptRole.SOURCE:
-        err.print(f"{found.id} is a source prompt, tuned on a student: it is put on the model without a transfer.")
-    return found.task
+def _task_of_prompt(client: Client, prompt: str) -> TaskSpec:
+    """The task of a prompt. Warns if the prompt was never transferred."""
+    document = client.prompts.get(prompt)
+    if document.role == PromptRole.SOURCE:
+        err.print(
+            f"{document.id} is a source prompt, tuned on a student: it is used without a transfer (direct reuse)."
+        )
+    return document.task
 
 
 def _check_labels(rows: Sequence[Row], spec: TaskSpec) -> None:
-    """Before any text leaves: labels that the task doesn't have could never be right."""
+    """Refuse, before any text is sent, labels that the task doesn't have: they could never be predicted.
+
+    Raises:
+        DataInvalid: there are such labels.
+    """
     known = spec.label_words
     unknown = sorted({row.label for row in rows if row.label is not None} - set(known or ())) if known else []
     if unknown:
         raise DataInvalid(
-            f"the data has labels that the task doesn't: {', '.join(unknown[:5])}; the task's labels are: "
+            f"the data has labels that the task doesn't have: {', '.join(unknown[:5])}; the task's labels are: "
             f"{', '.join(known or ())}. Nothing was sent"
         )
 
 
-def score_locally(rows: Sequence[Row], found: Sequence[Prediction]) -> float | None:
-    """Share of right answers (exact match for free answers); None unless every row has a label."""
+def score_locally(rows: Sequence[Row], predictions: Sequence[Prediction]) -> float | None:
+    """Accuracy (for generation: exact match, ignoring case); None unless every row has a label."""
     if any(row.label is None for row in rows):
         return None
-    pairs = [(row.label or "", guess.label, guess.text or "") for row, guess in zip(rows, found, strict=True)]
-    right = [
-        label == guess if guess is not None else label.strip().casefold() == answer.strip().casefold()
-        for label, guess, answer in pairs
+    pairs = [(row.label or "", p.label, p.text or "") for row, p in zip(rows, predictions, strict=True)]
+    correct = [
+        label == predicted if predicted is not None else label.strip().casefold() == answer.strip().casefold()
+        for label, predicted, answer in pairs
     ]
-    return sum(right) / len(right)
+    return sum(correct) / len(correct)
 
 
-def _print(rows: Sequence[Row], found: Sequence[Prediction], to: Path | None, json: bool) -> None:
-    items = [_item(row, guess) for row, guess in zip(rows, found, strict=True)]
-    accuracy = score_locally(rows, found)
+def _print(rows: Sequence[Row], predictions: Sequence[Prediction], output: Path | None, json: bool) -> None:
+    items = [_item(row, prediction) for row, prediction in zip(rows, predictions, strict=True)]
+    accuracy = score_locally(rows, predictions)
     lines = [json_module.dumps(item, ensure_ascii=False) for item in items]
-    if to is not None:
-        write_file(to, ("\n".join(lines) + "\n").encode())
+    if output is not None:
+        write_file(output, ("\n".join(lines) + "\n").encode())
     elif not json:
         for line in lines:
             typer.echo(line)
     if json:
-        print_json({"accuracy": accuracy, "rows": len(items)} | ({} if to else {"items": items}))
+        print_json({"accuracy": accuracy, "rows": len(items)} | ({} if output else {"items": items}))
     elif accuracy is not None:
-        err.print(f"accuracy {accuracy:.4f} on {len(items)} rows (computed here; the labels never left)")
+        err.print(f"accuracy {accuracy:.4f} on {len(items)} rows (computed locally; the labels were not sent)")
 
 
-def _item(row: Row, guess: Prediction) -> dict[str, Any]:
-    """One line of the output; ``text`` is the question, ``answer`` a free answer."""
-    if guess.label is None:
-        return {"text": row.text, "answer": guess.text}
-    return {"text": row.text, "label": guess.label, "scores": guess.scores}
+def _item(row: Row, prediction: Prediction) -> dict[str, Any]:
+    """One line of the output: the text with a label and scores or, for generation, with an answer."""
+    if prediction.label is None:
+        return {"text": row.text, "answer": prediction.text}
+    return {"text": row.text, "label": prediction.label, "scores": prediction.scores}

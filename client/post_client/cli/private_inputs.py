@@ -1,4 +1,4 @@
-"""What the verbs that read private rows share: checks of paths, public texts, the budget."""
+"""What the commands that read private rows share: path checks, public texts and the privacy budget."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from post_client.console import (
-    err,
-    usage_error,
-)
+from post_client.console import err, usage_error
 
 if TYPE_CHECKING:
     from post_client.privacy import PrivacyConfig
@@ -23,34 +20,40 @@ DEFAULT_EPSILON = 8.0
 
 
 def check_outside(student: Path, paths: Sequence[Path | None]) -> None:
-    """A prompt names the student by a hash of its folder: nothing private may lie in there."""
+    """Refuse ``paths`` inside the student's folder: a hash of that folder is part of the prompt file."""
     for path in paths:
         if path is not None and path.resolve().is_relative_to(student.resolve()):
-            usage_error(
-                f"{path} lies in the student's folder, and a hash of all that lies there leaves with the prompt."
-            )
+            usage_error(f"{path} is in the student's folder; a hash of that folder's files leaves with the prompt.")
 
 
-def public_rows(public: Path, columns: dict[str, str | None], judged: Task | None, private: Sequence[Row]) -> list[Row]:
-    """The rows of ``public``, with labels if they judge. A warning for these eyes only when private ones are there."""
+def public_rows(
+    public: Path, columns: dict[str, str | None], labelled_task: Task | None, private: Sequence[Row]
+) -> list[Row]:
+    """Read public rows, with labels if ``labelled_task`` is given.
+
+    Warns on stderr, and only there, when texts of private rows are among them.
+
+    Raises:
+        DataInvalid: the file can't be read, or has too few different texts.
+    """
     from post_client.privacy.statement import also_public
     from post_shared.data.rows import read_rows
     from post_shared.method.tuning.label_bias import check_public
 
-    label_column = columns["label_column"] if judged else None
+    label_column = columns["label_column"] if labelled_task else None
     rows = read_rows(
         public,
         text_column=str(columns["text_column"]),
         label_column=label_column,
-        labels=judged.labels if judged else None,
+        labels=labelled_task.labels if labelled_task else None,
     )
     texts = [row.text for row in rows]
     check_public(texts, str(public))
     shared = also_public(private, texts)
     if shared:
         err.print(
-            f"[bold yellow]{shared} private rows have a text that is in {escape(str(public))} too. Public texts enter "
-            "without noise: for those rows nothing is promised. Take them out.[/]"
+            f"[bold yellow]The texts of {shared} private rows are also in {escape(str(public))}. Public texts are used "
+            "without noise, so these rows have no privacy guarantee. Remove them from the public file.[/]"
         )
     return rows
 
@@ -58,9 +61,14 @@ def public_rows(public: Path, columns: dict[str, str | None], judged: Task | Non
 def privacy_config(
     epsilon: float | None, delta: float | None, max_grad_norm: float | None, *, per_user: bool = False
 ) -> PrivacyConfig:
+    """The privacy budget from command-line options; None means the default.
+
+    Raises:
+        PrivacyInvalid: a value is out of range.
+    """
     from post_client.privacy import PrivacyConfig
 
-    budget = PrivacyConfig(
+    config = PrivacyConfig(
         epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, delta=delta, unit="user" if per_user else "row"
     )
-    return budget if max_grad_norm is None else replace(budget, max_grad_norm=max_grad_norm)
+    return config if max_grad_norm is None else replace(config, max_grad_norm=max_grad_norm)

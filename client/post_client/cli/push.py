@@ -1,4 +1,4 @@
-"""``post push``"""
+"""``post push``: upload a prompt."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from post_shared.cli.output import AsJson, print_json, print_table
 
 def push(
     file: Annotated[Path, typer.Argument(help="The prompt file.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking for confirmation.")] = False,
     dry_run: Annotated[
         Path | None,
-        typer.Option("--dry-run", help="Send nothing: write the request, to the byte, to this file (- for stdout)."),
+        typer.Option("--dry-run", help="Send nothing; write the exact request to this file (- for stdout)."),
     ] = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """Send a prompt to the provider. Shows exactly what will leave, and asks."""
+    """Upload a prompt to the provider, after showing exactly what will leave this machine."""
     from post_client.outbound import build_upload, describe
     from post_shared.files.prompt_file import read_prompt
 
@@ -34,7 +34,7 @@ def push(
     facts = describe(request)
     if dry_run is not None:
         _write_request(dry_run, request.to_bytes())
-        written = "" if str(dry_run) == "-" else f" {escape(str(dry_run))} holds the request."
+        written = "" if str(dry_run) == "-" else f" {escape(str(dry_run))} contains the request."
         err.print(
             f"Nothing was sent.{written} Sending adds the address (Host) and your key (Authorization), nothing else."
         )
@@ -45,7 +45,7 @@ def push(
         err.print(
             "Nothing was sent."
             if answer is False
-            else "No answer, so nothing was sent. --yes sends without a question."
+            else "Nothing was sent: there was no answer. Use --yes to send without asking."
         )
         raise typer.Exit(1)
     with connect(url) as client:
@@ -56,12 +56,12 @@ def push(
         out.print(prompt.id)
 
 
-def _write_request(place: Path, data: bytes) -> None:
-    if str(place) == "-":
+def _write_request(path: Path, data: bytes) -> None:
+    if str(path) == "-":
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     else:
-        write_file(place, data)
+        write_file(path, data)
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -75,4 +75,4 @@ def _show(facts: dict[str, Any]) -> None:
     else:
         table.add_row("privacy", f"({facts['epsilon']:g}, {facts['delta']:g})-differential privacy")
     print_table(table, err)
-    err.print("Nothing else: no row, no row count, no accuracy, no loss, no time, no file name.")
+    err.print("Nothing else: no rows, no row count, no accuracy, no loss, no timestamp, no file name.")

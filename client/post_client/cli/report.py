@@ -1,4 +1,4 @@
-"""``post report make | show``: what a student can do and what it leaks, beside its target (provider)."""
+"""``post report make | show``: accuracy and leakage of a student, compared with its target (provider)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from post_shared.schemas.reports import TradeOffReport
     from post_shared.schemas.tasks import TaskSpec
 
-report = typer.Typer(no_args_is_help=True, help="What a student can do and what it leaks, beside its target.")
+report = typer.Typer(no_args_is_help=True, help="Accuracy and leakage of a student, compared with its target.")
 Folder = Annotated[
-    Path | None, typer.Option("--out", help="Folder for report.json, report.md and report.png; by default none.")
+    Path | None, typer.Option("--out", help="Folder for report.json, report.md and report.png; default: no files.")
 ]
 
 
@@ -27,30 +27,33 @@ Folder = Annotated[
 def make(
     student: Annotated[str, typer.Argument(help="Name or id of the student.")],
     public: Annotated[
-        list[str], typer.Option("--public", help="DATASET=TASK, labelled; a preset or a JSON file; repeat for more.")
+        list[str],
+        typer.Option("--public", help="DATASET=TASK: a labelled dataset and a preset or JSON file; repeatable."),
     ],
     members: Annotated[
-        list[str], typer.Option("--members", help="Dataset of text that the models were trained on; repeat for more.")
+        list[str], typer.Option("--members", help="Dataset of text that the models were trained on; repeatable.")
     ],
     non_members: Annotated[
-        list[str], typer.Option("--non-members", help="Dataset of like text that they never saw; repeat for more.")
+        list[str], typer.Option("--non-members", help="Dataset of similar text not trained on; repeatable.")
     ],
-    tune_rows: Annotated[int | None, typer.Option(min=2, help="Rows of a task to tune on, at most.")] = None,
-    test_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a task held out, at most half of it.")] = None,
-    texts: Annotated[int | None, typer.Option(min=1, help="Members, and non-members, to attack, at most.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each tuning.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in a step of tuning.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of each tuning, at its start; it falls to 0.")] = None,
-    num_virtual_tokens: Annotated[int | None, typer.Option(min=1, help="Vectors in a prompt.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Draws what is held out and the order of the batches.")
+    tune_rows: Annotated[int | None, typer.Option(min=2, help="Maximum rows per task to tune on.")] = None,
+    test_rows: Annotated[
+        int | None, typer.Option(min=1, help="Maximum held-out rows per task; never more than half.")
     ] = None,
+    texts: Annotated[int | None, typer.Option(min=1, help="Maximum members, and non-members, to attack.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps per tuning run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per tuning step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Initial learning rate of each tuning run; decays to 0.")
+    ] = None,
+    num_virtual_tokens: Annotated[int | None, typer.Option(min=1, help="Vectors in a prompt.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Longest text in tokens; the rest is cut.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed for the held-out rows and the batch order.")] = None,
     folder: Folder = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """Measure a student and its target on public data, at the provider; wait, and show the report."""
+    """Compare a student with its target on public data at the provider, wait, and show the report."""
     tuning: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
@@ -66,14 +69,14 @@ def make(
         "tuning": {name: value for name, value in tuning.items() if value is not None} or None,
         "seed": seed,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     tasks = _tasks(public)
-    _check(folder)
+    _check_folder(folder)
     with connect(url) as client:
-        job = client.reports.create(student=student, tasks=tasks, members=members, non_members=non_members, **given)
-        err.print(f"The report will be {job.id}; see it again with: post report show {job.id}")
+        job = client.reports.create(student=student, tasks=tasks, members=members, non_members=non_members, **options)
+        err.print(f"The report's id is {job.id}. To show it again: post report show {job.id}")
         follow(job)
-        _give(client.reports.get(job.id), folder, json)
+        _output(client.reports.get(job.id), folder, json)
 
 
 @report.command()
@@ -83,43 +86,43 @@ def show(
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """A finished report."""
-    _check(folder)
+    """Show a finished report."""
+    _check_folder(folder)
     with connect(url) as client:
-        _give(client.reports.get(report), folder, json)
+        _output(client.reports.get(report), folder, json)
 
 
 def _tasks(options: list[str]) -> dict[str, TaskSpec]:
-    """``["reviews=sst2"]`` -> the forms by their dataset."""
-    found: dict[str, TaskSpec] = {}
+    """``["reviews=sst2"]`` -> the tasks by dataset."""
+    tasks: dict[str, TaskSpec] = {}
     for option in options:
         dataset, equals, name = option.partition("=")
         if not equals or not dataset or not name:
-            usage_error(f"--public is DATASET=TASK, such as reviews=sst2; not {option!r}.")
-        if dataset in found:
+            usage_error(f"--public takes DATASET=TASK, such as reviews=sst2; not {option!r}.")
+        if dataset in tasks:
             usage_error(f"--public names the dataset {dataset!r} twice.")
-        found[dataset] = task_from(name, None, None).spec()
-    return found
+        tasks[dataset] = task_from(name, None, None).spec()
+    return tasks
 
 
-def _check(folder: Path | None) -> None:
+def _check_folder(folder: Path | None) -> None:
     if folder is not None:
         check_writable(folder / "report.json")
 
 
-def _give(found: TradeOffReport, folder: Path | None, json: bool) -> None:
-    """To the files, if wanted, and to standard output."""
+def _output(document: TradeOffReport, folder: Path | None, json: bool) -> None:
+    """Write the report's files, if ``folder`` is given, and print the report."""
     from post_client.report_rendering import draw, markdown, sections
 
     if folder is not None:
-        write_file(folder / "report.json", (found.model_dump_json(indent=2) + "\n").encode())
-        write_file(folder / "report.md", markdown(found).encode())
-        draw(found, folder / "report.png")
+        write_file(folder / "report.json", (document.model_dump_json(indent=2) + "\n").encode())
+        write_file(folder / "report.md", markdown(document).encode())
+        draw(document, folder / "report.png")
     if json:
-        print_json(found.model_dump(mode="json"))
+        print_json(document.model_dump(mode="json"))
         return
-    for section in sections(found):
-        columns = [Column(escape(name), justify="right" if at else "left") for at, name in enumerate(section.columns)]
+    for section in sections(document):
+        columns = [Column(escape(name), justify="right" if i else "left") for i, name in enumerate(section.columns)]
         table = Table(*columns, title=escape(section.title), title_justify="left")
         for row in section.rows:
             table.add_row(*map(escape, row))

@@ -1,4 +1,4 @@
-"""``post tune``"""
+"""``post tune``: tune a prompt on private rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from post_client.console import (
     err,
     naming,
     quiet_libraries,
+    training_bar,
     usage_error,
-    watched,
     write_file,
 )
 from post_shared.cli.output import AsJson
@@ -41,90 +41,98 @@ if TYPE_CHECKING:
 
 
 def tune(
-    student: Annotated[Path, typer.Option("--student", help="Folder of the student model (post pull).")],
-    data: Annotated[Path, typer.Option("--data", help="Private rows: JSONL, CSV, TSV or Parquet. They stay here.")],
-    to: Annotated[Path, typer.Option("--out", help="The prompt file to be; not there yet, unless --force.")],
+    student: Annotated[Path, typer.Option("--student", help="Folder of the student model (from post pull).")],
+    data: Annotated[
+        Path, typer.Option("--data", help="Private rows: JSONL, CSV, TSV or Parquet. They stay on this machine.")
+    ],
+    output: Annotated[Path, typer.Option("--out", help="Prompt file to write; must not exist, unless --force.")],
     pin: Annotated[
-        str | None, typer.Option("--hash", help="What post pull printed: a student with another one is refused.")
+        str | None, typer.Option("--hash", help="Model hash printed by post pull; a changed student is refused.")
     ] = None,
     public: Annotated[
         Path | None,
         typer.Option(
-            help="Public texts of the same kind: far more is learnt for the same epsilon. --trials needs labels."
+            help="Public texts of the same kind; improves accuracy at the same epsilon. --trials needs labels."
         ),
     ] = None,
     task: TaskName = None,
     template: Template = None,
     label_word: LabelWords = None,
     epsilon: Annotated[
-        float | None, typer.Option(help=f"Privacy budget of the run; by default {DEFAULT_EPSILON:g}.")
+        float | None, typer.Option(help=f"Privacy budget of the run; default: {DEFAULT_EPSILON:g}.")
     ] = None,
-    no_dp: Annotated[bool, typer.Option("--no-dp", help="Tune without differential privacy: no guarantee.")] = False,
-    delta: Annotated[float | None, typer.Option(help="Below 1 / rows (or users); by default chosen from it.")] = None,
+    no_dp: Annotated[
+        bool, typer.Option("--no-dp", help="Tune without differential privacy: no privacy guarantee.")
+    ] = False,
+    delta: Annotated[float | None, typer.Option(help="Below 1 / rows (or users); default: chosen from it.")] = None,
     max_grad_norm: Annotated[
-        float | None, typer.Option(help="c: each row's (or user's) gradient is clipped to this norm.")
+        float | None, typer.Option(help="Clipping norm c of each row's (or user's) gradient.")
     ] = None,
     user_column: UserColumn = None,
     trials: Annotated[
-        int, typer.Option(min=1, help="Learning rates to try; all are charged, the public rows' labels choose.")
+        int, typer.Option(min=1, help="Number of learning rates to try; all are charged, public labels choose.")
     ] = 1,
     epsilon_cap: Annotated[
         float | None,
         typer.Option(
             envvar="POST_EPSILON_CAP",
-            help="Most that all runs on these rows may spend; kept. By default POST_EPSILON_CAP.",
+            help="Cap on the epsilon of all runs on these rows, kept in the ledger; default: POST_EPSILON_CAP.",
         ),
     ] = None,
     ledger: LedgerPath = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Steps of training; by default {PRIVATE.steps}, or {PLAIN.steps} with --no-dp."),
+        typer.Option(min=1, help=f"Training steps; default: {PRIVATE.steps}, or {PLAIN.steps} with --no-dp."),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help=f"Rows (or users) in a step, with DP on average; by default {PRIVATE.batch_size}, or {PLAIN.batch_size} "
+            help=f"Rows (or users) per step, with DP on average; default: {PRIVATE.batch_size}, or {PLAIN.batch_size} "
             "with --no-dp.",
         ),
     ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help=f"At the start; it falls to 0. By default {PRIVATE.learning_rate:g}, or {PLAIN.learning_rate:g} with --no-dp."
+            help=f"Initial learning rate, decays to 0; default: {PRIVATE.learning_rate:g}, or {PLAIN.learning_rate:g} "
+            "with --no-dp."
         ),
     ] = None,
     prompt_init: Annotated[
-        str | None, typer.Option(help="What the prompt starts from: instruction (words that state the task) or random.")
+        str | None, typer.Option(help="Initial prompt: instruction (text that states the task) or random.")
     ] = None,
     average_iterates: Annotated[
-        bool, typer.Option("--average-iterates", help="Keep the average of the second half's iterates, not the last.")
+        bool,
+        typer.Option("--average-iterates", help="Return the average iterate of the second half, not the last one."),
     ] = False,
     num_virtual_tokens: Annotated[int | None, typer.Option(min=1, max=1000, help="Vectors in the prompt.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens of a text; the rest is cut.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Longest text in tokens; the rest is cut.")] = None,
     text_column: Annotated[str, typer.Option(help="Name of the text column.")] = "text",
     label_column: Annotated[str, typer.Option(help="Name of the label column.")] = "label",
-    checkpoint: Annotated[Path | None, typer.Option(help="Folder to go on from after a stop. It stays here.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Order of the batches without DP.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for resuming an interrupted run. It stays on this machine.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed for the batch order without DP.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    statement: Annotated[Path | None, typer.Option(help="Keep the privacy statement as JSON in this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over --out and --statement if they are there.")] = False,
+    statement: Annotated[Path | None, typer.Option(help="Write the privacy statement to this JSON file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite --out and --statement if they exist.")] = False,
     json: AsJson = False,
 ) -> None:
     """Tune a soft prompt on private rows, on this machine, with differential privacy unless --no-dp.
 
-    The same command goes on with a run that was stopped or killed, at no further cost. Once the prompt is there it is
-    refused; with --force it is a new run, charged as one.
+    The same command resumes an interrupted run at no further cost. If the prompt file exists, the command is refused;
+    with --force it starts and charges a new run.
     """
     if no_dp and any(value is not None for value in (epsilon, delta, max_grad_norm, statement, user_column)):
-        usage_error("--no-dp goes with none of --epsilon, --delta, --max-grad-norm, --user-column and --statement.")
+        usage_error("--no-dp can't be combined with --epsilon, --delta, --max-grad-norm, --user-column or --statement.")
     if public is not None and public.exists() and data.exists() and public.samefile(data):
-        usage_error("--public is the private file itself: public texts enter without noise.")
+        usage_error("--public is the private file itself, but public texts are used without noise.")
     if trials > 1 and public is None:
-        usage_error("--trials needs --public: the labels of public rows choose, since choosing by private ones costs.")
-    chosen = task_from(task, template, label_word)
-    check_outside(student, (to, statement, checkpoint, data, ledger))
-    for path in (to, statement):
+        usage_error("--trials needs --public: trials are compared on public labels; private ones would cost budget.")
+    tuned_task = task_from(task, template, label_word)
+    check_outside(student, (output, statement, checkpoint, data, ledger))
+    for path in (output, statement):
         if path is not None:
             check_writable(path)
             check_new(path, force)
@@ -142,18 +150,21 @@ def tune(
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     columns = {"text_column": text_column, "label_column": label_column, "user_column": user_column}
-    order = _order(data, chosen, columns, settings, None if no_dp else (epsilon, delta, max_grad_norm), public, trials)
-    with open_ledger(ledger) as book:
-        result, digest, found = _run(order, student, pin, chosen, book, epsilon_cap, checkpoint, device)
-        size = _keep(result, digest, chosen, to, statement, force)
-        _finish(book, result)
-        account = book.account(order.rows, order.unit)  # type: ignore[arg-type]
-    report_result(result, digest, to, size, account, found, json)
+    budget = None if no_dp else (epsilon, delta, max_grad_norm)
+    inputs = _read_inputs(data, tuned_task, columns, settings, budget, public, trials)
+    with open_ledger(ledger) as privacy_ledger:
+        result, digest, trials_made = _run(
+            inputs, student, pin, tuned_task, privacy_ledger, epsilon_cap, checkpoint, device
+        )
+        size = _write(result, digest, tuned_task, output, statement, force)
+        _finish(privacy_ledger, result)
+        account = privacy_ledger.account(inputs.rows, inputs.unit)  # type: ignore[arg-type]
+    report_result(result, digest, output, size, account, trials_made, json)
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What is to be done, all of it checked as far as that goes without the model."""
+class _Inputs:
+    """The rows and settings of a run, checked as far as possible without the model."""
 
     name: str
     rows: list[Row]
@@ -167,7 +178,7 @@ class _Order:
         return "row" if self.privacy is None else self.privacy.unit
 
 
-def _order(
+def _read_inputs(
     data: Path,
     task: Task,
     columns: dict[str, str | None],
@@ -175,7 +186,7 @@ def _order(
     privacy: tuple[float | None, float | None, float | None] | None,
     public: Path | None,
     trials: int,
-) -> _Order:
+) -> _Inputs:
     """Read and check the rows."""
     from post_client.tuning.tune import charge_of, check_rows
     from post_shared.data.rows import read_rows
@@ -185,48 +196,47 @@ def _order(
     rows = read_rows(data, **columns, labels=task.labels or None)  # type: ignore[arg-type]
     with naming(data):
         check_rows(task, rows)
-    known = None
+    public_data = None
     if public is not None:
-        known = public_rows(public, columns, task if trials > 1 else None, rows)
+        public_data = public_rows(public, columns, task if trials > 1 else None, rows)
         if trials > 1:
             with naming(public):
-                check_rows(task, known)
-    charge_of(rows, config, budget)  # whether (epsilon, delta) can be kept shows before the model is loaded
-    return _Order(data.name, rows, known, config, budget, trials)
+                check_rows(task, public_data)
+    charge_of(rows, config, budget)  # refuses an impossible (epsilon, delta) before the model is loaded
+    return _Inputs(data.name, rows, public_data, config, budget, trials)
 
 
 def _run(
-    order: _Order,
+    inputs: _Inputs,
     student: Path,
     pin: str | None,
     task: Task,
-    book: Ledger,
+    privacy_ledger: Ledger,
     epsilon_cap: float | None,
     checkpoint: Path | None,
     device: str,
 ) -> tuple[TuneResult, str, tuple[Trial, ...]]:
-    """Load the model and tune; Ctrl-C ends between two steps."""
+    """Load the model and tune. Ctrl-C stops between two steps."""
     from post_client.students.checks import load_student
     from post_client.students.download import student_hash
 
     quiet_libraries()
     digest = student_hash(student, pin)
     err.print(f"Loading {escape(str(student))} …")
-    model = load_student(student, device, private=order.privacy is not None)
-    where = f"from {checkpoint}" if checkpoint else "from the beginning"
+    model = load_student(student, device, private=inputs.privacy is not None)
+    how = f"resumes from {checkpoint}" if checkpoint else "starts again"
     stopped = (
-        f"Stopped. The ledger has charged this run; the same command goes on {escape(where)}, with the same "
-        "randomness, and costs nothing more."
+        f"Stopped. The ledger has charged this run; the same command {escape(how)} with the same "
+        "randomness and costs nothing more."
     )
-    with watched("tune", stopped) as on_progress:
-        result, found = _tune(
-            order, model, task, on_progress, checkpoint, partial(book.reserve, name=order.name, epsilon_cap=epsilon_cap)
-        )
-    return result, digest, found
+    reserve = partial(privacy_ledger.reserve, name=inputs.name, epsilon_cap=epsilon_cap)
+    with training_bar("tune", stopped) as on_progress:
+        result, trials = _tune(inputs, model, task, on_progress, checkpoint, reserve)
+    return result, digest, trials
 
 
 def _tune(
-    order: _Order,
+    inputs: _Inputs,
     model: LanguageModel,
     task: Task,
     on_progress: ProgressCallback,
@@ -238,21 +248,21 @@ def _tune(
     from post_client.tuning.tune import tune as tune_prompt
 
     common: dict[str, Any] = {
-        "privacy": order.privacy,
-        "public": None if order.public is None else [row.text for row in order.public],
+        "privacy": inputs.privacy,
+        "public": None if inputs.public is None else [row.text for row in inputs.public],
         "on_progress": on_progress,
         "checkpoint": checkpoint,
         "reserve": reserve,
     }
-    if order.trials == 1:
-        return tune_prompt(model, task, order.rows, order.config, **common), ()
-    judge = order.public or []
-    found = search(model, task, order.rows, order.config, trials=order.trials, judge=judge, **common)
-    return found.best, found.trials
+    if inputs.trials == 1:
+        return tune_prompt(model, task, inputs.rows, inputs.config, **common), ()
+    judge = inputs.public or []
+    searched = search(model, task, inputs.rows, inputs.config, trials=inputs.trials, judge=judge, **common)
+    return searched.best, searched.trials
 
 
-def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path | None, force: bool) -> int:
-    """Write the prompt file and the statement; the prompt file's size."""
+def _write(result: TuneResult, digest: str, task: Task, output: Path, statement: Path | None, force: bool) -> int:
+    """Write the prompt file and the statement. Returns the prompt file's size in bytes."""
     from post_client.tuning.export import prompt_file
     from post_shared.errors import InvalidInput
     from post_shared.files.prompt_file import write_prompt
@@ -261,22 +271,22 @@ def _keep(result: TuneResult, digest: str, task: Task, to: Path, statement: Path
     try:
         if result.statement is not None and statement is not None:
             write_file(statement, result.statement.json().encode())
-        write_file(to, content)  # last: once it is there, all is
+        write_file(output, content)  # last: once the prompt exists, the run is complete
     except InvalidInput:
         if statement is not None and not force:
             with suppress(OSError):
-                statement.unlink(missing_ok=True)  # the same command would find it in its way
-        err.print("The run is charged, but isn't finished: the same command makes the same prompt at no further cost.")
+                statement.unlink(missing_ok=True)  # otherwise the same command would be refused
+        err.print("The run is charged but not finished: the same command makes the same prompt at no further cost.")
         raise
     return len(content)
 
 
-def _finish(book: Ledger, result: TuneResult) -> None:
-    """A ledger that can't be written any more takes nothing from the result: the charge is there already."""
+def _finish(privacy_ledger: Ledger, result: TuneResult) -> None:
+    """Mark the run as finished. If the ledger can't be written, only warn: the run was charged before."""
     from post_shared.errors import LedgerInvalid
 
     assert result.run is not None
     try:
-        book.finish(result.run)
+        privacy_ledger.finish(result.run)
     except LedgerInvalid as error:
-        err.print(f"[bold yellow]The run stays charged and is shown as interrupted: {escape(error.detail)}[/]")
+        err.print(f"[bold yellow]The run stays charged but is listed as interrupted: {escape(error.detail)}[/]")

@@ -1,8 +1,8 @@
-"""``post demo``: the whole journey on one machine, over HTTP, on a real model and real text.
+"""``post demo``: the whole method on one machine, over HTTP, with a real model and real text.
 
-settings.py holds every number; fetch.py gets the model and the texts; texts.py makes data sets of them; tiny.py makes
-the stand-ins of ``--fast``; provider.py is the provider's side as child processes; owner.py the data owner's work;
-journey.py the order of it all; display.py and report.py what you see and keep.
+settings.py has every number. fetch.py downloads the model and the texts, and texts.py turns them into data sets.
+tiny.py makes the stand-ins for ``--fast``. provider.py runs the provider as child processes, owner.py is the data
+owner, and journey.py calls both in order. display.py shows progress; results.py saves and prints the results.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What you see while the demo runs: one line per stage, with its time. Plain lines when it is no terminal."""
+"""The demo's progress display: one line per stage with its time; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-QUIET_SECONDS = 30.0
-"""Without a terminal, a line of progress at most so often."""
+LOG_INTERVAL_SECONDS = 30.0
+"""Without a terminal, the shortest time between two lines of progress."""
 
 
 @dataclass
 class Stage:
-    """One line. ``seconds`` is None while it runs."""
+    """One line. ``seconds`` is None while the stage is running."""
 
     name: str
     side: str
-    what: str
+    description: str
     started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
     failed: bool = False
@@ -38,8 +38,8 @@ class Stage:
 class Display:
     """``with display: with display.stage(...) as note: ... note("3/10")``
 
-    A KeyboardInterrupt that a signal handler raises can be lost in whatever library code it lands in, so both
-    ``stage`` and ``note`` raise it again once ``stopped()`` is true.
+    A library can swallow the KeyboardInterrupt that a signal handler raises, so ``stage`` and ``note`` raise it again
+    once ``stopped()`` is true.
     """
 
     def __init__(self, console: Console, stopped: Callable[[], bool] = lambda: False) -> None:
@@ -62,25 +62,25 @@ class Display:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Stage -> its time."""
+        """Seconds by stage."""
         return {stage.name: round(stage.elapsed, 2) for stage in self.stages}
 
     @contextmanager
-    def stage(self, name: str, side: str, what: str) -> Iterator[Callable[[str], None]]:
-        """Time a stage; the yielded function notes how it stands."""
-        self._stop_if_asked()
-        stage = Stage(name, side, what)
+    def stage(self, name: str, side: str, description: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage; the yielded function sets its progress note."""
+        self._stop_if_requested()
+        stage = Stage(name, side, description)
         self.stages.append(stage)
-        self._say(f"{side:8}  {what} …")
-        said = time.monotonic()
+        self._print_line(f"{side:8}  {description} …")
+        last_printed = time.monotonic()
 
         def note(text: str) -> None:
-            nonlocal said
-            self._stop_if_asked()
+            nonlocal last_printed
+            self._stop_if_requested()
             stage.note = text
-            if time.monotonic() - said >= QUIET_SECONDS:
-                said = time.monotonic()
-                self._say(f"{'':8}  {stage.name} {stage.elapsed:.0f} s  {text}")
+            if time.monotonic() - last_printed >= LOG_INTERVAL_SECONDS:
+                last_printed = time.monotonic()
+                self._print_line(f"{'':8}  {stage.name} {stage.elapsed:.0f} s  {text}")
 
         try:
             yield note
@@ -89,14 +89,14 @@ class Display:
             raise
         finally:
             stage.seconds = stage.elapsed
-            how = "failed" if stage.failed else "done"
-            self._say(f"{'':8}  {stage.name} {how} in {stage.seconds:.1f} s  {stage.note}")
+            outcome = "failed" if stage.failed else "done"
+            self._print_line(f"{'':8}  {stage.name} {outcome} in {stage.seconds:.1f} s  {stage.note}")
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_requested(self) -> None:
         if self.stopped():
             raise KeyboardInterrupt
 
-    def _say(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         if not self.console.is_terminal:
             self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
@@ -107,6 +107,6 @@ class Display:
             if stage.seconds is not None:
                 mark = Text("✗", "red") if stage.failed else Text("✓", "green")
             table.add_row(
-                mark, f"[dim]{stage.side}[/]", escape(stage.what), f"{stage.elapsed:6.1f} s", escape(stage.note)
+                mark, f"[dim]{stage.side}[/]", escape(stage.description), f"{stage.elapsed:6.1f} s", escape(stage.note)
             )
         return Group(table)

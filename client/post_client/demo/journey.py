@@ -1,4 +1,4 @@
-"""The order of the demo: provider, owner, provider, owner; each step over HTTP."""
+"""The demo's stages in order, alternating between provider and data owner over HTTP."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TARGET, STUDENT, PUBLIC, CORPUS = "smollm2", "smollm2-student", "reviews", "prose"
 TINY_TARGET = "tiny"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""A closed terminal or a ``kill`` stops the server child as Ctrl-C does."""
+"""A closed terminal or ``kill`` stops the server's process as Ctrl-C does."""
 DEFAULT_RESULTS = Path("demo-results") / "results.json"
 
 
@@ -45,20 +45,20 @@ def run_demo(
     home: Path | None = None,
     keep: bool = False,
 ) -> DemoResults:
-    """Run the whole journey and save what came out. On a failure the folder of the run stays, to look into."""
+    """Run all stages and save the results. After a failure, the folder of the run is kept."""
     quiet_libraries()
     console = Console(stderr=True)
     results_file = (results_file or DEFAULT_RESULTS).absolute()
     picture_file = (picture_file or results_file.with_suffix(".png")).absolute()
-    folder = _home(home)
+    folder = _create_folder(home)
     provider = DemoProvider(folder / "provider")
     provider.home.mkdir(parents=True, exist_ok=True)
-    console.print(f"Everything of this run is in {folder}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"The files of this run are in {folder}", highlight=False, markup=False, soft_wrap=True)
     try:
         with interruptible(*STOPS) as stopped, Display(console, stopped) as display:
             results = Journey(settings, folder, provider, display).run()
     except KeyboardInterrupt:
-        _tidy(folder, keep or home is not None, console)
+        _clean_up(folder, keep or home is not None, console)
         raise
     except BaseException:
         console.print(f"[bold]The end of the server's log[/] ({provider.log}):\n{escape(provider.last_lines())}")
@@ -68,13 +68,13 @@ def run_demo(
     draw_results(results, picture_file)
     print_results(results, Console())
     console.print(f"Saved {results_file} and {picture_file}", highlight=False, markup=False, soft_wrap=True)
-    _tidy(folder, keep or home is not None, console)
+    _clean_up(folder, keep or home is not None, console)
     return results
 
 
 @dataclass
 class Journey:
-    """One run. The provider's files are under ``provider.home``, the owner's under ``folder/owner``."""
+    """One run. The provider's files are in ``provider.home``, the owner's in ``folder/owner``."""
 
     settings: DemoSettings
     folder: Path
@@ -86,7 +86,7 @@ class Journey:
         return TINY_TARGET if self.settings.fast else TARGET
 
     def run(self) -> DemoResults:
-        """All stages."""
+        """Run all stages."""
         model, data = self._prepare()
         with self.display.stage("model", "provider", "add the large model, make API keys"):
             self.provider.add_model(model, self.target)
@@ -95,14 +95,14 @@ class Journey:
             with Client(url=url, api_key=keys[Role.PROVIDER]) as client:
                 self._publish(client, data)
             with Client(url=url, api_key=keys[Role.OWNER]) as client:
-                figures = self._own(client, data)
-        best = None
+                figures = self._run_owner(client, data)
+        best_accuracy = None
         if self.settings.upper_bound:
             with self.display.stage("upper_bound", "nobody", "tune on the large model: forbidden in reality") as note:
-                best = upper_bound(model, data.train, data.test, self.settings, note)
+                best_accuracy = upper_bound(model, data.train, data.test, self.settings, note)
         return DemoResults(
             **figures.__dict__,
-            upper_bound=best,
+            upper_bound=best_accuracy,
             n_private_test=len(data.test),
             seconds=self.display.seconds,
             versions=versions(),
@@ -112,21 +112,21 @@ class Journey:
     # --- provider -------------------------------------------------------------------------------------
 
     def _prepare(self) -> tuple[Path, DemoTexts]:
-        """The large model's file or folder, and all texts."""
+        """Get the large model's file or folder, and all texts."""
         if self.settings.fast:
-            with self.display.stage("fetch", "demo", "make up a tiny model and reviews"):
+            with self.display.stage("fetch", "demo", "make a tiny model and synthetic reviews"):
                 data = tiny.tiny_texts(self.settings)
                 words = [row.text for row in data.train + data.public]
                 return tiny.tiny_model(self.folder / "tiny", words, self.settings.seed), data
         from post_client.demo import fetch
 
-        with self.display.stage("fetch", "demo", "fetch the model and the texts") as note:
+        with self.display.stage("fetch", "demo", "download the model and the texts") as note:
             files = fetch.fetch(note)
             data = texts.make_texts(fetch.snippets(files), fetch.news(files), self.settings)
             return fetch.model_file(files), data
 
     def _publish(self, client: Client, data: DemoTexts) -> None:
-        """Upload the public data and distil."""
+        """Upload the public data and distil a student."""
         with self.display.stage("datasets", "provider", "upload the public data") as note:
             rows = texts.write_rows(self.folder / "public.jsonl", data.public)
             prose = texts.write_corpus(self.folder / "corpus.txt", data.corpus)
@@ -141,7 +141,7 @@ class Journey:
 
     # --- data owner -----------------------------------------------------------------------------------
 
-    def _own(self, client: Client, data: DemoTexts) -> Figures:
+    def _run_owner(self, client: Client, data: DemoTexts) -> Figures:
         """Pull, tune, push, transfer, predict, score."""
         stage, s = self.display.stage, self.settings
         with stage("pull", "owner", "pull the student") as note:
@@ -149,7 +149,7 @@ class Journey:
             folder.parent.mkdir(exist_ok=True)
             client.models.download(STUDENT, folder, progress=lambda done, total: note(f"{done:,} of {total:,} bytes"))
             owner = Owner.with_student(folder, data, s)
-        with stage("tune", "owner", "tune a prompt, no privacy guarantee") as note:
+        with stage("tune", "owner", "tune a prompt without differential privacy") as note:
             plain = owner.tune(note)
         with stage("tune_dp", "owner", f"tune a prompt with differential privacy, ε = {s.epsilon:g}") as note:
             private = owner.tune_privately(note)
@@ -158,10 +158,10 @@ class Journey:
             prompts = [client.prompts.upload(request).id for request in requests]
             uploaded = sum(len(request.to_bytes()) for request in requests)
             note(f"{uploaded:,} bytes")
-        moved = [self._transfer(client, prompt, name) for prompt, name in zip(prompts, ("", "_dp"), strict=True)]
-        with stage("predict", "owner", "ask the large model, score the answers here") as note:
-            asked = (None, prompts[0], moved[0], moved[1])
-            zero, direct_reuse, post, post_dp = [owner.score_target(client, self.target, each, note) for each in asked]
+        transferred = [self._transfer(client, prompt, name) for prompt, name in zip(prompts, ("", "_dp"), strict=True)]
+        with stage("predict", "owner", "predict with the large model, score locally") as note:
+            scored = (None, prompts[0], transferred[0], transferred[1])
+            zero, direct_reuse, post, post_dp = [owner.score_target(client, self.target, each, note) for each in scored]
             prompted_student, prompted_student_dp = [owner.score_student(result) for result in (plain, private)]
         epsilon, delta = _claim(private)
         return Figures(
@@ -169,8 +169,8 @@ class Journey:
         )
 
     def _transfer(self, client: Client, prompt: str, name: str) -> str:
-        what = "transfer the private prompt" if name else "transfer the prompt"
-        with self.display.stage(f"transfer{name}", "provider", f"{what} with public reviews") as note:
+        description = "transfer the private prompt" if name else "transfer the prompt"
+        with self.display.stage(f"transfer{name}", "provider", f"{description} with public reviews") as note:
             job = client.transfers.create(
                 prompt=prompt, target=self.target, dataset=PUBLIC, options=self.settings.transfer
             )
@@ -179,7 +179,7 @@ class Journey:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the owner found out."""
+    """What the owner measured."""
 
     zero_shot: float
     prompted_student: float
@@ -195,22 +195,22 @@ class Figures:
 def _claim(private: TuneResult) -> tuple[float, float]:
     claim = private.statement.claim if private.statement else None
     if claim is None:
-        raise InvalidInput("the private prompt came without a guarantee; nothing was reported")
+        raise InvalidInput("the private prompt has no privacy guarantee; nothing was saved")
     return claim
 
 
 def _wait(job: Job, note: Note) -> Job:
-    def heard(document: JobDocument) -> None:
+    def on_change(document: JobDocument) -> None:
         metrics = "  ".join(f"{name} {value:.3f}" for name, value in document.metrics.items())
         note(f"{document.progress:4.0%}  {document.stage or document.state}  {metrics}")
 
-    return job.wait(progress=heard)
+    return job.wait(progress=on_change)
 
 
 # --- the folder of the run ----------------------------------------------------------------------------
 
 
-def _home(home: Path | None) -> Path:
+def _create_folder(home: Path | None) -> Path:
     if home is None:
         return Path(tempfile.mkdtemp(prefix="post-demo-"))
     home = home.expanduser().absolute()
@@ -220,7 +220,7 @@ def _home(home: Path | None) -> Path:
     return home
 
 
-def _tidy(folder: Path, keep: bool, console: Console) -> None:
+def _clean_up(folder: Path, keep: bool, console: Console) -> None:
     if keep:
         console.print(f"The folder of this run is kept: {escape(str(folder))}")
     else:

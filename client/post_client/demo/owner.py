@@ -1,4 +1,4 @@
-"""The data owner's work in the demo. Private rows go into these functions and only prompts come out."""
+"""The data owner's side of the demo: private rows go in, and only prompts and test texts are sent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Owner:
-    """Holds the private rows and the student in ``folder``; ``public`` texts are those that anyone may read."""
+    """The private rows, the student in ``folder``, and the ``public`` texts."""
 
     task: Task
     train: Sequence[Row]
@@ -55,7 +55,7 @@ class Owner:
         from post_client.tuning.tune import tune
 
         s, student = self.settings, load_student(self.folder, self.settings.device, private=False)
-        return tune(student, self.task, self.train, s.tuning, privacy=None, on_progress=reporter(note))
+        return tune(student, self.task, self.train, s.tuning, privacy=None, on_progress=note_progress(note))
 
     def tune_privately(self, note: Note) -> TuneResult:
         """A prompt with differential privacy."""
@@ -71,11 +71,11 @@ class Owner:
             s.private_tuning,
             privacy=privacy,
             public=self.public,
-            on_progress=reporter(note),
+            on_progress=note_progress(note),
         )
 
     def upload(self, result: TuneResult) -> OutboundRequest:
-        """The request that carries a prompt, whole."""
+        """The whole request that uploads a prompt."""
         return build_upload(prompt_file(result, self.student_hash, self.task))
 
     def score_student(self, result: TuneResult) -> float:
@@ -83,9 +83,9 @@ class Owner:
         return score_here(self.student, self.task, self.test, result, self.settings)
 
     def score_target(self, client: Client, model: str, prompt: str | None, note: Note) -> float:
-        """Accuracy of the target model: the provider answers, the labels stay here."""
+        """Accuracy of the target model. The provider predicts; the labels stay on this machine."""
         spec: TaskSpec | None = None if prompt else self.task.spec()
-        found = client.predictions.create(
+        predictions = client.predictions.create(
             model=model,
             prompt=prompt,
             task=spec,
@@ -93,8 +93,8 @@ class Owner:
             texts_per_request=self.settings.texts_per_request,
             progress=lambda done, count: note(f"{done}/{count}"),
         )
-        right = [guess.label == row.label for guess, row in zip(found, self.test, strict=True)]
-        return sum(right) / len(right)
+        correct = [prediction.label == row.label for prediction, row in zip(predictions, self.test, strict=True)]
+        return sum(correct) / len(correct)
 
 
 def score_here(
@@ -108,23 +108,23 @@ def score_here(
 
 
 def upper_bound(source: Path, train: Sequence[Row], test: Sequence[Row], settings: DemoSettings, note: Note) -> float:
-    """Accuracy of a prompt tuned on the target model itself. Nobody has both that model and these rows in reality."""
+    """Accuracy of a prompt tuned on the target model itself. In reality nobody has both that model and these rows."""
     from post_client.tuning.tune import tune
     from post_shared.data.tasks import Task
     from post_shared.model.language_model import LanguageModel
 
     s = settings
     target, task = LanguageModel.load(source, device=s.device), Task.preset(s.task)
-    result = tune(target, task, train, s.upper, privacy=None, on_progress=reporter(note))
+    result = tune(target, task, train, s.upper, privacy=None, on_progress=note_progress(note))
     return score_here(target, task, test, result, s)
 
 
-def reporter(note: Note) -> Callable[[Progress], None]:
-    """A reporter that says step, loss and ε spent."""
+def note_progress(note: Note) -> Callable[[Progress], None]:
+    """A progress callback that notes step, loss and spent ε."""
 
-    def results(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         parts = [f"{progress.step}/{progress.steps}"]
         parts += [f"{'ε' if name == 'epsilon' else name} {value:.3f}" for name, value in progress.metrics.items()]
         note("  ".join(parts))
 
-    return results
+    return on_progress

@@ -1,4 +1,4 @@
-"""The provider's side of the demo, as child processes of its own: nothing is shared but HTTP."""
+"""The provider's side of the demo, in child processes. Both sides share nothing but HTTP."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from post_shared.errors import Unavailable
 from post_shared.schemas.common import Role
 
 START_SECONDS, STOP_SECONDS = 120.0, 30.0
-KEPT_VARIABLES = ("POST_CACHE", "POST_DEVICE", "POST_THREADS")
-"""Of the settings in the environment, only these reach the demo's provider: never a real database or broker."""
+PASSED_VARIABLES = ("POST_CACHE", "POST_DEVICE", "POST_THREADS")
+"""The only settings that the demo's provider inherits: never a real database or broker."""
 
 
 class DemoProvider:
-    """A provider in a folder. ``serving`` runs it; the other verbs act on its store."""
+    """A provider in a folder. ``serving`` runs its server; the other methods change its store."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.log = home / "serve.log"
         self._environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("POST_") or name in KEPT_VARIABLES
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("POST_") or name in PASSED_VARIABLES
         } | {"POST_HOME": str(home), "POST_PORT": "0", "POST_HOST": "127.0.0.1", "POST_LOG_JSON": "false"}
 
     def create_key(self, role: Role) -> str:
-        """The text of a new API key."""
+        """Create an API key and return it."""
         return self._post("key", "create", "--role", str(role), "--name", f"demo-{role}").strip().splitlines()[-1]
 
     def add_model(self, source: Path, name: str) -> None:
@@ -40,7 +42,7 @@ class DemoProvider:
 
     @contextmanager
     def serving(self) -> Iterator[str]:
-        """``post serve`` on a free loopback port, stopped at the end; yields its address."""
+        """Run ``post serve`` on a free loopback port; yields its address and stops it at the end."""
         with self.log.open("ab") as log:
             server = subprocess.Popen(
                 [*_command(), "serve"],
@@ -48,7 +50,7 @@ class DemoProvider:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is ours to pass on
+                start_new_session=True,  # so Ctrl-C reaches only this process, which stops the server
             )
         try:
             yield self._address(server)
@@ -56,23 +58,23 @@ class DemoProvider:
             _stop(server)
 
     def last_lines(self, count: int = 15) -> str:
-        """The ends of the server's log and of its parts' logs: a job's cause of failure stands in the worker's."""
-        found = []
+        """The last lines of the logs of the server and its processes; the worker's log has a failed job's cause."""
+        last_lines = []
         for log in (self.log, *sorted((self.home / "logs").glob("*.log"))):
             lines = log.read_text("utf-8", "replace").splitlines()[-count:] if log.is_file() else []
-            found += [f"{log.name}: {line}" for line in lines]
-        return "\n".join(found)
+            last_lines += [f"{log.name}: {line}" for line in lines]
+        return "\n".join(last_lines)
 
     def _address(self, server: subprocess.Popen[bytes]) -> str:
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
             if server.poll() is not None:
-                raise Unavailable(f"post serve ended with exit code {server.returncode}; its log: {self.log}")
+                raise Unavailable(f"post serve exited with code {server.returncode}; see its log: {self.log}")
             try:
                 return str(json.loads((self.home / "serve.json").read_text("utf-8"))["url"])
             except (OSError, ValueError, KeyError):
                 time.sleep(0.1)
-        raise Unavailable(f"post serve wasn't ready after {START_SECONDS:.0f} s; its log: {self.log}")
+        raise Unavailable(f"post serve wasn't ready after {START_SECONDS:.0f} s; see its log: {self.log}")
 
     def _post(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -85,8 +87,8 @@ class DemoProvider:
         with self.log.open("a", encoding="utf-8") as log:
             log.write(done.stderr)
         if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise Unavailable(f"post {' '.join(arguments[:2])} failed: {last[0]}")
+            last_line = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise Unavailable(f"post {' '.join(arguments[:2])} failed: {last_line[0]}")
         return done.stdout
 
 

@@ -1,4 +1,4 @@
-"""What stays of a demo run: results.json, a table, a picture."""
+"""The results of a demo run: results.json, a table and a figure."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ VERSIONS = ("post-transfer", "torch", "transformers", "opacus")
 LINES: tuple[tuple[str, str, str], ...] = (
     ("zero_shot", "zero-shot", "the large model, no prompt"),
     ("prompted_student", "prompted student", "the owner's prompt on the small model"),
-    ("direct_reuse", "direct reuse (D)", "the owner's prompt put on the large model as it is"),
+    ("direct_reuse", "direct reuse (D)", "the owner's prompt on the large model, without a transfer"),
     ("post", "POST", "the transferred prompt on the large model"),
-    ("prompted_student_dp", "prompted student, DP", "as above, tuned with differential privacy"),
-    ("post_dp", "POST, DP", "transferred from the private prompt"),
+    ("prompted_student_dp", "prompted student, DP", "the owner's prompt, tuned with differential privacy"),
+    ("post_dp", "POST, DP", "the transferred private prompt on the large model"),
     ("upper_bound", "upper bound", "a prompt tuned on the large model itself: forbidden in reality"),
 )
-"""Member of the results, its name, what it is; in the order of the table."""
+"""Member of the results, its name and its description, in the table's order."""
 
 
 @dataclass(frozen=True)
 class DemoResults:
-    """The figures of one run; accuracies are shares of the private test rows."""
+    """The figures of one run; accuracies are on the private test rows."""
 
     zero_shot: float
     prompted_student: float
@@ -52,31 +52,31 @@ class DemoResults:
 
 
 def versions() -> dict[str, str]:
-    """What the figures were made with."""
+    """Versions of Python and the libraries that the figures depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
 
 
 def print_results(results: DemoResults, console: Console) -> None:
-    """The table at the end."""
+    """Print the table of accuracies."""
     table = Table(title=f"Accuracy on {results.n_private_test} private test rows", title_justify="left")
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("what it is")
-    for member, name, what in LINES:
+    for member, name, description in LINES:
         value = getattr(results, member)
         if value is not None:
-            table.add_row(name, f"{value:.3f}", what, style="bold" if member.startswith("post") else None)
+            table.add_row(name, f"{value:.3f}", description, style="bold" if member.startswith("post") else None)
     print_table(table, console)
     total = sum(results.seconds.values())
     console.print(
         f"DP: ({results.epsilon:g}, {results.delta:g}). The owner uploaded {results.bytes_uploaded:,} bytes in two "
-        f"prompts, and the test texts as questions; no label left. {total / 60:.1f} minutes in all.",
+        f"prompts, and the test texts for predictions; no labels were sent. Total time: {total / 60:.1f} minutes.",
         highlight=False,
     )
 
 
 def draw_results(results: DemoResults, path: Path) -> None:
-    """The picture: one bar per line of the table."""
+    """Draw one bar per line of the table."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

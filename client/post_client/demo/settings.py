@@ -10,30 +10,30 @@ from post_shared.schemas.transfers import TransferOptions
 from post_shared.schemas.tuning import PRIVATE, TuneOptions
 
 MAX_LENGTH = 64
-"""Tokens of a text: the demo's are sentences."""
+"""Tokens per text; the demo's texts are sentences."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """The real run. :data:`FAST` has the numbers of the smoke run."""
+    """The settings of the real run; :data:`FAST` has those of the smoke test."""
 
     fast: bool = False
     upper_bound: bool = False
     seed: int = 0
     task: str = "sst2"
-    """Preset of the private task, film reviews."""
+    """Preset of the private task: film reviews."""
     device: str = "auto"
 
     train_rows: int = 8000
     """Private rows to tune on."""
     test_rows: int = 400
-    """Private rows that measure; only the owner has their labels."""
+    """Private rows for testing; only the owner has their labels."""
     public_rows: int = 2000
     news_paragraphs: int = 300
-    """News prose in the distillation corpus, next to the review, editorial and tweet snippets."""
+    """News paragraphs in the distillation corpus, besides the review, editorial and tweet snippets."""
 
     distillation: DistilOptions = DistilOptions(max_minutes=6.0, templates=("{text} It was",))
-    """The provider knows the family of tasks that its customers have (the template), not their tasks."""
+    """The provider knows what kind of tasks its customers have (the template), not the tasks themselves."""
     tuning: TuneOptions = TuneOptions(steps=100, max_length=MAX_LENGTH)
     private_tuning: TuneOptions = PRIVATE.replace(steps=60, max_length=MAX_LENGTH)
     epsilon: float = 8.0
@@ -42,10 +42,10 @@ class DemoSettings:
     """The forbidden upper bound: a prompt tuned on the target model itself."""
 
     texts_per_request: int = 32
-    """Of a prediction."""
+    """Texts per prediction request."""
 
     def seeded(self, seed: int) -> DemoSettings:
-        """The same run with another seed in all its parts."""
+        """The same settings with another seed everywhere."""
         names = ("distillation", "tuning", "private_tuning", "transfer", "upper")
         return replace(self, seed=seed, **{name: getattr(self, name).replace(seed=seed) for name in names})
 
@@ -68,14 +68,14 @@ FAST = DemoSettings(
 
 
 def demo_settings(*, fast: bool, seed: int, minutes: float | None, upper_bound: bool) -> DemoSettings:
-    """The numbers of a run, with what the command line changes.
+    """The settings of a run with the command line's changes.
 
     Raises:
         InvalidInput: ``minutes`` isn't above 0.
     """
-    chosen = replace((FAST if fast else REAL).seeded(seed), upper_bound=upper_bound)
+    settings = replace((FAST if fast else REAL).seeded(seed), upper_bound=upper_bound)
     if minutes is None:
-        return chosen
+        return settings
     if minutes <= 0:
-        raise InvalidInput(f"--max-minutes is above 0, not {minutes}")
-    return replace(chosen, distillation=chosen.distillation.replace(max_minutes=minutes, steps=None))
+        raise InvalidInput(f"--max-minutes must be above 0, not {minutes}")
+    return replace(settings, distillation=settings.distillation.replace(max_minutes=minutes, steps=None))

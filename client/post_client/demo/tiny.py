@@ -1,4 +1,4 @@
-"""The stand-ins of ``post demo --fast``: made-up reviews and a tiny model with random weights. No download."""
+"""The stand-ins for ``post demo --fast``: synthetic reviews and a tiny random model. No download."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ LINES = (
 
 
 def tiny_texts(settings: DemoSettings) -> DemoTexts:
-    """Made-up reviews in the shape of the real ones."""
-    films = made_up_reviews(FILM, 4 * (settings.train_rows + settings.test_rows), settings.seed)
-    products = made_up_reviews(THING, 4 * settings.public_rows, settings.seed + 1)
-    prose = [row.text for row in made_up_reviews(THING, 400, settings.seed + 2)]
+    """Synthetic data sets with the sizes of ``settings``."""
+    films = synthetic_reviews(FILM, 4 * (settings.train_rows + settings.test_rows), settings.seed)
+    products = synthetic_reviews(THING, 4 * settings.public_rows, settings.seed + 1)
+    prose = [row.text for row in synthetic_reviews(THING, 400, settings.seed + 2)]
     return split(films, products, prose, settings)
 
 
-def made_up_reviews(nouns: str, count: int, seed: int) -> list[Row]:
-    """So many rows about one of the ``nouns``, half praise and half blame."""
-    generator = random.Random(seed)  # noqa: S311  made-up texts
-    found = []
-    for at in range(count):
-        words, label = ((PRAISE, POSITIVE), (BLAME, NEGATIVE))[at % 2]
+def synthetic_reviews(nouns: str, count: int, seed: int) -> list[Row]:
+    """``count`` reviews about the ``nouns``, half positive and half negative."""
+    generator = random.Random(seed)  # noqa: S311  synthetic texts
+    rows = []
+    for number in range(count):
+        words, label = ((PRAISE, POSITIVE), (BLAME, NEGATIVE))[number % 2]
         word, second = generator.sample(words.split(), 2)
         noun, other = generator.sample(nouns.split(), 2)
         line = generator.choice(LINES)
         degree = generator.choice(DEGREE.split())
-        found.append(Row(line.format(noun=noun, other=other, word=word, second=second, degree=degree), label))
-    return found
+        rows.append(Row(line.format(noun=noun, other=other, word=word, second=second, degree=degree), label))
+    return rows
 
 
 def tiny_model(folder: Path, texts: Sequence[str], seed: int) -> Path:
@@ -57,10 +57,10 @@ def tiny_model(folder: Path, texts: Sequence[str], seed: int) -> Path:
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=special, initial_alphabet=alphabet)
-    spoken = [f"{text} It was {word}" for text in texts for word in ("great", "good", "terrible", "bad")]
-    core.train_from_iterator(spoken, trainer)
-    named = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)
+    sentences = [f"{text} It was {word}" for text in texts for word in ("great", "good", "terrible", "bad")]
+    core.train_from_iterator(sentences, trainer)
+    special_tokens = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special_tokens)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

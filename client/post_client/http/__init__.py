@@ -1,1 +1,1 @@
-"""How the client talks to the server."""
+"""The client's HTTP layer."""

@@ -1,4 +1,4 @@
-"""Answers of a server, read: the document in one, or the error that it describes."""
+"""Parse a server's responses: the document, or the error that it describes."""
 
 from __future__ import annotations
 
@@ -42,45 +42,45 @@ BY_STATUS: Mapping[int, type[PostError]] = {
     503: Unavailable,
     504: Timeout,
 }
-"""What an answer means that is no problem document, as a proxy's."""
+"""The error for a response without a problem document, such as a proxy's."""
 
 
-def parse(answer: httpx.Response, document: type[T]) -> T:
-    """The document in an answer. Members that this version doesn't know yet are left out.
+def parse(response: httpx.Response, document: type[T]) -> T:
+    """The document in a response. Members that this version doesn't know are ignored.
 
     Raises:
-        IntegrityError: it is something else.
+        IntegrityError: the response is something else.
     """
     try:
-        return document.model_validate_json(answer.content, extra="ignore")
+        return document.model_validate_json(response.content, extra="ignore")
     except ValidationError as error:
         raise IntegrityError(
-            f"{answer.request.url.copy_with(query=None)} answered with something that is no {document.__name__} "
-            f"({first_error(error.errors())}); is it a POST server, of this version?"
+            f"{response.request.url.copy_with(query=None)} did not respond with a {document.__name__} "
+            f"({first_error(error.errors())}); is it a POST server of this version?"
         ) from error
 
 
-def error_of(answer: httpx.Response) -> PostError:
-    """The error that an answer describes."""
+def error_of(response: httpx.Response) -> PostError:
+    """The error that a response describes."""
     error: PostError | None = None
-    if answer.headers.get("content-type", "").startswith(PROBLEM_MEDIA_TYPE):
+    if response.headers.get("content-type", "").startswith(PROBLEM_MEDIA_TYPE):
         try:
-            members = answer.json()
+            members = response.json()
             error = from_problem(members) if isinstance(members, dict) else None
         except (ValueError, TypeError):
             error = None
     if error is None:
-        kind = BY_STATUS.get(answer.status_code, PostError)
-        error = kind(f"the server answered {answer.status_code} {answer.reason_phrase}")
-    error.request_id = error.request_id or answer.headers.get("x-request-id")
-    error.fields["retry_after"] = _seconds(error.fields.get("retry_after", answer.headers.get("retry-after")))
+        kind = BY_STATUS.get(response.status_code, PostError)
+        error = kind(f"the server responded with {response.status_code} {response.reason_phrase}")
+    error.request_id = error.request_id or response.headers.get("x-request-id")
+    error.fields["retry_after"] = _seconds(error.fields.get("retry_after", response.headers.get("retry-after")))
     return error
 
 
-def _seconds(given: Any) -> float | None:
-    """A waiting time that a server asks for, if it is one."""
+def _seconds(value: Any) -> float | None:
+    """The server's ``Retry-After`` in seconds; None if it isn't a number."""
     try:
-        seconds = float(given)
+        seconds = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return max(0.0, seconds) if math.isfinite(seconds) else None

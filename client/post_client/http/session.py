@@ -1,4 +1,4 @@
-"""Requests to one server: retries where they are safe, typed errors, typed answers. Written once, for both wires."""
+"""Requests to one server, with safe retries, typed errors and typed responses; one code path for sync and async."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ Content = bytes | Callable[[], IO[bytes]]
 USER_AGENT = "post-client"
 """The same on every machine: no version, no platform."""
 
-WORTH_REPEATING = (Unavailable, TooManyRequests, RequestInFlight)
-LONGEST_WAIT = 60.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")  # a proxy can't reach this machine's own server
+RETRYABLE = (Unavailable, TooManyRequests, RequestInFlight)
+MAX_RETRY_WAIT = 60.0
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")  # a proxy can't reach a server on this machine
 JSON = {"Content-Type": "application/json"}
 
 
 class Http:
-    """One connection pool. ``get`` and ``create`` are repeated when the server is away; see :meth:`send`.
+    """One connection pool. ``get`` and ``create`` are retried when the server is unavailable; see :meth:`send`.
 
-    Make one with :func:`blocking_http` or :func:`async_http`.
+    Create one with :func:`blocking_http` or :func:`async_http`.
     """
 
     def __init__(self, base: httpx.URL, api_key: str, attempts: int, wire: Wire) -> None:
         self.base = str(base).rstrip("/")
         if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
-            raise InvalidInput("the API key holds characters that no key has; copy it again")
+            raise InvalidInput("the API key contains invalid characters; copy it again")
         self._key = api_key
         self._attempts = attempts
         self.wire = wire
 
-    # --- verbs ----------------------------------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------------------
 
     async def get(self, path: str, document: type[T], **params: Any) -> T:
         """GET one document."""
-        return parse(await self.send("GET", path, params=params, repeat=True), document)
+        return parse(await self.send("GET", path, params=params, idempotent=True), document)
 
     async def pages(self, path: str, document: type[T], **params: Any) -> AsyncIterator[T]:
         """GET every item of a list, page by page."""
@@ -68,10 +68,10 @@ class Http:
                 return
 
     async def create(self, path: str, body: BaseModel, document: type[T]) -> T:
-        """POST a document. The key makes a repeated request the same request."""
+        """POST a document. The idempotency key makes retries safe."""
         content = body.model_dump_json(exclude_none=True).encode()
         headers = JSON | {"Idempotency-Key": str(uuid.uuid4())}
-        return parse(await self.send("POST", path, content=content, headers=headers, repeat=True), document)
+        return parse(await self.send("POST", path, content=content, headers=headers, idempotent=True), document)
 
     async def send(
         self,
@@ -81,29 +81,32 @@ class Http:
         params: Mapping[str, Any] | None = None,
         content: Content | None = None,
         headers: Mapping[str, str] | None = None,
-        repeat: bool,
+        idempotent: bool,
     ) -> httpx.Response:
-        """One answer with status below 400. ``repeat`` says that sending the same again does no harm."""
+        """The response, its body read, with a status below 400. Only ``idempotent`` requests are sent again."""
 
         async def once() -> httpx.Response:
-            async with self.stream(method, path, params=params, content=content, headers=headers) as answer:
-                await self.wire.read(answer)
-                return answer
+            async with self.stream(method, path, params=params, content=content, headers=headers) as response:
+                await self.wire.read(response)
+                return response
 
-        return await self.repeating(once, repeat=repeat)
+        return await self.with_retries(once, idempotent=idempotent)
 
-    async def repeating(self, work: Callable[[], Awaitable[httpx.Response]], *, repeat: bool) -> httpx.Response:
-        """``work``, again after a wait when the server is away or busy. A refused connection was never a request."""
+    async def with_retries(
+        self, request: Callable[[], Awaitable[httpx.Response]], *, idempotent: bool
+    ) -> httpx.Response:
+        """Run ``request``, with backoff while the server is unavailable or busy. A request that isn't idempotent is
+        retried only if the connection was refused: then nothing was sent."""
         policy = AsyncRetrying(
             sleep=self.wire.sleep,
             stop=stop_after_attempt(self._attempts),
             wait=_wait,
-            retry=retry_if_exception(lambda e: isinstance(e, WORTH_REPEATING) if repeat else _refused(e)),
+            retry=retry_if_exception(lambda e: isinstance(e, RETRYABLE) if idempotent else _refused(e)),
             reraise=True,
         )
 
         async def attempt() -> httpx.Response:
-            return await work()
+            return await request()
 
         return await policy(attempt)
 
@@ -116,26 +119,26 @@ class Http:
         params: Mapping[str, Any] | None = None,
         content: Content | None = None,
         headers: Mapping[str, str] | None = None,
-        patience: float | None = None,
+        read_timeout: float | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        """One answer, its body not yet read; errors are raised as classes of :mod:`post_shared.errors`.
+        """The response, its body not yet read; errors are raised as classes of :mod:`post_shared.errors`.
 
-        ``patience`` is how long the server may be silent, in seconds.
+        ``read_timeout`` is the longest wait for the next bytes, in seconds.
         """
         file = content() if callable(content) else None
         body = content if file is None else self.wire.body(file)
-        request = self._request(method, path, params or {}, body, headers or {}, patience)
+        request = self._request(method, path, params or {}, body, headers or {}, read_timeout)
         try:
-            answer = await self.wire.send(request)
+            response = await self.wire.send(request)
             try:
-                if answer.status_code >= 400:
-                    await self.wire.read(answer)
-                    raise error_of(answer)
-                yield answer
+                if response.status_code >= 400:
+                    await self.wire.read(response)
+                    raise error_of(response)
+                yield response
             finally:
-                await self.wire.finish(answer)
+                await self.wire.finish(response)
         except httpx.TransportError as error:
-            raise self._away(error) from error
+            raise self._transport_error(error) from error
         finally:
             if file is not None:
                 file.close()
@@ -147,58 +150,58 @@ class Http:
         params: Mapping[str, Any],
         body: Any,
         headers: Mapping[str, str],
-        patience: float | None,
+        read_timeout: float | None,
     ) -> httpx.Request:
-        known = {name: value for name, value in params.items() if value is not None}
-        given = {"Accept": "application/json", "User-Agent": USER_AGENT} | dict(headers)
+        query = {name: value for name, value in params.items() if value is not None}
+        all_headers = {"Accept": "application/json", "User-Agent": USER_AGENT} | dict(headers)
         timeout = self.wire.timeout.as_dict()
         return httpx.Request(
             method,
             self.base + path,
-            params=known or None,
-            headers=given | {"Authorization": f"Bearer {self._key}"},
+            params=query or None,
+            headers=all_headers | {"Authorization": f"Bearer {self._key}"},
             content=body,
-            extensions={"timeout": timeout if patience is None else timeout | {"read": patience}},
+            extensions={"timeout": timeout if read_timeout is None else timeout | {"read": read_timeout}},
         )
 
-    def _away(self, error: httpx.TransportError) -> PostError:
+    def _transport_error(self, error: httpx.TransportError) -> PostError:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return Unavailable(
-                f"nothing answers at {self.base} ({error}). Is the server running (post serve), and is the address "
+                f"can't connect to {self.base} ({error}). Is the server running (post serve), and is the address "
                 "right (--url or POST_URL)?"
             )
         if isinstance(error, httpx.TimeoutException):
-            return Timeout(f"{self.base} didn't answer in time; try again, or give the client a longer timeout")
+            return Timeout(f"{self.base} didn't respond in time; try again, or give the client a longer timeout")
         return Unavailable(f"the connection to {self.base} broke: {error}; try again")
 
 
 def blocking_http(
     url: str, api_key: str, *, timeout: float, attempts: int, transport: httpx.BaseTransport | None = None
 ) -> Http:
-    """For :func:`post_client.http.transports.run`."""
+    """A blocking session, for :func:`post_client.http.transports.run`."""
     base = _address(url)
-    wire = BlockingWire(_patience(timeout), base.host not in _LOOPBACK, transport)
+    wire = BlockingWire(_timeouts(timeout), base.host not in _LOOPBACK, transport)
     return Http(base, api_key, attempts, wire)
 
 
 def async_http(
     url: str, api_key: str, *, timeout: float, attempts: int, transport: httpx.AsyncBaseTransport | None = None
 ) -> Http:
-    """For asyncio (and whatever else anyio knows)."""
+    """An asynchronous session, for asyncio or any other loop that anyio supports."""
     base = _address(url)
-    wire = AsyncWire(_patience(timeout), base.host not in _LOOPBACK, transport)
+    wire = AsyncWire(_timeouts(timeout), base.host not in _LOOPBACK, transport)
     return Http(base, api_key, attempts, wire)
 
 
-def _patience(timeout: float) -> httpx.Timeout:
+def _timeouts(timeout: float) -> httpx.Timeout:
     return httpx.Timeout(timeout, connect=min(10.0, timeout))
 
 
 def _address(url: str) -> httpx.URL:
-    """The address, if it is one of a server.
+    """Parse a server's address; ``http://`` is the default scheme.
 
     Raises:
-        InvalidInput: it isn't.
+        InvalidInput: it isn't one.
     """
     try:
         parts = httpx.URL(url if "://" in url else f"http://{url}")
@@ -207,7 +210,7 @@ def _address(url: str) -> httpx.URL:
             return parts
     except httpx.InvalidURL:
         pass
-    raise InvalidInput(f"{url!r} is no server address; it looks like https://provider.example")
+    raise InvalidInput(f"{url!r} isn't a server address; one looks like https://provider.example")
 
 
 def _refused(error: BaseException) -> bool:
@@ -218,7 +221,7 @@ _backoff = wait_exponential(multiplier=0.25, max=5.0) + wait_random(0, 0.25)
 
 
 def _wait(state: RetryCallState) -> float:
-    """As long as the server asks for (``Retry-After``), or longer after each failure."""
+    """The server's ``Retry-After`` (seconds), or exponential backoff."""
     error = state.outcome.exception() if state.outcome else None
-    asked = error.fields.get("retry_after") if isinstance(error, PostError) else None
-    return min(float(asked), LONGEST_WAIT) if asked is not None else _backoff(state)
+    retry_after = error.fields.get("retry_after") if isinstance(error, PostError) else None
+    return min(float(retry_after), MAX_RETRY_WAIT) if retry_after is not None else _backoff(state)

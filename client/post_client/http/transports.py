@@ -1,7 +1,7 @@
-"""How requests travel: one wire that blocks its thread, one for asyncio, with the same methods.
+"""A blocking and an asynchronous transport ("wire") with the same methods.
 
-Everything above them is written once, as coroutines. On the blocking wire no method ever suspends, so that a coroutine
-over it runs to its end at its first step: that is all that :func:`run` does, and why it needs no event loop.
+All code above them is written once, as coroutines. No method of the blocking wire ever suspends, so a coroutine over it
+finishes at its first step. :func:`run` relies on that and needs no event loop.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ R = TypeVar("R")
 CHUNK_BYTES = 1 << 16
 
 
-def run(work: Coroutine[Any, Any, R]) -> R:
+def run(coroutine: Coroutine[Any, Any, R]) -> R:
     """The result of a coroutine over a blocking wire."""
     try:
-        work.send(None)
+        coroutine.send(None)
     except StopIteration as done:
         result: R = done.value
         return result
-    work.close()
+    coroutine.close()
     raise RuntimeError("a coroutine over a blocking wire has suspended")
 
 
@@ -45,32 +45,32 @@ def run_all(items: AsyncIterator[R]) -> Iterator[R]:
 
 
 class Wire(Protocol):
-    """What :class:`post_client.http.session.Http` needs of the network, of time and of this machine's disk."""
+    """What :class:`post_client.http.session.Http` needs from the network, the clock and the disk."""
 
     timeout: httpx.Timeout
 
     async def send(self, request: httpx.Request) -> httpx.Response:
-        """The answer, its body not yet read."""
+        """Send a request; the response's body is not yet read."""
 
     def body(self, file: IO[bytes]) -> Any:
-        """A file as the content of a request."""
+        """A file as a request body."""
 
-    def chunks(self, answer: httpx.Response) -> AsyncIterator[bytes]:
-        """The bytes of a body as they came over the wire."""
+    def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """The raw bytes of a body as they arrive."""
 
-    def lines(self, answer: httpx.Response) -> AsyncIterator[str]:
+    def lines(self, response: httpx.Response) -> AsyncIterator[str]:
         """The lines of a body."""
 
-    async def read(self, answer: httpx.Response) -> None:
-        """Read the whole body; ``answer.content`` has it then."""
+    async def read(self, response: httpx.Response) -> None:
+        """Read the whole body into ``response.content``."""
 
-    async def finish(self, answer: httpx.Response) -> None:
-        """Give the connection back."""
+    async def finish(self, response: httpx.Response) -> None:
+        """Return the connection to the pool."""
 
     async def sleep(self, seconds: float) -> None: ...
 
-    async def work(self, task: Callable[[], R]) -> R:
-        """Something slow on this machine, such as hashing a file."""
+    async def run_sync(self, function: Callable[[], R]) -> R:
+        """Run slow local work, such as hashing a file."""
 
     async def close(self) -> None: ...
 
@@ -88,32 +88,32 @@ class BlockingWire:
     def body(self, file: IO[bytes]) -> Any:
         return file
 
-    async def chunks(self, answer: httpx.Response) -> AsyncIterator[bytes]:
-        for chunk in answer.iter_raw():
+    async def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        for chunk in response.iter_raw():
             yield chunk
 
-    async def lines(self, answer: httpx.Response) -> AsyncIterator[str]:
-        for line in answer.iter_lines():
+    async def lines(self, response: httpx.Response) -> AsyncIterator[str]:
+        for line in response.iter_lines():
             yield line
 
-    async def read(self, answer: httpx.Response) -> None:
-        answer.read()
+    async def read(self, response: httpx.Response) -> None:
+        response.read()
 
-    async def finish(self, answer: httpx.Response) -> None:
-        answer.close()
+    async def finish(self, response: httpx.Response) -> None:
+        response.close()
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    async def work(self, task: Callable[[], R]) -> R:
-        return task()
+    async def run_sync(self, function: Callable[[], R]) -> R:
+        return function()
 
     async def close(self) -> None:
         self._client.close()
 
 
 class AsyncWire:
-    """Over :class:`httpx.AsyncClient`. Files are read, and hashed, in threads."""
+    """Over :class:`httpx.AsyncClient`. Files are read and hashed in threads."""
 
     def __init__(self, timeout: httpx.Timeout, trust_env: bool, transport: httpx.AsyncBaseTransport | None) -> None:
         self.timeout = timeout
@@ -126,25 +126,25 @@ class AsyncWire:
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
             yield chunk
 
-    async def chunks(self, answer: httpx.Response) -> AsyncIterator[bytes]:
-        async for chunk in answer.aiter_raw():
+    async def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        async for chunk in response.aiter_raw():
             yield chunk
 
-    async def lines(self, answer: httpx.Response) -> AsyncIterator[str]:
-        async for line in answer.aiter_lines():
+    async def lines(self, response: httpx.Response) -> AsyncIterator[str]:
+        async for line in response.aiter_lines():
             yield line
 
-    async def read(self, answer: httpx.Response) -> None:
-        await answer.aread()
+    async def read(self, response: httpx.Response) -> None:
+        await response.aread()
 
-    async def finish(self, answer: httpx.Response) -> None:
-        await answer.aclose()
+    async def finish(self, response: httpx.Response) -> None:
+        await response.aclose()
 
     async def sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds)
 
-    async def work(self, task: Callable[[], R]) -> R:
-        return await anyio.to_thread.run_sync(task)
+    async def run_sync(self, function: Callable[[], R]) -> R:
+        return await anyio.to_thread.run_sync(function)
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -1,12 +1,12 @@
-"""The ledger: what all runs on the same private rows have spent together. It stays on the data owner's machine.
+"""The privacy ledger: the budget that all runs on the same private rows spend together. It never leaves the machine.
 
 with Ledger(default_path()) as ledger:
     result = tune(student, task, rows, config, privacy=PrivacyConfig(epsilon=3), reserve=ledger.reserve)
     keep(result.prompt)
     ledger.finish(result.run)
 
-A run is charged before its first step and stays charged if it dies. Until it is finished, the same work draws the same
-batches and the same noise, so starting it again is the same run and costs nothing; after that it is a new one.
+A run is charged before its first step and stays charged if it is interrupted. Until it is finished, a run with the same
+id draws the same batches and noise, so restarting it costs nothing. After that, it is a new run.
 """
 
 from __future__ import annotations

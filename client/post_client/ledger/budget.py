@@ -1,7 +1,7 @@
-"""How charges on the same data add up.
+"""How charges on the same data compose.
 
-The budget of a row (or user) is the composition of all runs on data sets that contain it; that of a data set is the
-largest one of its rows. Composition is that of the mechanisms, by PRV and at one δ, not the sum of their ε.
+The total of a row (or user) is the composition of all runs on data sets that contain it. The total of a data set is the
+largest total of its rows. The mechanisms are composed by the PRV accountant at one δ; their ε are not summed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from post_client.privacy.accounting import Mechanism, Unit, compose
 
-WITHOUT_PRIVACY = "a run without differential privacy is among them"
-MIXED_UNITS = "runs per row and per user are mixed, and no sum of the two is proven"
+WITHOUT_PRIVACY = "one of the runs had no differential privacy"
+MIXED_UNITS = "runs per row and per user are mixed, and no composition of the two is proven"
 
 
 @dataclass(frozen=True)
 class Charge:
-    """What one run does to the data. ``mechanism`` is None where nothing is guaranteed (ε = ∞)."""
+    """The privacy cost of one run. ``mechanism`` is None without a guarantee (ε = ∞)."""
 
     unit: Unit
     delta: float
@@ -31,7 +31,7 @@ class Charge:
 
 @dataclass(frozen=True)
 class Total:
-    """ε of several runs together, at ``delta``; infinite where nothing can be promised, and ``why``."""
+    """ε of several runs together, at ``delta``. ``why`` explains an infinite ε."""
 
     epsilon: float
     delta: float
@@ -53,7 +53,7 @@ NOTHING = Total(0.0, 0.0, 0)
 
 
 def total(charges: Sequence[Charge]) -> Total:
-    """All charges on one row together, at the least δ among them."""
+    """The composition of all charges on one row, at the smallest δ among them."""
     if not charges:
         return NOTHING
     delta, runs = min(charge.delta for charge in charges), len(charges)

@@ -1,4 +1,4 @@
-"""The ledger itself: reserve, refuse, finish, and say what was spent."""
+"""The ledger: charge runs, refuse those above a cap, finish runs, and report what was spent."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from post_client.ledger.queries import (
     charge_of,
     check_caps,
     checked_cap,
-    enter,
+    find_or_insert,
     finite,
     groups,
-    insert,
+    insert_run,
+    largest_total,
     lower_cap,
     now,
     one,
     unfinished,
-    worst,
 )
 from post_client.ledger.records import records_of, salted
 from post_client.ledger.reservation import Run, RunLock
@@ -41,7 +41,7 @@ class RunRecord:
 
     id: int
     state: str
-    """``running``, ``interrupted`` (charged, and free to be started again) or ``finished``."""
+    """``running``, ``interrupted`` (charged and can be resumed) or ``finished``."""
     started: str
     ended: str | None
     charge: Charge
@@ -49,7 +49,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Account:
-    """What a data set has spent: the worst of its rows."""
+    """What a data set has spent: the largest total of its rows."""
 
     id: int
     name: str
@@ -57,14 +57,14 @@ class Account:
     rows: int
     units: int
     epsilon_cap: float | None
-    """The least cap of all data sets that share rows with it."""
+    """The smallest cap of all data sets that share rows with it."""
     spent: Total
     runs: tuple[RunRecord, ...]
     shared: tuple[str, ...]
-    """Names of other data sets that share rows (or users) with it."""
+    """Names of the other data sets that share rows (or users) with it."""
 
     def document(self) -> dict[str, Any]:
-        """For JSON; an infinite ε is null there, and ``why`` says why."""
+        """The account for JSON. An infinite ε becomes null; ``why`` gives the reason."""
         members: dict[str, Any] = asdict(self)
         members["spent"]["epsilon"] = finite(self.spent.epsilon)
         for member, run in zip(members["runs"], self.runs, strict=True):
@@ -73,10 +73,10 @@ class Account:
 
 
 class Ledger:
-    """Opens the ledger at ``path``, and makes it if it isn't there.
+    """Opens the ledger at ``path``; creates it if it doesn't exist.
 
     Raises:
-        LedgerInvalid: it can't be read or written there, or the file is something else.
+        LedgerInvalid: the file can't be read or written, or isn't a ledger.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +85,7 @@ class Ledger:
         self._locks: dict[int, RunLock] = {}
 
     def close(self) -> None:
-        """Let go of the runs that are under way here; they stay charged."""
+        """Close the file and release the locks of unfinished runs; they stay charged."""
         for lock in self._locks.values():
             lock.release()
         self._locks.clear()
@@ -104,74 +104,78 @@ class Ledger:
     def reserve(
         self, rows: Sequence[Row], charge: Charge, run_id: str, *, name: str = "", epsilon_cap: float | None = None
     ) -> Run:
-        """Charge a run before it begins; on disk when this returns. A run of the same work that never ended goes on.
+        """Charge a run before it starts, or resume an unfinished run with the same id. On disk when this returns.
 
-        ``cap`` is kept with the data set; a later one can only lower it (:meth:`set_epsilon_cap` also raises it). It stops no
-        run that is charged already.
+        ``epsilon_cap`` is stored with the data set. A later one can only lower it; :meth:`set_epsilon_cap` can raise
+        it. A cap doesn't stop runs that are charged already.
 
         Raises:
-            BudgetExceeded: some row would get above its cap; nothing was charged.
-            Conflict: another process is at this very run.
+            BudgetExceeded: a row would exceed its cap; nothing was charged.
+            Conflict: another process is executing this run.
             LedgerInvalid: the charge couldn't be written.
         """
         records = records_of(rows, charge.unit, self._salt)
-        secret = salted(self._salt, "work", run_id)
+        run_hash = salted(self._salt, "work", run_id)
         with ExitStack() as undo, self._store.transaction() as connection:
-            data_set = enter(connection, records, len(rows), name)
-            run = unfinished(connection, data_set, secret, charge)
+            data_set = find_or_insert(connection, records, len(rows), name)
+            run = unfinished(connection, data_set, run_hash, charge)
             if epsilon_cap is not None:
                 lower_cap(connection, data_set, checked_cap(epsilon_cap))
             if run is None:
                 check_caps(connection, data_set, charge, name)
-                run = Run(insert(connection, data_set, secret, charge, key := new_key()), key, False)
+                run = Run(insert_run(connection, data_set, run_hash, charge, key := new_key()), key, False)
             lock = RunLock(self._store.path, run.id)
             if run.id in self._locks or not lock.acquire():
-                raise Conflict(f"run {run.id}, which is this very work, is under way in another process; let it end")
-            undo.callback(lock.remove)  # should the charge not get onto the disk
+                raise Conflict(f"this run (number {run.id}) is already running in another process; wait until it ends")
+            undo.callback(lock.remove)  # in case the commit fails
             connection.execute("COMMIT")
             undo.pop_all()
             self._locks[run.id] = lock
         return run
 
     def finish(self, run: Run) -> None:
-        """The result of ``run`` is kept: its key is destroyed, so the same work again is a new run."""
+        """Mark ``run`` as finished, once its result is saved. Its key is deleted, so the same id is then a new run."""
         with self._store.transaction() as connection:
             connection.execute("UPDATE runs SET key = NULL, ended = ? WHERE id = ? AND key NOT NULL", (now(), run.id))
         lock = self._locks.pop(run.id, None)
         if lock is not None:
             lock.remove()
 
-    # --- asking ---------------------------------------------------------------------------------------
+    # --- queries --------------------------------------------------------------------------------------
 
     def foresee(self, rows: Sequence[Row], charge: Charge) -> tuple[Total, Total]:
-        """What the worst row has spent, and what it will have with ``charge`` too. Nothing is charged."""
+        """The largest total of a row, now and with ``charge`` added. Nothing is charged."""
         records = records_of(rows, charge.unit, self._salt)
         with self._store.transaction() as connection:
-            connection.execute("SAVEPOINT question")
-            data_set = enter(connection, records, len(rows), "")
-            before, after = worst(connection, data_set), worst(connection, data_set, charge)
-            connection.execute("ROLLBACK TO question")
+            connection.execute("SAVEPOINT preview")
+            data_set = find_or_insert(connection, records, len(rows), "")
+            before, after = largest_total(connection, data_set), largest_total(connection, data_set, charge)
+            connection.execute("ROLLBACK TO preview")
         return before, after
 
     def account(self, rows: Sequence[Row], unit: Unit) -> Account | None:
-        """The account of a data set; None if no run on it was charged and no cap set."""
+        """The account of a data set; None if the ledger has no run and no cap for it."""
         digest = records_of(rows, unit, self._salt).digest
         with self._store.transaction() as connection:
-            found = connection.execute("SELECT * FROM data_sets WHERE digest = ?", (digest,)).fetchone()
-            return None if found is None else self._account(connection, found)
+            row = connection.execute("SELECT * FROM data_sets WHERE digest = ?", (digest,)).fetchone()
+            return None if row is None else self._account(connection, row)
 
     def accounts(self) -> list[Account]:
-        """Every data set, in the order in which they came."""
+        """The accounts of all data sets, oldest first."""
         with self._store.transaction() as connection:
-            every = connection.execute("SELECT * FROM data_sets ORDER BY id").fetchall()
-            return [self._account(connection, each) for each in every]
+            data_sets = connection.execute("SELECT * FROM data_sets ORDER BY id").fetchall()
+            return [self._account(connection, data_set) for data_set in data_sets]
 
     def set_epsilon_cap(self, rows: Sequence[Row], unit: Unit, epsilon_cap: float | None, *, name: str = "") -> None:
-        """Set, raise or (with None) remove the cap of a data set."""
+        """Set, raise or (with None) remove the cap of a data set.
+
+        Raises:
+            InvalidInput: the cap isn't a finite number above 0.
+        """
         records = records_of(rows, unit, self._salt)
         value = None if epsilon_cap is None else checked_cap(epsilon_cap)
         with self._store.transaction() as connection:
-            data_set = enter(connection, records, len(rows), name)
+            data_set = find_or_insert(connection, records, len(rows), name)
             connection.execute("UPDATE data_sets SET cap = ? WHERE id = ?", (value, data_set))
 
     def run(self, number: int) -> RunRecord:
@@ -181,15 +185,15 @@ class Ledger:
             NotFound: there is no such run.
         """
         with self._store.transaction() as connection:
-            found = connection.execute("SELECT * FROM runs WHERE id = ?", (number,)).fetchone()
-            if found is None:
+            row = connection.execute("SELECT * FROM runs WHERE id = ?", (number,)).fetchone()
+            if row is None:
                 raise NotFound(f"the ledger has no run {number}")
-            return self._record(found)
+            return self._record(row)
 
     def _account(self, connection: sqlite3.Connection, data_set: sqlite3.Row) -> Account:
         runs = connection.execute("SELECT * FROM runs WHERE data_set = ? ORDER BY id", (data_set["id"],)).fetchall()
-        met = groups(connection, data_set["id"])
-        others = sorted(set().union(*met) - {data_set["id"]})
+        overlaps = groups(connection, data_set["id"])
+        others = sorted(set().union(*overlaps) - {data_set["id"]})
         return Account(
             id=data_set["id"],
             name=data_set["name"],
@@ -197,9 +201,9 @@ class Ledger:
             rows=data_set["rows"],
             units=data_set["units"],
             epsilon_cap=min(
-                (epsilon_cap for group in met if (epsilon_cap := cap_of(connection, group)) is not None), default=None
+                (cap for group in overlaps if (cap := cap_of(connection, group)) is not None), default=None
             ),
-            spent=worst(connection, data_set["id"]),
+            spent=largest_total(connection, data_set["id"]),
             runs=tuple(map(self._record, runs)),
             shared=tuple(str(one(connection, "SELECT name FROM data_sets WHERE id = ?", other)) for other in others),
         )

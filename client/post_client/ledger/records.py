@@ -1,4 +1,4 @@
-"""What the ledger knows of private rows: salted hashes, enough to see that a row was there before and no more."""
+"""How the ledger identifies private rows: by salted hashes, which only show whether a row was used before."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ HASH_BYTES = 16
 
 @dataclass(frozen=True)
 class Records:
-    """A data set as the ledger sees it: pairs (hash of the unit, hash of the row). For the unit row both are the same.
+    """A data set as the ledger stores it: pairs (hash of the unit, hash of the row), which are equal for the unit row.
 
-    A row is its text: the same text under another label, or in another file or order, is the same person's.
+    A row is identified by its text alone, not by its label, file or position.
     """
 
     unit: Unit
     pairs: tuple[tuple[bytes, bytes], ...]
-    """Sorted; a row that stands there twice is there twice."""
+    """Sorted; duplicate rows are kept."""
     digest: bytes
-    """Names the data set; equal for the same rows in any order."""
+    """Identifies the data set; equal for the same rows in any order."""
 
     @property
     def units(self) -> int:
@@ -35,21 +35,21 @@ def records_of(rows: Sequence[Row], unit: Unit, salt: bytes) -> Records:
     """Hash every row with the ledger's salt.
 
     Raises:
-        DataInvalid: no rows, or (for the unit user) a row that names no user.
+        DataInvalid: no rows, or (for the unit user) a row without a user.
     """
     if not rows:
         raise DataInvalid("there are no rows to account for")
     if unit == "user" and any(row.user is None for row in rows):
-        raise DataInvalid("a row names no user; privacy per user needs one for each")
+        raise DataInvalid("a row has no user; privacy per user needs a user for every row")
     pairs = tuple(sorted(_pairs(rows, unit, salt)))
-    together = hashlib.blake2b(unit.encode(), key=salt, digest_size=HASH_BYTES)
+    digest = hashlib.blake2b(unit.encode(), key=salt, digest_size=HASH_BYTES)
     for pair in pairs:
-        together.update(b"".join(pair))
-    return Records(unit, pairs, together.digest())
+        digest.update(b"".join(pair))
+    return Records(unit, pairs, digest.digest())
 
 
 def salted(salt: bytes, kind: str, text: str) -> bytes:
-    """A keyed hash: nobody without the salt can try out texts against it."""
+    """A keyed hash: without the salt, nobody can test texts against it."""
     return hashlib.blake2b(text.encode(), key=salt, person=kind.encode(), digest_size=HASH_BYTES).digest()
 
 

@@ -1,4 +1,4 @@
-"""A run that the ledger has charged, and the lock that says that it is under way."""
+"""A run charged by the ledger, and the lock held while it is running."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from post_shared.data.rows import Row
 
 @dataclass(frozen=True)
 class Run:
-    """A reserved run. Its randomness comes from ``key``, which the ledger destroys when the run is finished."""
+    """A charged run. Its randomness comes from ``key``, which the ledger deletes when the run is finished."""
 
     id: int
     key: bytes = field(repr=False)
     resumed: bool
-    """It was begun before, by the same work: it is gone on with, and nothing more is charged."""
+    """The same run was started before: it is resumed and nothing more is charged."""
 
     @property
     def name(self) -> str:
-        """Tells this run from every other one, and its key to nobody."""
+        """A unique name that doesn't reveal the key."""
         return hashlib.sha256(b"name/" + self.key).hexdigest()
 
     def trial(self, number: int) -> Run:
-        """One of several runs under this reservation, with randomness of its own."""
+        """One of several runs under this reservation, with its own randomness."""
         return Run(self.id, trial_key(self.key, number), self.resumed)
 
 
 class Reserve(Protocol):
-    """Charges ``charge`` to ``rows`` before they are used. ``work`` names what will be done, to the last number."""
+    """Charges ``charge`` to ``rows`` before they are used. ``run_id`` identifies the run in full detail."""
 
     def __call__(self, rows: Sequence[Row], charge: Charge, run_id: str) -> Run: ...
 
 
 class RunLock:
-    """Held by the process that works on a run; the operating system lets go of it when that process dies.
+    """A lock held by the process that executes a run; the operating system releases it when that process dies.
 
-    Two processes on one run would use the same noise, and the rounding between their results would have none.
+    Two processes on one run would use the same noise, so differences between their results would have no noise at all.
     """
 
     def __init__(self, ledger: Path, run: int) -> None:
@@ -51,7 +51,7 @@ class RunLock:
         self._held: sqlite3.Connection | None = None
 
     def acquire(self) -> bool:
-        """Whether it was free, and is now held."""
+        """Try to take the lock; False if another process holds it."""
         connection = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("BEGIN EXCLUSIVE")
@@ -69,7 +69,7 @@ class RunLock:
             self._held = None
 
     def remove(self) -> None:
-        """After the run is finished: nobody will look for the lock again."""
+        """Release the lock and delete its file, once the run is finished."""
         self.release()
         with suppress(OSError):
             self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The ledger's file: SQLite, one transaction per question or change, on disk before anything is trained."""
+"""The ledger's SQLite file: one transaction per query or change, on disk before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from post_shared.errors import LedgerInvalid
 LEDGER_VARIABLE = "POST_LEDGER"
 APPLICATION, VERSION = 0x504F5354, 1
 WAIT_SECONDS = 60.0
-"""For another process's transaction, which may compute a composition."""
+"""How long to wait for another process's transaction, which may compute a composition."""
 
 SCHEMA = """
 CREATE TABLE salt (value BLOB NOT NULL);
@@ -41,16 +41,16 @@ CREATE TABLE runs (
 
 def default_path() -> Path:
     """``POST_LEDGER``, or a file in the platform's folder for user data."""
-    named = os.environ.get(LEDGER_VARIABLE)
-    return Path(named) if named else user_data_path("post") / "ledger.db"
+    from_environment = os.environ.get(LEDGER_VARIABLE)
+    return Path(from_environment) if from_environment else user_data_path("post") / "ledger.db"
 
 
 class Store:
-    """The open file. Every error of SQLite is a :class:`LedgerInvalid` that names it."""
+    """The open file. Every SQLite error becomes a :class:`LedgerInvalid` with the file's path."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()  # two names of one file have one lock for a run
-        with self._speaking():
+        self.path = path.resolve()  # two paths of one file must share a run's lock
+        with self._translated_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # only its owner may read it
             self._connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
@@ -69,24 +69,24 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Alone from the first question to the last change; an error takes all of it back.
+        """An exclusive transaction, rolled back on an error.
 
         Raises:
             LedgerInvalid: the file can't be read or written (a full disk, a lost mount, no permission).
         """
-        with self._speaking():
+        with self._translated_errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
                 if self._connection.in_transaction:
                     self._connection.execute("COMMIT")
             except BaseException:
-                if self._connection.in_transaction:  # SQLite may have rolled back by itself
+                if self._connection.in_transaction:  # SQLite may have rolled back already
                     self._connection.execute("ROLLBACK")
                 raise
 
     def salt(self) -> bytes:
-        with self._speaking():
+        with self._translated_errors():
             return bytes(self._connection.execute("SELECT value FROM salt").fetchone()[0])
 
     def _prepare(self) -> None:
@@ -99,9 +99,11 @@ class Store:
                     connection.execute(f"PRAGMA application_id = {APPLICATION}")
                     connection.execute(f"PRAGMA user_version = {VERSION}")
         if (self._pragma("application_id"), self._pragma("user_version")) != (APPLICATION, VERSION):
-            raise LedgerInvalid(f"{self.path} is no ledger of this version; name another file, or update POST")
+            raise LedgerInvalid(f"{self.path} isn't a ledger of this version; use another file, or update POST")
         if self._connection.execute("SELECT value FROM salt").fetchone() is None:
-            raise LedgerInvalid(f"{self.path} is damaged: its salt is gone, so it knows no row any more; take a backup")
+            raise LedgerInvalid(
+                f"{self.path} is damaged: without its salt it can't recognise any rows; restore a backup"
+            )
 
     def _tables(self) -> bool:
         return bool(self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
@@ -110,23 +112,23 @@ class Store:
         return self._connection.execute(f"PRAGMA {name}").fetchone()[0]
 
     @contextmanager
-    def _speaking(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise LedgerInvalid(f"{self.path}: can't keep the ledger there: {error.strerror or error}") from error
+            raise LedgerInvalid(f"{self.path}: can't create or open the ledger: {error.strerror or error}") from error
         except sqlite3.Error as error:
             raise LedgerInvalid(
-                f"{self.path}: the ledger can't be read or written: {error}. Without it no run is charged, so none is "
-                f"begun; {_mend(error)}"
+                f"{self.path}: the ledger can't be read or written: {error}. Runs that can't be charged are not "
+                f"started; {_remedy(error)}"
             ) from error
 
 
-def _mend(error: sqlite3.Error) -> str:
-    """What to do, as far as SQLite knows what it is."""
+def _remedy(error: sqlite3.Error) -> str:
+    """What the user can do about an SQLite error."""
     code = getattr(error, "sqlite_errorcode", None)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return "it is no ledger or is damaged: take a backup, or name another file"
+        return "the file isn't a ledger or is damaged: restore a backup, or use another file"
     if code == sqlite3.SQLITE_FULL:
-        return "free the disk, or name another file"
-    return "see to that, or name another file"
+        return "free disk space, or use another file"
+    return "fix the cause, or use another file"

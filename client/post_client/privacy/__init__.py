@@ -1,4 +1,4 @@
-"""Differential privacy of the data owner's tuning: PromptDPSGD, its randomness, its accounting, its statement.
+"""Differential privacy for prompt tuning: PromptDPSGD, randomness, accounting and the privacy statement.
 
 plan = PrivacyPlan.make(PrivacyConfig(epsilon=8), len(rows), batch_size=32, steps=300)
 sampler, optimizer = plan.sampler(), plan.optimizer(prompt, learning_rate=0.05)

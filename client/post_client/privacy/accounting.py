@@ -1,8 +1,8 @@
-"""ε for given noise and steps, noise for given ε, and the rules for δ.
+"""ε for given noise and steps, noise for a given ε, and the rules for δ.
 
-The mechanism is the Poisson-subsampled Gaussian one, composed over a fixed number of steps; neighbouring data
-sets differ by one row, added or removed. Opacus's PRV accountant (Gopi et al. 2021) bounds ε from above to
-within half a percent; where its numerics give up, Opacus's RDP accountant answers, with a larger ε.
+The mechanism is the Poisson-subsampled Gaussian mechanism, composed over a fixed number of steps. Neighbouring data
+sets differ by one row, added or removed. Opacus's PRV accountant (Gopi et al. 2021) bounds ε from above to within
+half a percent; where it fails numerically, Opacus's RDP accountant is used, with a larger ε.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ ORDERS = (
 )
 MAX_NOISE = 1e5
 PRV_LIMIT = 100.0
-"""Above that ε (by RDP) nothing is protected, and PRV would take gigabytes to say it more exactly."""
+"""Above this ε (by RDP) nothing is protected, and PRV would need gigabytes for a tighter bound."""
 
-LEAST_PRV_DELTA = 1e-11
-"""Below that δ the rounding of PRV's convolutions counts: at 1e-14 its ε lies under the true one."""
+MIN_PRV_DELTA = 1e-11
+"""Below this δ, rounding in PRV's convolutions matters: at 1e-14 its ε is below the true one."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def default_delta(examples: int) -> float:
 
 
 def check_delta(delta: float, examples: int) -> float:
-    """``delta``, if it is a promise at all.
+    """``delta``, if it gives a guarantee.
 
     Raises:
-        PrivacyInvalid: not above 0, or 1/N and more: publishing one row at random would already satisfy it.
+        PrivacyInvalid: it isn't above 0, or it is 1/N or more: publishing one random row would already satisfy it.
     """
     _check_examples(examples)
     if not 0 < delta < 1:
@@ -91,7 +91,7 @@ def check_epsilon(epsilon: float) -> float:
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise PrivacyInvalid(
             f"epsilon is {epsilon}; it must be a finite number above 0 (8 is common, 1 is strong). "
-            "To tune without differential privacy, say so explicitly"
+            "To tune without differential privacy, request that explicitly"
         )
     return epsilon
 
@@ -105,7 +105,7 @@ def _check_mechanism(delta: float, rate: float, steps: int) -> None:
     if not 0 < delta < 1:
         raise PrivacyInvalid(f"delta is {delta}; it must lie between 0 and 1")
     if not 0 < rate <= 1:
-        raise PrivacyInvalid(f"the sampling rate is {rate}; it must lie above 0 and at most at 1")
+        raise PrivacyInvalid(f"the sampling rate is {rate}; it must be above 0 and at most 1")
     if steps < 1:
         raise PrivacyInvalid(f"there must be at least one step, not {steps}")
 
@@ -114,25 +114,24 @@ def _check_mechanism(delta: float, rate: float, steps: int) -> None:
 
 
 def epsilon_for(noise_multiplier: float, delta: float, rate: float, steps: int) -> Spending:
-    """What ``steps`` steps with noise σ spend at ``delta``; see :func:`compose`."""
+    """The ε of ``steps`` steps with noise multiplier σ at ``delta``; see :func:`compose`."""
     return compose([Mechanism(noise_multiplier, rate, steps)], delta)
 
 
 def compose(mechanisms: Sequence[Mechanism], delta: float) -> Spending:
-    """What all these mechanisms on the same data spend together at ``delta``: far less than the sum of their ε.
+    """The ε of all ``mechanisms`` on the same data together at ``delta``; far less than the sum of their ε.
 
     Raises:
-        PrivacyInvalid: there is none, the noise isn't above 0, or another number is out of range.
+        PrivacyInvalid: there is no mechanism, the noise isn't above 0, or another number is out of range.
     """
     steps: dict[tuple[float, float], int] = {}
-    for each in mechanisms:
-        _check_mechanism(delta, each.rate, each.steps)
-        if not (math.isfinite(each.noise_multiplier) and each.noise_multiplier > 0):
-            raise PrivacyInvalid(
-                f"the noise multiplier is {each.noise_multiplier}; without noise above 0 there is no guarantee"
-            )
-        kind = float(each.noise_multiplier), float(each.rate)
-        steps[kind] = steps.get(kind, 0) + int(each.steps)
+    for mechanism in mechanisms:
+        _check_mechanism(delta, mechanism.rate, mechanism.steps)
+        noise_multiplier = mechanism.noise_multiplier
+        if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
+            raise PrivacyInvalid(f"the noise multiplier is {noise_multiplier}; without noise there is no guarantee")
+        kind = float(noise_multiplier), float(mechanism.rate)
+        steps[kind] = steps.get(kind, 0) + int(mechanism.steps)
     if not steps:
         raise PrivacyInvalid("there is no mechanism to account for")
     return _compose(tuple(sorted((noise, rate, count) for (noise, rate), count in steps.items())), float(delta))
@@ -142,7 +141,7 @@ def compose(mechanisms: Sequence[Mechanism], delta: float) -> Spending:
 def _compose(history: tuple[tuple[float, float, int], ...], delta: float) -> Spending:
     per_order = sum(_renyi(noise, rate) * count for noise, rate, count in history)
     by_rdp = _from_renyi(np.asarray(per_order), delta)
-    if by_rdp > PRV_LIMIT or delta < LEAST_PRV_DELTA:
+    if by_rdp > PRV_LIMIT or delta < MIN_PRV_DELTA:
         return Spending(by_rdp, "RDP")
     try:
         by_prv = _by_prv(history, delta)
@@ -159,31 +158,31 @@ def _by_prv(history: tuple[tuple[float, float, int], ...], delta: float) -> floa
         epsilon, error = math.inf, 0.01
         while True:
             epsilon = min(epsilon, float(accountant.get_epsilon(delta, eps_error=error)))
-            wanted = max(epsilon / 200, 1e-4)
-            if error <= 2 * wanted:
+            target_error = max(epsilon / 200, 1e-4)
+            if error <= 2 * target_error:
                 return epsilon
-            error = wanted
+            error = target_error
 
 
 def _renyi(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
-    """Rényi divergence of one step at each of :data:`ORDERS`; it adds up over steps and mechanisms."""
+    """Rényi divergence of one step at each of :data:`ORDERS`; additive over steps and mechanisms."""
     return np.asarray(renyi.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS))
 
 
 def _from_renyi(per_order: NDArray[np.float64], delta: float) -> float:
-    with warnings.catch_warnings():  # "the best order is the largest one": then ε is merely not the tightest
+    with warnings.catch_warnings():  # "the best order is the largest one": ε is then only less tight
         warnings.simplefilter("ignore")
         epsilon, _ = renyi.get_privacy_spent(orders=ORDERS, rdp=per_order, delta=delta)
     return float(epsilon)
 
 
 def running_epsilon(noise_multiplier: float, delta: float, rate: float) -> RunningEpsilon:
-    """For progress bars: ε after k steps, in microseconds, by RDP."""
+    """ε after k steps by RDP, in microseconds; for progress bars."""
     return RunningEpsilon(noise_multiplier, delta, rate)
 
 
 class RunningEpsilon:
-    """An upper bound on ε after k steps by RDP, which adds up over steps: cheap enough to show at every step."""
+    """An upper bound on ε after k steps by RDP, cheap enough to compute at every step."""
 
     accountant: Literal["RDP"] = "RDP"
 
@@ -196,10 +195,10 @@ class RunningEpsilon:
 
 
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The least noise multiplier σ (to half a percent of ε) with which ``steps`` steps spend at most ``epsilon``.
+    """The smallest noise multiplier σ (to half a percent of ε) with which ``steps`` steps spend at most ``epsilon``.
 
     Raises:
-        PrivacyInvalid: a number is out of range, or no bearable noise gives so small an ε.
+        PrivacyInvalid: a number is out of range, or ε needs more noise than :data:`MAX_NOISE`.
     """
     check_epsilon(epsilon)
     _check_mechanism(delta, rate, steps)
@@ -215,17 +214,19 @@ def _noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     while running_epsilon(high, delta, rate)(steps) > epsilon and spent(high) > epsilon:
         high *= 1.5
         if high > MAX_NOISE:
-            raise PrivacyInvalid(f"no noise gives epsilon = {epsilon} in {steps} steps; allow more, or train for less")
+            raise PrivacyInvalid(
+                f"no usable noise gives epsilon = {epsilon} in {steps} steps; raise epsilon or use fewer steps"
+            )
     low = high / 1.5
     while spent(low) <= epsilon:
         low, high = low / 1.5, low
     while epsilon - spent(high) > 0.005 * epsilon and high / low > 1.0001:
-        middle = low * (high / low) ** _share(spent(low), spent(high), 0.9975 * epsilon)
+        middle = low * (high / low) ** _interpolate(spent(low), spent(high), 0.9975 * epsilon)
         low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
     return high
 
 
-def _share(at_low: float, at_high: float, wanted: float) -> float:
-    """Where between two noises ε becomes ``wanted``, if log ε falls on a line over log σ; never at the very ends."""
-    share = math.log(at_low / wanted) / math.log(at_low / at_high)
-    return min(0.95, max(0.05, share))
+def _interpolate(epsilon_at_low: float, epsilon_at_high: float, target: float) -> float:
+    """The fraction (0.05 to 0.95) of the way between two σ where ε is ``target``, if log ε is linear in log σ."""
+    fraction = math.log(epsilon_at_low / target) / math.log(epsilon_at_low / epsilon_at_high)
+    return min(0.95, max(0.05, fraction))

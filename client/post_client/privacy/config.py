@@ -1,4 +1,4 @@
-"""What the data owner chooses about privacy."""
+"""The data owner's privacy settings."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from post_shared.errors import PrivacyInvalid
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """A privacy budget and how to spend it. Checked when made; what depends on the data is checked by
-    :meth:`post_client.privacy.PrivacyPlan.make`."""
+    """A privacy budget and how to spend it. Values are checked here, and those that depend on the data by
+    :meth:`post_client.privacy.PrivacyPlan.make`.
+
+    Raises:
+        PrivacyInvalid: a value is out of range.
+    """
 
     epsilon: float = 8.0
     """The budget of the whole run (the paper's value)."""
     delta: float | None = None
     """None: :func:`~post_client.privacy.accounting.default_delta` of the number of rows (or users)."""
     unit: Unit = "row"
-    """``user``: users are sampled, the sum of a user's gradients is clipped, and every row must name its user."""
+    """``user``: users are sampled, each user's summed gradient is clipped, and every row needs a user."""
     trials: int = 1
-    """How many runs share this budget: a search over hyperparameters is charged for all of them."""
+    """Number of runs that share this budget: a hyperparameter search is charged for all of them."""
     max_grad_norm: float = 0.1
-    """c. Adam forgets the scale of gradients, so c matters only against their norm: small means "always clip"."""
+    """Clipping norm c. Adam is scale-invariant, so c matters only relative to gradient norms: small clips always."""
     batch_size: int | None = None
-    """Rows (or users) expected in a batch; large ones carry less noise per row. None: as in tuning without privacy."""
+    """Expected rows (or users) per batch; large batches have less noise per row. None: from the tuning options."""
     steps: int | None = None
-    """Fixed in advance: stopping early by a private score would cost budget. None: as in tuning without privacy."""
-    micro_batch_size: int = 16
-    """Rows per forward pass if they are as long as may be; bounds memory and changes nothing else."""
+    """Fixed in advance: early stopping by a private score would cost budget. None: from the tuning options."""
     seed: int | None = None
-    """For tests only: repeatable randomness. A result made with a seed is marked as not private."""
+    """For tests only: reproducible randomness. A result made with a seed is marked as not private."""
 
     def __post_init__(self) -> None:
         check_epsilon(self.epsilon)
@@ -41,7 +43,7 @@ class PrivacyConfig:
             raise PrivacyInvalid(f"the clipping norm is {self.max_grad_norm}; it must be a finite number above 0")
         if self.unit not in get_args(Unit):
             raise PrivacyInvalid(f"privacy is per {' or '.join(get_args(Unit))}, not per {self.unit!r}")
-        for name in ("batch_size", "steps", "micro_batch_size", "trials"):
+        for name in ("batch_size", "steps", "trials"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PrivacyInvalid(f"{name} is {value}; it must be at least 1")

@@ -1,36 +1,45 @@
 """PromptDPSGD (Duan et al. 2023): differentially private tuning of a soft prompt, one step at a time.
 
-Per-example gradients are exact here. The prompt is expanded over the batch as a leaf [B, l, d], so each row of the
-leaf's gradient is one example's gradient. In a causal student the prompt is run once a step, and each row goes back
-through that run by itself (:meth:`LanguageModel.share_prefix`). (Opacus's hooks on PEFT's prompt tuning are silently
-wrong: PEFT embeds one prompt and repeats the output, so the hooks see one row for the whole batch.)
+Clipping bounds what a row adds to the sum of gradients only if the row's gradient is a function of that row, the prompt
+and the student alone. A hostile student can make one bit of rounding decide the sign of a gradient, and a matrix
+product rounds a row differently in a batch of three than in a batch of four. So every row runs alone, [prompt; text],
+in a shape that follows from its own length: no other row enters its computation. What is left to the machine is that
+the same numbers in the same shape give the same bits; deterministic kernels are demanded of it
+(:func:`deterministic`), and ``python -m benchmarks.sensitivity`` measures it.
+
+(Opacus's hooks on PEFT's prompt tuning are silently wrong: PEFT embeds one prompt and repeats the output, so the hooks
+see one row for the whole batch.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from post_client.privacy.bucketing import alike, most
 from post_client.privacy.noise import gaussian
 from post_client.privacy.randomness import Randomness
 from post_shared.data.batches import Batch
 from post_shared.errors import InvalidInput
-from post_shared.model.language_model import LanguageModel
-from post_shared.model.prefix import SharedPrefix
 from post_shared.training.optimizer import Loss, load_optimizer_state, optimizer_state, set_learning_rate
 
+ROWS = 64
+"""Gradients that wait to be clipped together. Memory depends on it, the result doesn't."""
+WORKSPACE = ":4096:8"
+"""What cuBLAS needs to be deterministic; read when CUDA starts."""
 
-class RowGradients(NamedTuple):
-    """Of B rows, by their numbers: losses (B,) and gradients (B, l, d)."""
 
-    rows: Sequence[int]
-    losses: Tensor
-    gradients: Tensor
+class RowGradient(NamedTuple):
+    """Of one row, by its number: loss () and gradient (l, d)."""
+
+    row: int
+    loss: Tensor
+    gradient: Tensor
 
 
 class Canaries(Protocol):
@@ -67,6 +76,25 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no typ
             p.grad = p.summed_grad + torch.from_numpy(noise).to(p.device, p.dtype)
 
 
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within it, kernels on ``device`` give the same bits for the same input; those that can't raise an error.
+
+    Of the attention kernels the plain one runs: the fused ones add up gradients in the order in which blocks end.
+    """
+    if device.type != "cuda":  # kernels on a CPU have a fixed order of summation
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class PromptDPSGD:
     """Adam on a prompt (l, d), with every step differentially private with respect to one row.
 
@@ -77,10 +105,6 @@ class PromptDPSGD:
         max_grad_norm: c. No row moves the sum of gradients by more than c.
         expected_batch_size: sampling rate times number of rows. Sums are divided by it, never by a batch's
             real size, which is a secret.
-        micro_batch_size: rows per forward and backward pass; of rows shorter than ``longest``, as many as take no more
-            positions. Memory depends on it, the result doesn't.
-        longest: tokens beyond which no row is padded; None: no such limit. See :mod:`post_client.privacy.bucketing`.
-        student: the model that the loss asks. Its prompt is run once a step where it can; without it each row runs it.
     """
 
     def __init__(
@@ -91,17 +115,11 @@ class PromptDPSGD:
         noise_multiplier: float,
         max_grad_norm: float,
         expected_batch_size: float,
-        micro_batch_size: int,
         randomness: Randomness,
-        longest: int | None = None,
-        student: LanguageModel | None = None,
     ) -> None:
         self.prompt = prompt
-        self.micro_batch_size, self.longest = micro_batch_size, longest
-        self.student = student if student is not None and student.can_share_prefix(len(prompt), longest) else None
         self.canaries: Canaries | None = None
         """Set by an audit."""
-        self.shared: SharedPrefix | None = None  # of this step
         self.master: Any = nn.Parameter(prompt.detach().double())  # sums, noise and Adam live in float64
         self.optimizer = SecureDPOptimizer(
             torch.optim.Adam([self.master], lr=learning_rate),
@@ -119,64 +137,39 @@ class PromptDPSGD:
         An empty batch is a step like any other: the noise alone moves the prompt. A row whose loss isn't finite
         doesn't count in the mean, as its gradient doesn't in the sum: whether a run ends must not depend on one row.
         """
-        total, counted = 0.0, 0
         self.begin()
-        for losses in self.accumulate(loss, batch):
-            finite = losses[torch.isfinite(losses)].double()
-            total, counted = total + float(finite.sum()), counted + len(finite)
+        losses = list(self.accumulate(loss, batch))
         self.add_noise()
         self.divide_by_expected_batch_size()
         self.move()
-        return total / counted if counted else None
+        finite = [value for each in losses if bool((value := each.double()).isfinite())]
+        return float(torch.stack(finite).mean()) if finite else None
 
     def begin(self) -> None:
         """A new step: the sum is zero."""
-        self.shared = None
         self.optimizer.zero_grad()
         self.master.summed_grad = torch.zeros_like(self.master, requires_grad=False)
 
     def accumulate(self, loss: Loss, batch: Batch) -> Iterator[Tensor]:
-        """Add the clipped gradients of a batch to the sum, some rows at a time; yields their losses (B,)."""
-        for _, losses, gradients in self.per_row_gradients(loss, batch):
-            self.clip_and_accumulate(gradients)
-            yield losses
+        """Add the clipped gradients of a batch to the sum; yields the losses, () each."""
+        waiting: list[Tensor] = []
+        for _, value, gradient in self.row_gradients(loss, batch):
+            waiting.append(gradient)
+            yield value
+            if len(waiting) == ROWS:
+                self.clip_and_accumulate(torch.stack(waiting))
+                waiting.clear()
+        if waiting:
+            self.clip_and_accumulate(torch.stack(waiting))
 
-    def per_row_gradients(self, loss: Loss, batch: Batch) -> Iterator[RowGradients]:
-        """The gradients of a batch's rows, some at a time, each row's that of its own loss alone."""
-        parts = alike(batch, self.micro_batch_size, self.longest, behind=len(self.prompt))
-        if self.student is not None and self.shared is None and parts:
-            self.shared = self.student.share_prefix(self.prompt)
-        while parts:  # a part keeps its tensors as long as it lives, so none may outlive its turn
-            yield self._own_runs(loss, parts.pop()) if self.shared is None else self._one_run(loss, parts, self.shared)
-
-    def _own_runs(self, loss: Loss, part: Batch) -> RowGradients:
-        """Every row runs the prompt."""
-        leaf = self.prompt.detach().expand(len(part), -1, -1).clone().requires_grad_()  # (l, d) -> (B, l, d)
-        losses = _one_each(loss(leaf, part), part)
-        (gradients,) = torch.autograd.grad(losses.sum(), leaf)
-        return RowGradients(part.index, losses.detach(), gradients)
-
-    def _one_run(self, loss: Loss, parts: list[Batch], shared: SharedPrefix) -> RowGradients:
-        """The last of ``parts``, as many as fill a pass, stand behind one run and go back through it together.
-
-        No more wait for that than take the positions of a micro-batch.
-        """
-        length = len(self.prompt)
-        reserved = None if self.longest is None else self.longest + length
-        enough = min(shared.rows_per_pass, most(self.micro_batch_size, length, reserved))
-        index: list[int] = []
-        losses: list[Tensor] = []
-        gradients: list[tuple[Tensor, ...]] = []
-        while parts and len(index) < enough:
-            part = parts.pop()
-            rows = shared.rows(len(part))
-            found = _one_each(loss(rows, part), part)
-            gradients.append(rows.gradients(found))
-            losses.append(found.detach())
-            index += part.index
-        return RowGradients(
-            index, torch.cat(losses), shared.back([torch.cat(each) for each in zip(*gradients, strict=True)])
-        )
+    def row_gradients(self, loss: Loss, batch: Batch) -> Iterator[RowGradient]:
+        """The loss and the gradient of each row, which runs alone."""
+        with deterministic(self.prompt.device):
+            for at, row in enumerate(batch.index):
+                leaf = self.prompt.detach().clone()[None].requires_grad_()  # (1, l, d)
+                value = _one(loss(leaf, batch.part([at])))
+                (gradient,) = torch.autograd.grad(value, leaf)
+                yield RowGradient(row, value.detach(), gradient[0])
 
     def clip_and_accumulate(self, gradients: Tensor) -> None:
         """Scale each gradient, (B, l, d), to norm c at most and add it to the sum of this step.
@@ -190,7 +183,7 @@ class PromptDPSGD:
         self.master.grad_sample = None
 
     def add_noise(self) -> None:
-        """Once per step, to the sum over all micro-batches."""
+        """Once per step, to the sum over all rows."""
         if self.canaries is None:
             self.optimizer.add_noise()
             return
@@ -209,7 +202,6 @@ class PromptDPSGD:
         """Adam's step on the noisy mean; the loss sees the new prompt."""
         self.optimizer.original_optimizer.step()
         self.optimizer.steps_done += 1
-        self.shared = None
         with torch.no_grad():
             self.prompt.copy_(self.master)
 
@@ -240,15 +232,15 @@ class PromptDPSGD:
             gathered.copy_(tensors[f"canaries.{name}"])
 
 
-def _one_each(losses: Tensor, part: Batch) -> Tensor:
-    """The losses, if they are one for each row.
+def _one(losses: Tensor) -> Tensor:
+    """The loss () of one row.
 
     Raises:
-        InvalidInput: they aren't.
+        InvalidInput: it isn't one number for one row.
     """
-    if losses.shape != (len(part),):
+    if losses.shape != (1,):
         raise InvalidInput(
-            f"a private step needs one loss per row, shape ({len(part)},), not {tuple(losses.shape)}: a mean over "
-            "the batch would mix rows before they are clipped"
+            f"a private step needs one loss per row, shape (1,), not {tuple(losses.shape)}: a mean over the batch "
+            "would mix rows before they are clipped"
         )
-    return losses
+    return losses[0]

@@ -1,4 +1,4 @@
-"""Gaussian noise in float64, from whichever randomness the run uses."""
+"""Gaussian noise in float64, drawn from the run's randomness."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ADDENDS = 4
 
 
 def gaussian(randomness: Randomness, shape: tuple[int, ...], deviation: float, step: int) -> NDArray[np.float64]:
-    """Independent samples of N(0, deviation²).
+    """Independent samples of N(0, deviation²) in ``shape``.
 
-    A single floating-point Gaussian betrays, through the gaps between representable results, which sums
-    can't have occurred (Mironov 2012; Holohan & Braghin 2021). As Opacus does in its secure mode, each sample
-    is the scaled sum of 2n = 4 Gaussians, which makes that attack cost 2^159 trials instead of 2^53.
+    The gaps between floating-point values of a single Gaussian reveal which sums are impossible (Mironov 2012;
+    Holohan & Braghin 2021). As in Opacus's secure mode, each sample is the scaled sum of 2n = 4 Gaussians, which
+    raises the cost of that attack from 2^53 to 2^159 trials.
     """
     if deviation == 0:
         return np.zeros(shape)
@@ -27,7 +27,7 @@ def gaussian(randomness: Randomness, shape: tuple[int, ...], deviation: float, s
 
 
 def _standard(randomness: Randomness, count: int, step: int) -> NDArray[np.float64]:
-    """N(0, 1) by Box and Muller: two uniforms make two Gaussians."""
+    """``count`` samples of N(0, 1) by the Box–Muller transform: two uniforms give two Gaussians."""
     pairs = (count + 1) // 2
     drawn = randomness.integers(2 * pairs, "noise", step).astype(np.float64)
     radius = np.sqrt(-2.0 * np.log((drawn[:pairs] + 1.0) / RESOLUTION))  # the uniform in (0, 1]

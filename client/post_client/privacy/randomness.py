@@ -1,4 +1,4 @@
-"""Where randomness comes from."""
+"""Sources of randomness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from post_shared.errors import PrivacyInvalid
 
 RESOLUTION = 2**53
-"""Uniform numbers are multiples of 1/2**53: all that float64 can tell apart in [0.5, 1)."""
+"""Uniform numbers are multiples of 1/2**53, the spacing of float64 in [0.5, 1)."""
 
 KEY_BYTES = 32
 
@@ -39,9 +39,9 @@ class SecureRandomness:
 
 
 class KeyedRandomness:
-    """A function of (key, purpose, step): a run that is started again draws the same batches and the same noise.
+    """A function of (key, purpose, step): a restarted run draws the same batches and the same noise.
 
-    As secure as its key, which is made by :func:`new_key`, known to nobody, and destroyed when the run has ended.
+    As secure as its key, which comes from :func:`new_key`, is never shown, and is deleted when the run is finished.
     """
 
     private: bool = True
@@ -49,7 +49,7 @@ class KeyedRandomness:
 
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_BYTES:
-            raise PrivacyInvalid(f"a key for the randomness has {KEY_BYTES} bytes, not {len(key)}")
+            raise PrivacyInvalid(f"a randomness key must have {KEY_BYTES} bytes, not {len(key)}")
         self._key = key
 
     def integers(self, count: int, purpose: str, step: int) -> NDArray[np.uint64]:
@@ -57,19 +57,19 @@ class KeyedRandomness:
 
 
 def new_key() -> bytes:
-    """A secret for :class:`KeyedRandomness`, fresh from the operating system."""
+    """A new secret key for :class:`KeyedRandomness` from the operating system."""
     return os.urandom(KEY_BYTES)
 
 
 def trial_key(key: bytes, trial: int) -> bytes:
-    """The key of one of several runs that share a reservation: no two of them draw the same numbers."""
+    """The key of one of several runs that share a reservation. Each draws different numbers."""
     return hashlib.blake2b(f"trial/{trial}".encode(), key=key, digest_size=KEY_BYTES).digest()
 
 
 class SeededRandomness:
-    """For tests only: a function of (seed, purpose, step), so runs repeat exactly. Nothing made with it is private.
+    """For tests only: a function of (seed, purpose, step), so runs are reproducible. Its results are not private.
 
-    Anyone who knows or guesses the seed can take the noise off again; every output says so.
+    Anyone who knows or guesses the seed can remove the noise; every output states that.
     """
 
     private: bool = False
@@ -80,8 +80,8 @@ class SeededRandomness:
         self.seed = int(seed)
 
     def integers(self, count: int, purpose: str, step: int) -> NDArray[np.uint64]:
-        named = self._separator.join((str(self.seed), purpose, str(step)))
-        return _to_integers(hashlib.shake_256(named.encode()).digest(8 * count))
+        label = self._separator.join((str(self.seed), purpose, str(step)))
+        return _to_integers(hashlib.shake_256(label.encode()).digest(8 * count))
 
 
 def _to_integers(data: bytes) -> NDArray[np.uint64]:

@@ -40,8 +40,8 @@ def rows_by_user(users: Sequence[int]) -> list[list[int]]:
 class UserDPSGD(PromptDPSGD):
     """As :class:`PromptDPSGD`, but the *sum* of the gradients of a user's rows is clipped to c.
 
-    A batch holds all rows of the users that were drawn. Memory is that of one micro-batch and, where a user has more
-    rows than fit into one, of that user's sum.
+    A batch holds all rows of the users that were drawn. A user's rows are added up one after the other in their order
+    in the data, so that the sum is a function of that user's rows alone, to the last bit.
     """
 
     def __init__(self, prompt: nn.Parameter, learning_rate: float, *, users: Sequence[int], **settings: Any) -> None:
@@ -49,24 +49,10 @@ class UserDPSGD(PromptDPSGD):
         self.users = users
 
     def accumulate(self, loss: Loss, batch: Batch) -> Iterator[Tensor]:
-        for several in self._packs(batch):
-            sums = self.master.new_zeros(len(several), *self.master.shape, requires_grad=False)  # (U, l, d)
-            place = {row: at for at, rows in enumerate(several) for row in rows}
-            for rows, losses, gradients in self.per_row_gradients(loss, Batch(batch.encoded, tuple(place))):
-                owner = torch.tensor([place[row] for row in rows], device=sums.device)
-                sums.index_add_(0, owner, gradients.double())
-                yield losses
-            self.clip_and_accumulate(sums)
-
-    def _packs(self, batch: Batch) -> Iterator[list[list[int]]]:
-        """Whole users together, as long as their rows fit into one micro-batch; a larger user alone."""
-        ordered = sorted(batch.index, key=lambda row: self.users[row])
-        pack: list[list[int]] = []
+        ordered = sorted(batch.index, key=lambda row: (self.users[row], row))
         for _, rows in groupby(ordered, key=lambda row: self.users[row]):
-            own = list(rows)
-            if pack and sum(map(len, pack)) + len(own) > self.micro_batch_size:
-                yield pack
-                pack = []
-            pack.append(own)
-        if pack:
-            yield pack
+            total = torch.zeros_like(self.master, requires_grad=False)  # (l, d)
+            for _, value, gradient in self.row_gradients(loss, Batch(batch.encoded, tuple(rows))):
+                total += gradient.double()
+                yield value
+            self.clip_and_accumulate(total[None])

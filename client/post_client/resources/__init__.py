@@ -1,3 +1,3 @@
-"""One module per noun of the API. Verbs take keywords only; nothing prints by itself."""
+"""One module per resource of the API. Methods take keyword arguments only and never print."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Request bodies, made from the keywords of a verb."""
+"""Build request bodies from a method's keyword arguments."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ D = TypeVar("D", bound=Document)
 
 
 def body(document: type[D], **members: Any) -> D:
-    """The document.
+    """The document, validated before it is sent.
 
     Raises:
-        InvalidInput: a member is unknown, or its value impossible; nothing was sent.
+        InvalidInput: a member is unknown or its value is invalid.
     """
     try:
         return document(**members)
@@ -27,5 +27,5 @@ def body(document: type[D], **members: Any) -> D:
 
 
 def values(options: Options | None, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ``options``, replaced by ``changes``. What was never set is left to the server's defaults."""
+    """The settings of ``options``, overridden by ``changes``. Unset ones are left to the server's defaults."""
     return {**(options.model_dump(exclude_unset=True) if options else {}), **changes}

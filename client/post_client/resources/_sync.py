@@ -1,4 +1,4 @@
-"""The blocking nouns are lists of the asynchronous ones' verbs: a verb is written, and described, once."""
+"""Blocking resources wrap the methods of the asynchronous ones, so each method is written and documented once."""
 
 from __future__ import annotations
 
@@ -12,56 +12,59 @@ from post_client.http.transports import run, run_all
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S")
-N = TypeVar("N")
+R = TypeVar("R")
 
 
-class AsyncNoun:
-    """One noun of the API, its verbs coroutines."""
+class AsyncResource:
+    """One resource of the API. Its methods are coroutines."""
 
     def __init__(self, http: Http) -> None:
         self._http = http
 
 
-class Noun(Generic[N]):
-    """The same noun; its verbs wait for the answer."""
+class Resource(Generic[R]):
+    """The same resource with blocking methods."""
 
-    def __init__(self, verbs: N) -> None:
-        self._verbs = verbs
+    def __init__(self, resource: R) -> None:
+        self._async = resource
 
 
-class Verb(Generic[P, T]):
-    """A verb of :class:`Noun`, with the signature and the docstring of the coroutine that it stands for."""
+class Method(Generic[P, T]):
+    """A blocking method of :class:`Resource`, with the signature and docstring of the coroutine that it wraps."""
 
-    def __init__(self, verb: Callable[..., Any], call: Callable[[Any], T]) -> None:
-        self._verb = verb
+    def __init__(self, method: Callable[..., Any], call: Callable[[Any], T]) -> None:
+        self._method = method
         self._call = call
-        self.__doc__ = verb.__doc__
+        self.__doc__ = method.__doc__
 
-    def __get__(self, noun: Any, kind: type | None = None) -> Callable[P, T]:
-        verb = self._verb if noun is None else self._verb.__get__(noun._verbs)  # on the class: to look at, for help()
+    def __get__(self, resource: Any, kind: type | None = None) -> Callable[P, T]:
+        # On the class, the wrapped function is only inspected, for help().
+        method = self._method if resource is None else self._method.__get__(resource._async)
 
-        @functools.wraps(verb)
+        @functools.wraps(method)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            return self._call(verb(*args, **kwargs))
+            return self._call(method(*args, **kwargs))
 
         return call
 
 
-def blocking(verb: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Verb[P, T]:
-    """A verb that gives one thing."""
-    return Verb(verb, run)
+def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Method[P, T]:
+    """A method that returns one item."""
+    return Method(method, run)
 
 
-def iterating(verb: Callable[Concatenate[Any, P], AsyncIterator[T]]) -> Verb[P, Iterator[T]]:
-    """A verb that gives one thing after the other."""
-    return Verb(verb, run_all)
+def iterating(method: Callable[Concatenate[Any, P], AsyncIterator[T]]) -> Method[P, Iterator[T]]:
+    """A method that yields items."""
+    return Method(method, run_all)
 
 
-def blocking_as(kind: Callable[[S], T], verb: Callable[Concatenate[Any, P], Coroutine[Any, Any, S]]) -> Verb[P, T]:
-    """A verb that gives something with verbs of its own."""
-    return Verb(verb, lambda work: kind(run(work)))
+def blocking_as(kind: Callable[[S], T], method: Callable[Concatenate[Any, P], Coroutine[Any, Any, S]]) -> Method[P, T]:
+    """A method that returns one item, wrapped in the blocking class ``kind``."""
+    return Method(method, lambda coroutine: kind(run(coroutine)))
 
 
-def iterating_as(kind: Callable[[S], T], verb: Callable[Concatenate[Any, P], AsyncIterator[S]]) -> Verb[P, Iterator[T]]:
-    """The same, one after the other."""
-    return Verb(verb, lambda items: map(kind, run_all(items)))
+def iterating_as(
+    kind: Callable[[S], T], method: Callable[Concatenate[Any, P], AsyncIterator[S]]
+) -> Method[P, Iterator[T]]:
+    """A method that yields items, each wrapped in the blocking class ``kind``."""
+    return Method(method, lambda items: map(kind, run_all(items)))

@@ -1,4 +1,4 @@
-"""Public data sets at the provider. Private data never becomes one."""
+"""``client.datasets``: public data sets at the provider. Never upload private data."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from typing import IO
 from urllib.parse import quote
 
 from post_client.http.responses import parse
-from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
+from post_client.resources._sync import AsyncResource, Resource, blocking, iterating
 from post_client.resources.uploads import AsyncUploads
 from post_shared.errors import DataInvalid
 from post_shared.schemas.datasets import Dataset, DatasetKind, DatasetPreview
 
 IN_PARTS = 32 * 2**20
-"""A larger file is sent in parts, so that a break costs one of them."""
+"""Bytes. A larger file is uploaded in parts, so a broken connection costs one part."""
 
 
-class AsyncDatasets(AsyncNoun):
+class AsyncDatasets(AsyncResource):
     """``client.datasets`` of an :class:`post_client.AsyncClient`"""
 
     async def create(
         self, *, name: str, kind: DatasetKind | str, content: Path | bytes, licence: str | None = None
     ) -> Dataset:
-        """Upload public data (provider): JSON Lines for ``rows``, plain text for ``corpus``; a large file in parts."""
+        """Upload public data (provider): JSON Lines for ``rows``, plain text for ``corpus``.
+
+        Raises:
+            DataInvalid: the file doesn't exist.
+        """
         if isinstance(content, Path) and not content.is_file():
-            raise DataInvalid(f"{content}: there is no such file")
+            raise DataInvalid(f"{content}: no such file")
 
         if isinstance(content, Path) and content.stat().st_size > IN_PARTS:
             uploads = AsyncUploads(self._http)
-            begun = await uploads.create(name=name, kind=kind, licence=licence)
-            return await uploads.send(begun.id, file=content)
+            upload = await uploads.create(name=name, kind=kind, licence=licence)
+            return await uploads.send(upload.id, file=content)
 
-        def opened() -> IO[bytes]:
+        def open_content() -> IO[bytes]:
             return content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
 
         size = content.stat().st_size if isinstance(content, Path) else len(content)
@@ -44,10 +48,10 @@ class AsyncDatasets(AsyncNoun):
             "Idempotency-Key": str(uuid.uuid4()),
         }
         params = {"name": name, "kind": str(kind), "licence": licence}
-        answer = await self._http.send(
-            "POST", "/v1/datasets", params=params, content=opened, headers=headers, repeat=True
+        response = await self._http.send(
+            "POST", "/v1/datasets", params=params, content=open_content, headers=headers, idempotent=True
         )
-        return parse(answer, Dataset)
+        return parse(response, Dataset)
 
     async def get(self, dataset: str) -> Dataset:
         """One data set, by id or name."""
@@ -58,11 +62,11 @@ class AsyncDatasets(AsyncNoun):
         return self._http.pages("/v1/datasets", Dataset)
 
     async def preview(self, dataset: str, *, rows: int = 10) -> DatasetPreview:
-        """The first rows of a data set, long texts cut."""
+        """The first rows of a data set; long texts are truncated."""
         return await self._http.get(f"/v1/datasets/{quote(dataset, safe='')}/preview", DatasetPreview, rows=rows)
 
 
-class Datasets(Noun[AsyncDatasets]):
+class Datasets(Resource[AsyncDatasets]):
     """``client.datasets``"""
 
     create = blocking(AsyncDatasets.create)

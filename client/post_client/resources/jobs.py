@@ -1,4 +1,4 @@
-"""Long work at the provider: look at it, follow it, wait for it, stop it."""
+"""``client.jobs``: inspect, follow, await and cancel jobs at the provider."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from post_client.http.responses import parse
 from post_client.http.session import Http
 from post_client.http.transports import run
 from post_client.resources._sse import stream_events, updated
-from post_client.resources._sync import AsyncNoun, Noun, blocking, blocking_as, iterating, iterating_as
+from post_client.resources._sync import AsyncResource, Resource, blocking, blocking_as, iterating, iterating_as
 from post_shared.errors import Cancelled, IntegrityError, JobFailed, Timeout, Unavailable
 from post_shared.schemas.job_metrics import JobMetrics
 from post_shared.schemas.jobs import Job as JobDocument
@@ -22,20 +22,20 @@ from post_shared.schemas.jobs import JobEvent, JobKind, JobState
 Kinds = JobKind | str | Sequence[JobKind | str]
 States = JobState | str | Sequence[JobState | str]
 JobProgress = Callable[[JobDocument], None]
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 2.0
-PATIENCE = 120.0
-"""How long :meth:`Job.wait` stands a server that is away, in seconds."""
-_BREAKS = 3
-"""So many broken streams in a row, and asking now and then must do."""
-_PRECISE = 20.0
-"""Seconds before a deadline at which a wait asks instead of listening: a stream may be silent for almost so long."""
+MIN_PAUSE, MAX_PAUSE = 0.2, 2.0
+MAX_OUTAGE = 120.0
+"""Seconds for which :meth:`Job.wait` tolerates an unavailable server."""
+_MAX_BROKEN_STREAMS = 3
+"""After this many broken streams in a row, a wait polls instead."""
+_POLL_BEFORE_DEADLINE = 20.0
+"""Seconds before a deadline from which a wait polls: a stream may be silent for almost that long."""
 
 
 def _ignore(document: JobDocument) -> None: ...
 
 
 class AsyncJob:
-    """A job at the provider. ``document`` is what was last heard of it."""
+    """A job at the provider. ``document`` is its last known state."""
 
     def __init__(self, http: Http, document: JobDocument) -> None:
         self._http = http
@@ -51,43 +51,44 @@ class AsyncJob:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What came out. Empty until the job succeeded."""
+        """The job's result; empty until the job succeeds."""
         return self.document.result or {}
 
     async def refresh(self) -> Self:
-        """Ask the server how it stands."""
+        """Fetch the job's current state."""
         self.document = await self._http.get(f"/v1/jobs/{quote(self.id, safe='')}", JobDocument)
         return self
 
     async def cancel(self) -> Self:
-        """Ask the server to stop it. A job that ended stays as it ended."""
+        """Ask the server to cancel the job. A job that has ended doesn't change."""
         path = f"/v1/jobs/{quote(self.id, safe='')}/cancel"
-        self.document = parse(await self._http.send("POST", path, repeat=True), JobDocument)
+        self.document = parse(await self._http.send("POST", path, idempotent=True), JobDocument)
         return self
 
     def events(self, *, after: int = 0, follow: bool = False) -> AsyncIterator[JobEvent]:
-        """Its history after event number ``after``; with ``follow`` also what comes, until it ends."""
+        """The job's events after number ``after``; with ``follow`` also new ones, until the job ends."""
         return AsyncJobs(self._http).events(self.id, after=after, follow=follow)
 
     async def metrics(self, *, name: str | Sequence[str] | None = None) -> JobMetrics:
-        """What it measured so far, as series."""
+        """The metrics so far, as series."""
         return await AsyncJobs(self._http).metrics(self.id, name=name)
 
     async def wait(self, *, progress: JobProgress = _ignore, timeout: float | None = None) -> Self:
-        """Wait until it succeeded; ``progress`` hears every change, as it happens where the server streams events.
+        """Wait until the job succeeds. ``progress`` is called with the job's document at every change.
 
         Raises:
-            JobFailed: it failed; the message is the server's.
-            Cancelled: someone cancelled it.
-            Timeout: it still runs after ``timeout`` seconds (and goes on running).
+            JobFailed: the job failed; the message is the server's.
+            Cancelled: someone cancelled the job.
+            Timeout: it is still running after ``timeout`` seconds; it keeps running.
+            Unavailable: the server was unavailable for :data:`MAX_OUTAGE` seconds.
         """
-        watch = _Watch(self, self._http, progress, timeout)
-        watch.show(self.document)
+        waiter = _Waiter(self, self._http, progress, timeout)
+        waiter.update(self.document)
         while not self.state.ended:
-            if watch.may_listen():
-                await watch.listen()
+            if waiter.can_stream():
+                await waiter.stream()
             else:
-                await watch.ask()
+                await waiter.poll()
         self._check_success()
         return self
 
@@ -101,109 +102,109 @@ class AsyncJob:
             raise Cancelled(f"{self.document.kind} {self.id} was cancelled", job_id=self.id)
 
 
-class _Watch:
-    """One wait for a job: a stream of events while that works, asking now and then where it doesn't."""
+class _Waiter:
+    """One wait for a job, by its stream of events or, where that fails, by polling."""
 
     def __init__(self, job: AsyncJob, http: Http, progress: JobProgress, timeout: float | None) -> None:
         self.job, self.http, self.progress, self.timeout = job, http, progress, timeout
-        self.started = self.heard = time.monotonic()
-        self.pause, self.breaks = FIRST_PAUSE, 0
-        self.shown: JobDocument | None = None
+        self.started = self.last_contact = time.monotonic()
+        self.pause, self.broken_streams = MIN_PAUSE, 0
+        self.last_document: JobDocument | None = None
 
-    def show(self, document: JobDocument) -> None:
-        """Pass a change on.
+    def update(self, document: JobDocument) -> None:
+        """Report a change to ``progress``.
 
         Raises:
-            Timeout: there is no time left.
+            Timeout: the timeout has passed.
         """
         self.job.document = document
-        if document != self.shown:
-            self.shown, self.pause = document, FIRST_PAUSE
+        if document != self.last_document:
+            self.last_document, self.pause = document, MIN_PAUSE
             self.progress(document)
-        if self._left() < 0 and not document.state.ended:
-            raise Timeout(f"{document.kind} {document.id} still runs after {self.timeout:.0f} s; it was left running")
+        if self._seconds_left() < 0 and not document.state.ended:
+            raise Timeout(f"{document.kind} {document.id} still runs after {self.timeout:.0f} s; it keeps running")
 
-    def may_listen(self) -> bool:
-        return self.breaks < _BREAKS and self._left() > _PRECISE
+    def can_stream(self) -> bool:
+        return self.broken_streams < _MAX_BROKEN_STREAMS and self._seconds_left() > _POLL_BEFORE_DEADLINE
 
-    async def listen(self) -> None:
-        """Follow the stream to the job's end, or until it breaks."""
+    async def stream(self) -> None:
+        """Follow the stream until the job ends or the stream breaks."""
         try:
             async with aclosing(stream_events(self.http, self.job.id, snapshot=True)) as stream:  # type: ignore[type-var]
-                async for heard in stream:
-                    if heard is not None:
-                        self.breaks = 0
-                    self.heard = time.monotonic()
-                    self.show(updated(self.job.document, heard))
-                    if self.job.state.ended and isinstance(heard, JobDocument):
+                async for item in stream:
+                    if item is not None:
+                        self.broken_streams = 0
+                    self.last_contact = time.monotonic()
+                    self.update(updated(self.job.document, item))
+                    if self.job.state.ended and isinstance(item, JobDocument):
                         return
-                    if not self.may_listen():
+                    if not self.can_stream():
                         break
-            self.breaks += 1  # it ended without the job's last word
+            self.broken_streams += 1  # the stream ended without the final document
         except Unavailable as error:
-            if isinstance(error, Timeout) and self._left() < 0:
+            if isinstance(error, Timeout) and self._seconds_left() < 0:
                 raise
-            self.breaks += 1
+            self.broken_streams += 1
         except IntegrityError:
-            self.breaks = _BREAKS
-        await self.ask()
+            self.broken_streams = _MAX_BROKEN_STREAMS
+        await self.poll()
 
-    async def ask(self) -> None:
-        """Look at the job after a pause."""
-        await self.http.wire.sleep(min(self.pause, max(0.0, self._left())))
-        self.pause = min(self.pause * 1.5, LONGEST_PAUSE)
+    async def poll(self) -> None:
+        """Pause, then fetch the job."""
+        await self.http.wire.sleep(min(self.pause, max(0.0, self._seconds_left())))
+        self.pause = min(self.pause * 1.5, MAX_PAUSE)
         try:
             await self.job.refresh()
-            self.heard = time.monotonic()
+            self.last_contact = time.monotonic()
         except Unavailable:
-            if time.monotonic() - self.heard > PATIENCE:
+            if time.monotonic() - self.last_contact > MAX_OUTAGE:
                 raise
-        self.show(self.job.document)
+        self.update(self.job.document)
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         return float("inf") if self.timeout is None else self.started + self.timeout - time.monotonic()
 
 
-class Job(Noun[AsyncJob]):
-    """A job at the provider. ``document`` is what was last heard of it."""
+class Job(Resource[AsyncJob]):
+    """A job at the provider. ``document`` is its last known state."""
 
     @property
     def document(self) -> JobDocument:
-        return self._verbs.document
+        return self._async.document
 
     @property
     def id(self) -> str:
-        return self._verbs.id
+        return self._async.id
 
     @property
     def state(self) -> JobState:
-        return self._verbs.state
+        return self._async.state
 
     @property
     def result(self) -> dict[str, Any]:
-        """What came out. Empty until the job succeeded."""
-        return self._verbs.result
+        """The job's result; empty until the job succeeds."""
+        return self._async.result
 
     def refresh(self) -> Self:
-        """Ask the server how it stands."""
-        run(self._verbs.refresh())
+        """Fetch the job's current state."""
+        run(self._async.refresh())
         return self
 
     def cancel(self) -> Self:
-        """Ask the server to stop it. A job that ended stays as it ended."""
-        run(self._verbs.cancel())
+        """Ask the server to cancel the job. A job that has ended doesn't change."""
+        run(self._async.cancel())
         return self
 
     events = iterating(AsyncJob.events)
     metrics = blocking(AsyncJob.metrics)
 
     def wait(self, *, progress: JobProgress = _ignore, timeout: float | None = None) -> Self:
-        """Wait until it succeeded; see :meth:`AsyncJob.wait`."""
-        run(self._verbs.wait(progress=progress, timeout=timeout))
+        """Wait until the job succeeds; see :meth:`AsyncJob.wait`."""
+        run(self._async.wait(progress=progress, timeout=timeout))
         return self
 
 
-class AsyncJobs(AsyncNoun):
+class AsyncJobs(AsyncResource):
     """``client.jobs`` of an :class:`post_client.AsyncClient`"""
 
     async def get(self, job: str) -> AsyncJob:
@@ -218,10 +219,10 @@ class AsyncJobs(AsyncNoun):
         since: datetime | None = None,
         before: datetime | None = None,
     ) -> AsyncIterator[AsyncJob]:
-        """Your jobs, newest first; a provider sees all. Times need their zone."""
+        """Your jobs, newest first; a provider sees all. ``since`` and ``before`` need a time zone."""
         params = {
-            "kind": _words(kind),
-            "state": _words(state),
+            "kind": _strings(kind),
+            "state": _strings(state),
             "since": since.isoformat() if since else None,
             "before": before.isoformat() if before else None,
         }
@@ -229,19 +230,19 @@ class AsyncJobs(AsyncNoun):
             yield AsyncJob(self._http, document)
 
     async def metrics(self, job: str, *, name: str | Sequence[str] | None = None) -> JobMetrics:
-        """What a job measured so far, as series."""
-        path, whole = f"/v1/jobs/{quote(job, safe='')}/metrics", JobMetrics(job_id=job, series={})
+        """A job's metrics so far, as series."""
+        path, metrics = f"/v1/jobs/{quote(job, safe='')}/metrics", JobMetrics(job_id=job, series={})
         cursor: str | None = None
         while True:
-            page = await self._http.get(path, JobMetrics, name=_words(name), cursor=cursor)
+            page = await self._http.get(path, JobMetrics, name=_strings(name), cursor=cursor)
             for series, points in page.series.items():
-                whole.series.setdefault(series, []).extend(points)
+                metrics.series.setdefault(series, []).extend(points)
             cursor = page.next_cursor
             if cursor is None:
-                return whole
+                return metrics
 
     async def events(self, job: str, *, after: int = 0, follow: bool = False) -> AsyncIterator[JobEvent]:
-        """A job's history after event number ``after``; with ``follow`` also what comes, until it ends."""
+        """A job's events after number ``after``; with ``follow`` also new ones, until the job ends."""
         if not follow:
             async for event in self._http.pages(f"/v1/jobs/{quote(job, safe='')}/events", JobEvent, after=after):
                 yield event
@@ -250,10 +251,10 @@ class AsyncJobs(AsyncNoun):
         while True:
             try:
                 async with aclosing(stream_events(self._http, job, after=after)) as stream:  # type: ignore[type-var]
-                    async for heard in stream:
-                        if isinstance(heard, JobEvent) and heard.sequence > after:
-                            after, failures = heard.sequence, 0
-                            yield heard
+                    async for item in stream:
+                        if isinstance(item, JobEvent) and item.sequence > after:
+                            after, failures = item.sequence, 0
+                            yield item
                 return
             except Unavailable:
                 failures += 1
@@ -262,13 +263,13 @@ class AsyncJobs(AsyncNoun):
                 await self._http.wire.sleep(failures)
 
 
-def _words(given: str | Sequence[str] | None) -> list[str] | None:
-    if given is None:
+def _strings(value: str | Sequence[str] | None) -> list[str] | None:
+    if value is None:
         return None
-    return [given] if isinstance(given, str) else [str(each) for each in given]
+    return [value] if isinstance(value, str) else [str(each) for each in value]
 
 
-class Jobs(Noun[AsyncJobs]):
+class Jobs(Resource[AsyncJobs]):
     """``client.jobs``"""
 
     get = blocking_as(Job, AsyncJobs.get)

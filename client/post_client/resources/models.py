@@ -1,4 +1,4 @@
-"""Target and student models."""
+"""``client.models``: target and student models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
 
-from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
+from post_client.resources._sync import AsyncResource, Resource, blocking, iterating
 from post_client.students.download import DownloadProgress, download_student, ignore
 from post_shared.schemas.models import Model, ModelManifest, ModelRole
 
 
-class AsyncModels(AsyncNoun):
+class AsyncModels(AsyncResource):
     """``client.models`` of an :class:`post_client.AsyncClient`"""
 
     async def get(self, model: str) -> Model:
@@ -29,14 +29,17 @@ class AsyncModels(AsyncNoun):
     async def download(
         self, model: str, folder: Path, *, pin: str | None = None, progress: DownloadProgress = ignore
     ) -> ModelManifest:
-        """Fetch a student into ``folder``: resumed where it stopped, every byte checked, there at once or not at all.
+        """Download a student into ``folder``: resumable, verified by hash, and atomic.
 
-        ``pin`` is the model hash that you know; a student with another one is refused.
+        ``pin`` is the model hash that you expect; a student with another hash is refused.
+
+        Raises:
+            IntegrityError, ModelUnsafe, Conflict: as :func:`post_client.students.download.download_student`.
         """
         return await download_student(self._http, await self.manifest(model), folder, pin=pin, progress=progress)
 
 
-class Models(Noun[AsyncModels]):
+class Models(Resource[AsyncModels]):
     """``client.models``"""
 
     get = blocking(AsyncModels.get)

@@ -1,4 +1,4 @@
-"""Questions to a target model. The provider sees the texts that are asked."""
+"""``client.predictions``: predictions of a target model. The provider sees the texts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 
 from post_client.http.responses import parse
 from post_client.http.session import JSON
-from post_client.resources._sync import AsyncNoun, Noun, blocking
+from post_client.resources._sync import AsyncResource, Resource, blocking
 from post_shared.schemas.predictions import Prediction, PredictionCreate
-from post_shared.schemas.predictions import Predictions as Answer
+from post_shared.schemas.predictions import Predictions as PredictionsDocument
 from post_shared.schemas.tasks import TaskSpec
 
-MOST_TEXTS = 256
+MAX_TEXTS = 256
 
 
 def _ignore(done: int, count: int) -> None: ...
 
 
-class AsyncPredictions(AsyncNoun):
+class AsyncPredictions(AsyncResource):
     """``client.predictions`` of an :class:`post_client.AsyncClient`"""
 
     async def create(
@@ -28,33 +28,32 @@ class AsyncPredictions(AsyncNoun):
         prompt: str | None = None,
         task: TaskSpec | None = None,
         max_new_tokens: int = 16,
-        texts_per_request: int = MOST_TEXTS,
+        texts_per_request: int = MAX_TEXTS,
         progress: Callable[[int, int], None] = _ignore,
     ) -> list[Prediction]:
-        """One prediction per text, in their order; ``task`` alone asks without a prompt (zero-shot)."""
-        found: list[Prediction] = []
-        size = max(1, min(texts_per_request, MOST_TEXTS))
-        for at in range(0, len(texts), size):
+        """One prediction per text, in order. With a ``task`` and no ``prompt``: zero-shot."""
+        predictions: list[Prediction] = []
+        size = max(1, min(texts_per_request, MAX_TEXTS))
+        for start in range(0, len(texts), size):
             body = PredictionCreate.model_construct(
                 model=model,
                 prompt=prompt,
                 task=task,
-                texts=list(texts[at : at + size]),
+                texts=list(texts[start : start + size]),
                 max_new_tokens=max_new_tokens,
             )
-            found += (await self._ask(body)).items
-            progress(len(found), len(texts))
-        return found
+            predictions += (await self._send(body)).items
+            progress(len(predictions), len(texts))
+        return predictions
 
-    async def _ask(self, body: PredictionCreate) -> Answer:
-        """Asking changes nothing at the provider, so it may be repeated."""
+    async def _send(self, body: PredictionCreate) -> PredictionsDocument:
+        """A prediction changes nothing at the provider, so the request is idempotent."""
         content = body.model_dump_json(exclude_none=True).encode()
-        return parse(
-            await self._http.send("POST", "/v1/predictions", content=content, headers=JSON, repeat=True), Answer
-        )
+        response = await self._http.send("POST", "/v1/predictions", content=content, headers=JSON, idempotent=True)
+        return parse(response, PredictionsDocument)
 
 
-class Predictions(Noun[AsyncPredictions]):
+class Predictions(Resource[AsyncPredictions]):
     """``client.predictions``"""
 
     create = blocking(AsyncPredictions.create)

@@ -1,4 +1,4 @@
-"""Soft prompts at the provider: source prompts that you uploaded, target prompts that came from them."""
+"""``client.prompts``: uploaded source prompts, and the target prompts transferred from them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from urllib.parse import quote
 
 from post_client.http.responses import parse
 from post_client.outbound import OutboundRequest, check_outbound
-from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
+from post_client.resources._sync import AsyncResource, Resource, blocking, iterating
 from post_shared.errors import IntegrityError
 from post_shared.schemas.prompts import Prompt, PromptRole
 
 
-class AsyncPrompts(AsyncNoun):
+class AsyncPrompts(AsyncResource):
     """``client.prompts`` of an :class:`post_client.AsyncClient`"""
 
     async def upload(self, request: OutboundRequest) -> Prompt:
-        """Send what :func:`post_client.outbound.build_upload` built, and nothing else.
+        """Upload a request built by :func:`post_client.outbound.build_upload`; any other is refused.
 
-        The same bytes again give the same prompt, so this is repeated when the server is away.
+        The same bytes give the same prompt, so this is retried when the server is unavailable.
+
+        Raises:
+            InvalidInput: the request wasn't built by ``build_upload``.
         """
         check_outbound(request)
-        answer = await self._http.send(
-            request.method, request.path, content=request.body, headers=dict(request.headers), repeat=True
+        response = await self._http.send(
+            request.method, request.path, content=request.body, headers=dict(request.headers), idempotent=True
         )
-        return parse(answer, Prompt)
+        return parse(response, Prompt)
 
     async def get(self, prompt: str) -> Prompt:
         """One prompt, by id."""
@@ -36,20 +39,24 @@ class AsyncPrompts(AsyncNoun):
         return self._http.pages("/v1/prompts", Prompt, role=str(role) if role else None)
 
     async def file(self, prompt: str) -> bytes:
-        """The prompt file. Target prompts belong to the target model: only the provider gets those."""
-        about = await self.get(prompt)
+        """The prompt file. Only the provider can download target prompts.
+
+        Raises:
+            IntegrityError: the file doesn't match its SHA-256.
+        """
+        expected = await self.get(prompt)
         path = f"/v1/prompts/{quote(prompt, safe='')}/file"
-        answer = await self._http.send("GET", path, headers={"Accept": "application/octet-stream"}, repeat=True)
-        if hashlib.sha256(answer.content).hexdigest() != about.sha256:
-            raise IntegrityError(f"the file of prompt {prompt} doesn't match its SHA-256; fetch it again")
-        return answer.content
+        response = await self._http.send("GET", path, headers={"Accept": "application/octet-stream"}, idempotent=True)
+        if hashlib.sha256(response.content).hexdigest() != expected.sha256:
+            raise IntegrityError(f"the file of prompt {prompt} doesn't match its SHA-256; download it again")
+        return response.content
 
     async def delete(self, prompt: str) -> None:
-        """Remove a prompt from the server. Removing it twice does no harm."""
-        await self._http.send("DELETE", f"/v1/prompts/{quote(prompt, safe='')}", repeat=False)
+        """Delete a prompt from the server. Deleting it twice does no harm."""
+        await self._http.send("DELETE", f"/v1/prompts/{quote(prompt, safe='')}", idempotent=False)
 
 
-class Prompts(Noun[AsyncPrompts]):
+class Prompts(Resource[AsyncPrompts]):
     """``client.prompts``"""
 
     upload = blocking(AsyncPrompts.upload)

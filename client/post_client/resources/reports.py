@@ -1,4 +1,4 @@
-"""``client.reports``: what a student can do and what it leaks (provider)."""
+"""``client.reports``: trade-off reports of accuracy and leakage (provider)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from post_client.resources._request_bodies import body
-from post_client.resources._sync import AsyncNoun, Noun, blocking, blocking_as, iterating_as
+from post_client.resources._sync import AsyncResource, Resource, blocking, blocking_as, iterating_as
 from post_client.resources.jobs import AsyncJob, AsyncJobs, Job
 from post_shared.schemas.jobs import Job as JobDocument
 from post_shared.schemas.jobs import JobKind
@@ -15,7 +15,7 @@ from post_shared.schemas.reports import ReportCreate, ReportTask, TradeOffReport
 from post_shared.schemas.tasks import TaskSpec
 
 
-class AsyncReports(AsyncNoun):
+class AsyncReports(AsyncResource):
     """``client.reports`` of an :class:`post_client.AsyncClient` (provider)"""
 
     async def create(
@@ -28,17 +28,17 @@ class AsyncReports(AsyncNoun):
         non_members: Sequence[str],
         **options: Any,
     ) -> AsyncJob:
-        """Compare a student with its target: ``tasks`` by the name of their public data set, text that was trained on
-        and text that wasn't. Options as in :class:`post_shared.schemas.reports.ReportCreate`."""
-        order = body(
+        """Compare a student with its target. ``tasks`` maps labelled public data sets to their tasks; ``members`` were
+        trained on, ``non_members`` weren't. Options: :class:`post_shared.schemas.reports.ReportCreate`."""
+        request = body(
             ReportCreate,
             student=student,
-            tasks=[ReportTask(dataset=dataset, task=form) for dataset, form in tasks.items()],
+            tasks=[ReportTask(dataset=dataset, task=task) for dataset, task in tasks.items()],
             members=list(members),
             non_members=list(non_members),
             **options,
         )
-        return AsyncJob(self._http, await self._http.create("/v1/reports", order, JobDocument))
+        return AsyncJob(self._http, await self._http.create("/v1/reports", request, JobDocument))
 
     async def get(self, report: str) -> TradeOffReport:
         """A finished report, by the id of its job."""
@@ -49,7 +49,7 @@ class AsyncReports(AsyncNoun):
         return AsyncJobs(self._http).list(kind=JobKind.REPORT)
 
 
-class Reports(Noun[AsyncReports]):
+class Reports(Resource[AsyncReports]):
     """``client.reports`` (provider)"""
 
     create = blocking_as(Job, AsyncReports.create)

@@ -1,32 +1,32 @@
-"""The server itself: does it live, can it work, and its numbers."""
+"""``client.server``: liveness, readiness and metrics of the server."""
 
 from __future__ import annotations
 
-from post_client.resources._sync import AsyncNoun, Noun, blocking
+from post_client.resources._sync import AsyncResource, Resource, blocking
 from post_shared.schemas.health import Health
 
 
-class AsyncServer(AsyncNoun):
+class AsyncServer(AsyncResource):
     """``client.server`` of an :class:`post_client.AsyncClient`"""
 
     async def alive(self) -> Health:
-        """The process answers."""
+        """Check that the server process responds."""
         return await self._http.get("/livez", Health)
 
     async def ready(self) -> Health:
-        """Whether the server can work now.
+        """Check that the server is ready.
 
         Raises:
-            Unavailable: it can't, or nothing answers there.
+            Unavailable: it isn't ready, or nothing responds at the address.
         """
         return await self._http.get("/readyz", Health)
 
     async def metrics(self) -> str:
-        """Its counts in Prometheus's text form."""
-        return (await self._http.send("GET", "/metrics", headers={"Accept": "text/plain"}, repeat=True)).text
+        """The server's metrics in Prometheus's text format."""
+        return (await self._http.send("GET", "/metrics", headers={"Accept": "text/plain"}, idempotent=True)).text
 
 
-class Server(Noun[AsyncServer]):
+class Server(Resource[AsyncServer]):
     """``client.server``"""
 
     alive = blocking(AsyncServer.alive)

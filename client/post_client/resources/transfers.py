@@ -1,4 +1,4 @@
-"""The verbs that start long work at the provider."""
+"""``client.transfers``: transfer prompts to target models."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from post_client.resources._request_bodies import body, values
-from post_client.resources._sync import AsyncNoun, Noun, blocking_as, iterating_as
+from post_client.resources._sync import AsyncResource, Resource, blocking_as, iterating_as
 from post_client.resources.jobs import AsyncJob, AsyncJobs, Job
 from post_shared.schemas.jobs import Job as JobDocument
 from post_shared.schemas.jobs import JobKind
 from post_shared.schemas.transfers import TransferCreate, TransferOptions
 
 
-class AsyncTransfers(AsyncNoun):
+class AsyncTransfers(AsyncResource):
     """``client.transfers`` of an :class:`post_client.AsyncClient`"""
 
     async def create(
@@ -26,8 +26,8 @@ class AsyncTransfers(AsyncNoun):
         options: TransferOptions | None = None,
         **changes: Any,
     ) -> AsyncJob:
-        """Move a source prompt to a target model. ``changes`` are single settings of :class:`TransferOptions`, on top
-        of ``options``."""
+        """Transfer a source prompt to a target model. ``changes`` are settings of :class:`TransferOptions` that
+        override ``options``."""
         request = body(TransferCreate, prompt=prompt, target=target, dataset=dataset, **values(options, changes))
         return AsyncJob(self._http, await self._http.create("/v1/transfers", request, JobDocument))
 
@@ -36,7 +36,7 @@ class AsyncTransfers(AsyncNoun):
         return AsyncJobs(self._http).list(kind=JobKind.TRANSFER)
 
 
-class Transfers(Noun[AsyncTransfers]):
+class Transfers(Resource[AsyncTransfers]):
     """``client.transfers``"""
 
     create = blocking_as(Job, AsyncTransfers.create)

@@ -1,4 +1,4 @@
-"""Public data sets at the provider that come in parts, each of which can be sent again."""
+"""``client.uploads``: resumable uploads of public data sets in parts."""
 
 from __future__ import annotations
 
@@ -8,77 +8,77 @@ from pathlib import Path
 from urllib.parse import quote
 
 from post_client.http.responses import parse
-from post_client.resources._sync import AsyncNoun, Noun, blocking, iterating
+from post_client.resources._sync import AsyncResource, Resource, blocking, iterating
 from post_shared.errors import DataInvalid
 from post_shared.schemas.datasets import Dataset, DatasetKind
 from post_shared.schemas.uploads import Upload, UploadCreate, UploadFinish
 
 PART_BYTES = 8 * 2**20
-"""What is sent at once, if the provider takes so much."""
+"""Size of a part, unless the provider's limit is smaller."""
 
 
 def _ignore(done: int, total: int) -> None: ...
 
 
-class AsyncUploads(AsyncNoun):
+class AsyncUploads(AsyncResource):
     """``client.uploads`` of an :class:`post_client.AsyncClient` (provider)"""
 
     async def create(self, *, name: str, kind: DatasetKind | str, licence: str | None = None) -> Upload:
-        """Begin to upload a public data set in parts. ``client.datasets.create`` does all of it."""
+        """Begin a multipart upload. ``client.datasets.create`` does the whole upload in one call."""
         body = UploadCreate(name=name, kind=DatasetKind(kind), licence=licence)
         return await self._http.create("/v1/uploads", body, Upload)
 
     async def get(self, upload: str) -> Upload:
-        """What has come so far."""
+        """The upload with the parts received so far."""
         return await self._http.get(_path(upload), Upload)
 
     def list(self) -> AsyncIterator[Upload]:
-        """Your uploads that aren't finished."""
+        """Your unfinished uploads."""
         return self._http.pages("/v1/uploads", Upload)
 
     async def put(self, upload: str, *, number: int, content: bytes) -> Upload:
-        """Send one part; sent again, it replaces what was there."""
+        """Send one part; a part sent again replaces the earlier one."""
         headers = {"Content-Type": "application/octet-stream"}
         path = f"{_path(upload)}/parts/{number}"
-        return parse(await self._http.send("PUT", path, content=content, headers=headers, repeat=True), Upload)
+        return parse(await self._http.send("PUT", path, content=content, headers=headers, idempotent=True), Upload)
 
     async def finish(self, upload: str, *, sha256: str | None = None) -> Dataset:
-        """Make the data set of all parts; ``sha256`` is what they must have together."""
+        """Assemble the data set from all parts; ``sha256`` is the expected hash of the whole file."""
         return await self._http.create(f"{_path(upload)}/finish", UploadFinish(sha256=sha256), Dataset)
 
     async def delete(self, upload: str) -> None:
-        """Give an upload up, with all its parts."""
-        await self._http.send("DELETE", _path(upload), repeat=False)
+        """Abort an upload and discard its parts."""
+        await self._http.send("DELETE", _path(upload), idempotent=False)
 
     async def send(self, upload: str, *, file: Path, progress: Callable[[int, int], None] = _ignore) -> Dataset:
-        """Send every part of a file that isn't there yet, then finish; called again, it goes on where it stopped.
+        """Send the missing parts of a file, then finish. Called again, it resumes.
 
         Raises:
-            DataInvalid: there is no such file.
+            DataInvalid: the file doesn't exist.
         """
         if not file.is_file():
-            raise DataInvalid(f"{file}: there is no such file")
-        known = await self.get(upload)
-        there = {part.number: part.sha256 for part in known.parts}
+            raise DataInvalid(f"{file}: no such file")
+        state = await self.get(upload)
+        received = {part.number: part.sha256 for part in state.parts}
         total = file.stat().st_size
-        size = min(known.part_bytes, max(PART_BYTES, -(-total // known.most_parts)))
-        whole = hashlib.sha256()
+        size = min(state.part_bytes, max(PART_BYTES, -(-total // state.most_parts)))
+        file_hash = hashlib.sha256()
         with file.open("rb") as source:
             number = 0
-            while part := await self._http.wire.work(lambda: source.read(size)):
+            while part := await self._http.wire.run_sync(lambda: source.read(size)):
                 number += 1
-                whole.update(part)
-                if there.get(number) != hashlib.sha256(part).hexdigest():
+                file_hash.update(part)
+                if received.get(number) != hashlib.sha256(part).hexdigest():
                     await self.put(upload, number=number, content=part)
                 progress(source.tell(), total)
-        return await self.finish(upload, sha256=whole.hexdigest())
+        return await self.finish(upload, sha256=file_hash.hexdigest())
 
 
 def _path(upload: str) -> str:
     return f"/v1/uploads/{quote(upload, safe='')}"
 
 
-class Uploads(Noun[AsyncUploads]):
+class Uploads(Resource[AsyncUploads]):
     """``client.uploads`` (provider)"""
 
     create = blocking(AsyncUploads.create)

@@ -1,1 +1,1 @@
-"""Tuning on private rows."""
+"""Prompt tuning on private rows."""

@@ -1,4 +1,4 @@
-"""From a tuned prompt to the file that may leave."""
+"""Export a tuned prompt as a prompt file, which may leave the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def prompt_file(result: TuneResult, model_hash: str, task: Task) -> PromptFile:
-    """The prompt, its model, its task form and, if there is one, the privacy claim. Nothing else of ``result``."""
+    """The prompt file: embeddings, model hash, task and, if there is one, the privacy claim; nothing else."""
     epsilon, delta = (result.statement.claim if result.statement else None) or (None, None)
     return PromptFile(
         embeddings=result.prompt.embeddings.numpy(),

@@ -1,8 +1,7 @@
-"""Tune several times with different learning rates and keep the prompt that does best on *public* rows.
+"""Tune with several learning rates and keep the prompt that does best on *public* rows.
 
-Every trial sees the private rows, so the budget is that of all of them together: the noise is chosen so that all trials
-spend ε, whichever is kept. Choosing by public rows costs nothing on top; choosing by private ones would, so it isn't
-offered.
+Every trial uses the private rows, so the trials share the budget: the noise is chosen so that all of them together
+spend ε. Choosing by public rows costs nothing more. Choosing by private rows would, so it isn't offered.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from post_shared.training.progress import Progress, ProgressCallback, ignore
 
 @dataclass(frozen=True)
 class Trial:
-    """``score`` is the mean log-probability of the right label on the public rows; nothing private is in it."""
+    """``score`` is the mean log-probability of the correct label on the public rows."""
 
     learning_rate: float
     score: float
@@ -38,15 +37,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best prompt, with the statement of the whole search, and all trials in the order of their learning rates."""
+    """The best prompt, with the statement of the whole search, and all trials by ascending learning rate."""
 
     best: TuneResult
     trials: tuple[Trial, ...]
 
 
 def learning_rates(middle: float, trials: int) -> list[float]:
-    """``trials`` learning rates around ``middle``, each twice the one before."""
-    return [middle * 2.0 ** (at - (trials - 1) / 2) for at in range(trials)]
+    """``trials`` learning rates around ``middle``, each twice the previous one."""
+    return [middle * 2.0 ** (trial - (trials - 1) / 2) for trial in range(trials)]
 
 
 def search(
@@ -65,19 +64,19 @@ def search(
 ) -> SearchResult:
     """:func:`post_client.tuning.tune`, ``trials`` times under one budget and one reservation.
 
-    ``judge`` are public rows with labels of the task. Interrupted and started again, it draws the same numbers.
+    ``judge``: public rows with labels of the task. A restarted search draws the same random numbers.
 
     Raises:
         InvalidInput: fewer than two trials, or a generation task.
-        Others: as :func:`tune`; ``judge`` is checked as private rows are.
+        Others: as :func:`tune`; ``judge`` is checked like private rows.
     """
     if trials < 2 or task.is_generation:
-        raise InvalidInput("a search makes two trials at least, of a task with classes")
+        raise InvalidInput("a search needs at least two trials and a classification task")
     check_rows(task, judge)
     budget = None if privacy is None else replace(privacy, trials=trials)
-    shared = None if reserve is None else _Shared(reserve, fingerprint(trials, list(map(asdict, judge))))
-    found: list[tuple[Trial, TuneResult]] = []
-    for at, rate in enumerate(learning_rates(options.learning_rate, trials)):
+    shared = None if reserve is None else _SharedReservation(reserve, fingerprint(trials, list(map(asdict, judge))))
+    results: list[tuple[Trial, TuneResult]] = []
+    for number, rate in enumerate(learning_rates(options.learning_rate, trials)):
         result = tune(
             student,
             task,
@@ -85,45 +84,49 @@ def search(
             options.replace(learning_rate=rate),
             privacy=budget,
             public=public,
-            on_progress=_numbered(on_progress, at, trials),
-            checkpoint=None if checkpoint is None else checkpoint / f"trial-{at}",
-            reserve=None if shared is None else partial(shared, at),
+            on_progress=_trial_progress(on_progress, number, trials),
+            checkpoint=None if checkpoint is None else checkpoint / f"trial-{number}",
+            reserve=None if shared is None else partial(shared, number),
         )
-        found.append((Trial(rate, _score(student, task, judge, result, options)), result))
-    best = max(found, key=lambda each: each[0].score)[1]
+        results.append((Trial(rate, _score(student, task, judge, result, options)), result))
+    best = max(results, key=lambda item: item[0].score)[1]
     statement = best.statement
-    if statement is not None:  # the judges' texts enter without noise, too
-        seen = [*(public or ()), *(row.text for row in judge)]
-        statement = replace(statement, also_public=also_public(rows, seen))
+    if statement is not None:  # the texts of these rows are used without noise, too
+        public_texts = [*(public or ()), *(row.text for row in judge)]
+        statement = replace(statement, also_public=also_public(rows, public_texts))
     run = None if shared is None else shared.run
-    return SearchResult(replace(best, statement=statement, run=run), tuple(trial for trial, _ in found))
+    return SearchResult(replace(best, statement=statement, run=run), tuple(trial for trial, _ in results))
 
 
 @dataclass
-class _Shared:
-    """One reservation for all trials, made when the first one has passed its checks; each has its own randomness."""
+class _SharedReservation:
+    """One reservation for all trials, made once the first one has passed its checks. Each has its own randomness."""
 
     reserve: Reserve
     search: str
-    """Tells searches apart that begin with the same trial."""
+    """Distinguishes searches that begin with the same trial."""
     run: Run | None = None
 
-    def __call__(self, at: int, rows: Sequence[Row], charge: Charge, run_id: str) -> Run:
+    def __call__(self, number: int, rows: Sequence[Row], charge: Charge, run_id: str) -> Run:
         if self.run is None:
             self.run = self.reserve(rows, charge, fingerprint(run_id, self.search))
-        return self.run.trial(at)
+        return self.run.trial(number)
 
 
-def _score(model: LanguageModel, task: Task, judge: Sequence[Row], result: TuneResult, options: TuneOptions) -> float:
+def _score(model: LanguageModel, task: Task, rows: Sequence[Row], result: TuneResult, options: TuneOptions) -> float:
+    """Mean log-probability of the correct label."""
     prompt = result.prompt.embeddings.to(model.device)
-    chances = classify(model, task, [row.text for row in judge], prompt, max_length=options.max_length)  # (N, C)
-    right = torch.tensor([task.labels.index(str(row.label)) for row in judge])
-    return float(chances.gather(1, right[:, None]).clamp_min(1e-12).log().mean())
+    texts = [row.text for row in rows]
+    probabilities = classify(model, task, texts, prompt, max_length=options.max_length)  # (N, C)
+    correct = torch.tensor([task.labels.index(str(row.label)) for row in rows])  # (N,)
+    return float(probabilities.gather(1, correct[:, None]).clamp_min(1e-12).log().mean())
 
 
-def _numbered(on_progress: ProgressCallback, at: int, trials: int) -> ProgressCallback:
-    def tell(progress: Progress) -> None:
-        done, steps = at * progress.steps + progress.step, trials * progress.steps
-        on_progress(Progress(done, steps, f"trial {at + 1} of {trials}", progress.metrics))
+def _trial_progress(on_progress: ProgressCallback, number: int, trials: int) -> ProgressCallback:
+    """Progress over all trials."""
 
-    return tell
+    def report(progress: Progress) -> None:
+        done, steps = number * progress.steps + progress.step, trials * progress.steps
+        on_progress(Progress(done, steps, f"trial {number + 1} of {trials}", progress.metrics))
+
+    return report

@@ -1,4 +1,4 @@
-"""Tune a soft prompt on the student with private data (method §2), plainly or with differential privacy."""
+"""Tune a soft prompt on the student with private data (method §2), with or without differential privacy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from post_client.ledger import Charge, Reserve, Run
 from post_client.privacy import Canaries, PoissonSampler, PrivacyConfig, PrivacyPlan, PrivacyStatement, default_delta
 from post_client.privacy.statement import also_public, library_versions
 from post_client.privacy.user_level import rows_by_user, users_of
-from post_client.students.checks import check_rows_are_apart, check_vocabulary
+from post_client.students.checks import check_keeps_no_state, check_tokenizer
 from post_shared.data.batches import Batch, EncodedRows, ShuffledBatches
 from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
 from post_shared.method.tuning.label_bias import CalibratedLoss
-from post_shared.method.tuning.tune import check_rows, planned, starting_prompt, train_on_task, tuning_objective
+from post_shared.method.tuning.tune import check_rows, plan_tuning, starting_prompt, train_on_task, tuning_objective
 from post_shared.model.devices import processor
 from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
@@ -36,10 +36,10 @@ __all__ = ["TuneResult", "charge_of", "check_rows", "encode_private", "run_id_of
 
 @dataclass(frozen=True)
 class TuneResult:
-    """``prompt`` may leave the machine; the rest of what tuning saw may not.
+    """A tuned prompt. Only ``prompt`` may leave the machine.
 
-    ``statement`` says what is guaranteed about it; None when it was tuned without differential privacy. ``run`` is what
-    the ledger charged: finish it there (:meth:`post_client.ledger.Ledger.finish`) when the prompt is kept.
+    ``statement`` is its privacy guarantee, None without differential privacy. ``run`` is the run charged to the ledger:
+    call :meth:`post_client.ledger.Ledger.finish` once the prompt is saved.
     """
 
     prompt: SoftPrompt
@@ -48,7 +48,7 @@ class TuneResult:
 
 
 def encode_private(model: LanguageModel, task: Task, rows: Sequence[Row], options: TuneOptions) -> EncodedRows:
-    """The private rows as token ids, with room for the prompt."""
+    """The private rows as token ids, with positions reserved for the prompt."""
     texts, labels = [row.text for row in rows], [row.label for row in rows]
     return encode_rows(model, task, texts, options.max_length, labels=labels, reserved=options.num_virtual_tokens)
 
@@ -68,51 +68,50 @@ def tune(
 ) -> TuneResult:
     """Tune a prompt for ``task`` on the frozen ``student``; with ``privacy`` by PromptDPSGD.
 
-    ``public`` are texts that anyone may know, of the kind of the private ones, without labels. They show what the
-    prompt leans to whatever the text (:mod:`post_shared.method.tuning.label_bias`); with that taken off, far more is learnt for the same ε.
-    Without ``privacy``, and without ``public``, the private texts themselves show it.
+    ``public``: unlabelled public texts, similar to the private ones. The prompt's label bias is measured on them and
+    removed (:mod:`post_shared.method.tuning.label_bias`), which improves accuracy at the same ε. Without ``privacy``
+    and ``public``, it is measured on the private texts.
 
-    A private run has its number of steps fixed in advance and returns its last iterate: choosing a step by a
-    private score would cost budget. With a ``checkpoint`` folder, a killed run goes on where it was; the folder
-    stays on this machine.
+    A private run has a fixed number of steps and returns its last iterate, since choosing a step by a private score
+    would cost budget. With a ``checkpoint`` folder, an interrupted run resumes; the folder stays on this machine.
 
     ``reserve`` charges the run to a ledger (:meth:`post_client.ledger.Ledger.reserve`) right before the first step.
-    None: nobody adds up what the runs on these rows spend.
+    With None, the run isn't recorded in any ledger.
 
     Raises:
-        DataInvalid: empty, unlabelled or foreign rows, or a single class; too few public texts.
+        DataInvalid: no rows, rows without a label or with an unknown one, a single class, or too few public texts.
         InvalidInput: public texts for a generation task.
-        TaskInvalid: label words that this model's tokenizer can't tell apart.
-        ModelUnsafe: the student's tokenizer has tokens that the student doesn't, or (with ``privacy``) its answer to
-            a text depends on the texts beside it.
-        PrivacyInvalid: (ε, δ) that give no guarantee for so many rows (or users).
+        TaskInvalid: label words that this model's tokenizer can't distinguish.
+        ModelUnsafe: the tokenizer fails :func:`post_client.students.checks.check_tokenizer` or, with ``privacy``, the
+            student fails :func:`post_client.students.checks.check_keeps_no_state`.
+        PrivacyInvalid: (ε, δ) give no guarantee for this number of rows (or users).
         OutOfMemory: a step on a single row doesn't fit the free memory.
         BudgetExceeded, LedgerInvalid: raised by ``reserve``; nothing was trained.
-        Cancelled: raised by ``on_progress``; the state is kept first.
+        Cancelled: raised by ``on_progress``; the state is saved first.
     """
     check_rows(task, rows)
-    check_vocabulary(student)
+    check_tokenizer(student)
     encoded = encode_private(student, task, rows, options)
-    tuning_objective(student, task)  # what can't be tuned on is found out before anything is charged
-    split, calibrated = planned(student, task, rows, public, encoded, options, private=privacy is not None)
+    tuning_objective(student, task)  # refuses an unusable task before anything is charged
+    split, calibrated = plan_tuning(student, task, rows, public, encoded, options, private=privacy is not None)
     plan = plan_of(rows, options, privacy)
     if plan is not None:
-        check_rows_are_apart(student, starting_prompt(student, task, options).embeddings, options.max_length)
+        check_keeps_no_state(student, starting_prompt(student, task, options).embeddings, options.max_length)
     run_id = run_id_of(student, task, rows, options, privacy, public) if reserve or checkpoint else ""
     run = None
     if reserve is not None:
         run = reserve(rows, charge_of(rows, options, privacy), run_id)
-        run_id = fingerprint(run_id, run.name)  # a checkpoint of a finished run is not gone on from
-        plan = None if plan is None else plan.drawing_from(run.key)
-    kept = Checkpoint(checkpoint, run_id, checkpoint_seconds) if checkpoint else None
-    ready = Prepared(student, task, rows, encoded, options, plan, split, calibrated)
-    tuned = train(ready, on_progress=on_progress, checkpoint=kept)
-    return TuneResult(tuned, None if plan is None else _statement(plan, options, rows, public), run)
+        run_id = fingerprint(run_id, run.name)  # a new run never resumes from a finished run's checkpoint
+        plan = None if plan is None else plan.with_key(run.key)
+    saved_state = Checkpoint(checkpoint, run_id, checkpoint_seconds) if checkpoint else None
+    prepared = Prepared(student, task, rows, encoded, options, plan, split, calibrated)
+    prompt = train(prepared, on_progress=on_progress, checkpoint=saved_state)
+    return TuneResult(prompt, None if plan is None else _statement(plan, options, rows, public), run)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A tuning whose parts were checked: what :func:`train` needs."""
+    """The checked inputs of :func:`train`."""
 
     student: LanguageModel
     task: Task
@@ -126,23 +125,23 @@ class Prepared:
 
 
 def train(
-    ready: Prepared, *, on_progress: ProgressCallback = ignore, checkpoint: Checkpoint | None = None
+    prepared: Prepared, *, on_progress: ProgressCallback = ignore, checkpoint: Checkpoint | None = None
 ) -> SoftPrompt:
-    """Train a prompt, plainly or, with a plan, privately."""
-    start = starting_prompt(ready.student, ready.task, ready.options).embeddings
-    prompt = nn.Parameter(start.clone().to(ready.student.device))
-    parts = _plain(ready, prompt) if ready.plan is None else _private(ready, ready.plan, prompt)
+    """Train a prompt; with a plan, by PromptDPSGD."""
+    start = starting_prompt(prepared.student, prepared.task, prepared.options).embeddings
+    prompt = nn.Parameter(start.clone().to(prepared.student.device))
+    setup = _plain_setup(prepared, prompt) if prepared.plan is None else _private_setup(prepared, prepared.plan, prompt)
     return train_on_task(
-        ready.student,
-        ready.task,
-        parts.optimizer,
-        parts.batches,
-        ready.options,
-        steps=parts.steps,
-        calibrated=ready.calibrated,
+        prepared.student,
+        prepared.task,
+        setup.optimizer,
+        setup.batches,
+        prepared.options,
+        steps=setup.steps,
+        calibrated=prepared.calibrated,
         on_progress=on_progress,
         checkpoint=checkpoint,
-        also=parts.spent,
+        also=setup.spent,
     )
 
 
@@ -154,30 +153,32 @@ def run_id_of(
     privacy: PrivacyConfig | None,
     public: Sequence[str] | None,
 ) -> str:
-    """A name for this very tuning: equal for equal models, rows, settings and machinery. It stays on this machine.
+    """The id of a tuning run: equal for equal models, rows, settings and environment. It stays on this machine.
 
-    Runs of one name draw the same noise, so whatever else moves a gradient, be it by rounding, has to be in it.
+    Runs with the same id draw the same noise, so the id covers everything that changes a gradient, even by rounding.
     """
     model = student.config.to_dict() | {"_name_or_path": ""}, student.tokenizer.backend_tokenizer.to_str()
-    numbers = str(student.device), str(student.dtype), torch.get_float32_matmul_precision(), torch.get_num_threads()
-    machinery = *numbers, processor(student.device), library_versions(), _sources()
-    every = list(map(asdict, rows))
-    return fingerprint(options, privacy, repr(task), public, every, model, machinery, *student.model.parameters())
+    numerics = str(student.device), str(student.dtype), torch.get_float32_matmul_precision(), torch.get_num_threads()
+    environment = *numerics, processor(student.device), library_versions(), _sources()
+    row_values = list(map(asdict, rows))
+    return fingerprint(
+        options, privacy, repr(task), public, row_values, model, environment, *student.model.parameters()
+    )
 
 
 @cache
 def _sources() -> str:
-    """A digest of the code that makes a gradient: of one version there are many."""
+    """A digest of the source code: a version number doesn't cover local changes."""
     folders = [Path(__file__).parents[1], Path(str(post_shared.__file__)).parent]
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def charge_of(rows: Sequence[Row], options: TuneOptions, privacy: PrivacyConfig | None) -> Charge:
-    """What such a run does to its rows, for the ledger.
+    """What the ledger charges for such a run.
 
     Raises:
-        PrivacyInvalid: (ε, δ) that give no guarantee for so many rows (or users).
+        PrivacyInvalid: (ε, δ) give no guarantee for this number of rows (or users).
     """
     plan = plan_of(rows, options, privacy)
     if plan is None:
@@ -185,12 +186,12 @@ def charge_of(rows: Sequence[Row], options: TuneOptions, privacy: PrivacyConfig 
     return Charge(plan.config.unit, plan.delta, plan.mechanism)
 
 
-# --- plainly, and privately ---------------------------------------------------------------------------
+# --- without and with differential privacy ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """What differs between the two: the optimizer, its batches, and what a step is said to have spent."""
+class _Setup:
+    """The optimizer, its batches, and the metrics of the ε spent after a step: what DP changes."""
 
     optimizer: PromptOptimizer
     batches: Callable[[int], Batch]
@@ -199,6 +200,7 @@ class _Parts:
 
 
 def plan_of(rows: Sequence[Row], options: TuneOptions, privacy: PrivacyConfig | None) -> PrivacyPlan | None:
+    """The plan of a private run; None without ``privacy``."""
     if privacy is None:
         return None
     units = len(rows) if privacy.unit == "row" else len(set(users_of(rows)))
@@ -211,22 +213,22 @@ def _statement(
     return replace(plan.statement(options.average_iterates), also_public=also_public(rows, public or ()))
 
 
-def _plain(ready: Prepared, prompt: nn.Parameter) -> _Parts:
-    options = ready.options
-    optimizer = PromptAdam(prompt, options.learning_rate, ready.split)
-    batches = ShuffledBatches(ready.encoded, options.batch_size, options.seed)
-    return _Parts(optimizer, batches, options.steps, lambda step: {})
+def _plain_setup(prepared: Prepared, prompt: nn.Parameter) -> _Setup:
+    options = prepared.options
+    optimizer = PromptAdam(prompt, options.learning_rate, prepared.split)
+    batches = ShuffledBatches(prepared.encoded, options.batch_size, options.seed)
+    return _Setup(optimizer, batches, options.steps, lambda step: {})
 
 
-def _private(ready: Prepared, plan: PrivacyPlan, prompt: nn.Parameter) -> _Parts:
-    users = users_of(ready.rows) if plan.config.unit == "user" else None
-    members = [[at] for at in range(len(ready.rows))] if users is None else rows_by_user(users)
-    sampler = PoissonSampler(max(1, len(members)), plan.rate, plan.randomness)
-    options = ready.options
+def _private_setup(prepared: Prepared, plan: PrivacyPlan, prompt: nn.Parameter) -> _Setup:
+    options = prepared.options
+    users = users_of(prepared.rows) if plan.config.unit == "user" else None
+    rows_of_unit = [[row] for row in range(len(prepared.rows))] if users is None else rows_by_user(users)
+    sampler = PoissonSampler(max(1, len(rows_of_unit)), plan.rate, plan.randomness)
 
     def batch(step: int) -> Batch:
-        return ready.encoded.batch([row for unit in sampler.draw(step) for row in members[unit]])
+        return prepared.encoded.batch([row for unit in sampler.draw(step) for row in rows_of_unit[unit]])
 
-    optimizer = plan.optimizer(prompt, options.learning_rate, users, longest=options.max_length, student=ready.student)
-    optimizer.canaries = ready.canaries
-    return _Parts(optimizer, batch, plan.steps, lambda step: {"epsilon": plan.epsilon_after(step)})
+    optimizer = plan.optimizer(prompt, options.learning_rate, users)
+    optimizer.canaries = prepared.canaries
+    return _Setup(optimizer, batch, plan.steps, lambda step: {"epsilon": plan.epsilon_after(step)})

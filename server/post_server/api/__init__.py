@@ -1,1 +1,1 @@
-"""The HTTP API: one module a resource; see :mod:`post_server.api.app`. Never imports torch."""
+"""The HTTP app, the dashboard and the health checks; see :mod:`post_server.api.app`. Never imports torch."""

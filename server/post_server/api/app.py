@@ -36,7 +36,7 @@ from post_server.storage.blob_store import BlobStore
 from post_server.transfers import endpoints as transfers
 from post_shared.errors import PROBLEM_MEDIA_TYPE
 
-_ROUTERS = (  # their paths are tried in this order: first what is asked most
+_ROUTERS = (  # their paths are tried in this order: the most frequent first
     jobs.router,
     models.router,
     datasets.router,
@@ -58,7 +58,7 @@ _ABOUT = (
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """A whole app over the settings' database and storage. The schema must be there: ``Database.migrate``."""
+    """The app on the settings' database and storage. The schema must be up to date: ``Database.migrate``."""
     settings = settings or get_settings()
     configure_logs(settings)
     database = Database.from_settings(settings)
@@ -67,7 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("post-transfer"),
         description=_ABOUT,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        docs_url=None,  # its page takes scripts from elsewhere
+        docs_url=None,  # its page loads scripts from other hosts
         redoc_url=None,
         lifespan=_lifespan,
         generate_unique_id_function=_operation_id,
@@ -80,33 +80,33 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router)
     dashboard.mount_static(app)
     problems.install(app)
-    largest = {
+    max_bytes = {
         "/v1/datasets": settings.dataset_bytes,
         "/v1/uploads/[^/]+/parts/[^/]+": settings.part_bytes,
         "/v1/prompts": settings.prompt_bytes,
     }
-    app.add_middleware(BodyLimitMiddleware, default=settings.document_bytes, paths=largest)
+    app.add_middleware(BodyLimitMiddleware, default=settings.document_bytes, paths=max_bytes)
     app.add_middleware(RequestMiddleware, metrics=app.state.metrics)
-    _name_problems(app)
+    _describe_problems(app)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gc.collect()
-    gc.freeze()  # what is there now stays: to look through all of it again would hold up requests
+    gc.freeze()  # these objects live as long as the process: scanning them again would delay requests
     yield
     await queue_client.close()
     app.state.context.database.dispose()
 
 
 def _operation_id(route: APIRoute) -> str:
-    """The function's name: what a generated client calls its method."""
+    """The function's name, which generated clients use for their methods."""
     return route.name
 
 
-def _name_problems(app: FastAPI) -> None:
-    """In the OpenAPI document, errors have the media type that they are sent with, and their codes."""
+def _describe_problems(app: FastAPI) -> None:
+    """In the OpenAPI document, give errors the media type that they are sent with, and their codes."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -117,8 +117,7 @@ def _name_problems(app: FastAPI) -> None:
             for operation in path.values()
             if isinstance(operation, dict)
         ]
-        for answer in (answer for each in operations for answer in each.get("responses", {}).items()):
-            status, response = answer
+        for status, response in (item for operation in operations for item in operation.get("responses", {}).items()):
             content = response.get("content", {})
             schema = content.get("application/json", {}).get("schema", {})
             if status >= "400" and str(schema.get("$ref", "")).endswith("/Problem"):

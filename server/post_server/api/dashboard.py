@@ -1,4 +1,4 @@
-"""The web page at ``/``: a read-only overview for people. It holds nothing secret; the browser asks the API."""
+"""The web page at ``/``: a read-only overview. It contains nothing secret; the browser calls the API."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/", response_class=HTMLResponse)
 def get_page(request: Request) -> HTMLResponse:
-    """The page; its script and style come from ``/static``, as the content security policy demands."""
+    """The page; its script and style come from ``/static``, as the content security policy requires."""
     return _templates.TemplateResponse(request, "page.html", {"version": version("post-transfer")})
 
 
 def mount_static(app: FastAPI) -> None:
-    """Serve the script and the style."""
+    """Serve the script and the style sheet."""
     app.mount("/static", StaticFiles(directory=_HERE / "static"), name="static")

@@ -1,4 +1,4 @@
-"""Is it alive, is it ready, and in what numbers."""
+"""Liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from post_shared.schemas.health import Health
 
 router = APIRouter(route_class=Route, tags=["health"])
 
-_SECONDS = 1.0
-_PATIENCE = 3.0
-"""How long a part may take to answer: a database whose host is gone would take half a minute to say so."""
+_REDIS_SECONDS = 1.0
+_CHECK_SECONDS = 3.0
+"""How long a part may take to answer: with its host gone, a database client gives up only after half a minute."""
 
 
 @router.get("/livez")
@@ -29,34 +29,34 @@ async def get_liveness() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "A part can't be reached"}})
 async def get_readiness(app: App, response: Response) -> Health:
-    """The records, the blobs and the broker can be reached, and answer within seconds."""
-    looks = {"records": _records, "blobs": _blobs, "broker": _broker}
-    found = await asyncio.gather(*(_answer(app, name, look) for name, look in looks.items()))
-    checks = dict(zip(looks, found, strict=True))
-    ready = all(each == "ok" for each in checks.values())
+    """The database, the blob store and the broker answer within seconds."""
+    checks = {"records": _records, "blobs": _blobs, "broker": _broker}
+    answers = await asyncio.gather(*(_result(app, name, check) for name, check in checks.items()))
+    results = dict(zip(checks, answers, strict=True))
+    ready = all(result == "ok" for result in results.values())
     response.status_code = 200 if ready else 503
-    return Health(status="ok" if ready else "unavailable", checks=checks)
+    return Health(status="ok" if ready else "unavailable", checks=results)
 
 
 @router.get("/metrics", response_class=Response)
 def get_metrics(request: Request) -> Response:
-    """Counts in Prometheus's text form."""
+    """Metrics in Prometheus's text format."""
     return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def _answer(app: Context, name: str, look: Callable[[Context], None]) -> str:
-    """What came of a look at a part. One that hangs is waited for by all who ask meanwhile: no second thread hangs."""
-    looking = app.looks.get(name)
-    if looking is None or looking.done():
-        looking = app.looks[name] = asyncio.ensure_future(run_in_threadpool(_check, look, app))
-    done, _ = await asyncio.wait([looking], timeout=_PATIENCE)
-    return looking.result() if done else TimeoutError.__name__
+async def _result(app: Context, name: str, check: Callable[[Context], None]) -> str:
+    """The result of a check. Concurrent requests share a check that hangs, so that no second thread hangs."""
+    running = app.readiness_checks.get(name)
+    if running is None or running.done():
+        running = app.readiness_checks[name] = asyncio.ensure_future(run_in_threadpool(_run, check, app))
+    done, _ = await asyncio.wait([running], timeout=_CHECK_SECONDS)
+    return running.result() if done else TimeoutError.__name__
 
 
-def _check(look: Callable[[Context], None], app: Context) -> str:
+def _run(check: Callable[[Context], None], app: Context) -> str:
     try:
-        look(app)
-    except Exception as error:  # whatever it is, the part isn't ready; the class is all that strangers learn
+        check(app)
+    except Exception as error:  # any error means not ready; callers are anonymous, so they only get the class
         return type(error).__name__
     return "ok"
 
@@ -71,5 +71,6 @@ def _blobs(app: Context) -> None:
 
 
 def _broker(app: Context) -> None:
-    with Redis.from_url(app.settings.redis_url, socket_timeout=_SECONDS, socket_connect_timeout=_SECONDS) as client:
+    url, seconds = app.settings.redis_url, _REDIS_SECONDS
+    with Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds) as client:
         client.ping()

@@ -1,7 +1,7 @@
-"""Who did what to which thing. Ids and the names of actions only: never a text, a tensor or a key's text.
+"""Who did what to which object: only ids and names of actions, never a text, a tensor or an API key.
 
-Rows are added in the transaction that does the thing, so one never stands without the other. The database itself
-refuses to change or remove them (see migration 0007).
+A row is added in the transaction of the action itself, so neither exists without the other. The database refuses to
+update or delete rows (see migration 0007).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from post_server.db.tables import AuditRow, now
 
 
 def record(session: Session, who: str, action: str, thing: str) -> None:
-    """Add a line. ``who`` is the id of a key, or :func:`local_user`; the request's id is added where there is one."""
+    """Add a line. ``who`` is the id of a key or :func:`local_user`; the request id, if any, is added."""
     request_id = structlog.contextvars.get_contextvars().get("request_id")
     session.add(AuditRow(who=who, action=action, thing=thing, request_id=request_id))
 
 
 def local_user() -> str:
-    """Who is at this machine: the provider's commands act on the store and carry no key."""
+    """The user of this machine, for the provider's commands, which use no API key."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError, ImportError):  # a container's user may have no name
@@ -40,13 +40,13 @@ def lines(
     days: float | None = None,
     limit: int = 100,
 ) -> list[AuditRow]:
-    """The newest lines that fit, newest first. ``action`` also fits those that begin with it and a dot."""
+    """The newest matching lines, newest first. The action ``prompt`` also matches ``prompt.…``."""
     statement = select(AuditRow)
     if who is not None:
         statement = statement.where(AuditRow.who == who)
     if action is not None:
-        begins = AuditRow.action.startswith(f"{action}.", autoescape=True)
-        statement = statement.where(or_(AuditRow.action == action, begins))
+        has_prefix = AuditRow.action.startswith(f"{action}.", autoescape=True)
+        statement = statement.where(or_(AuditRow.action == action, has_prefix))
     if thing is not None:
         statement = statement.where(AuditRow.thing == thing)
     if days is not None:

@@ -1,6 +1,6 @@
-"""The provider's verbs of the ``post`` command. They act on this machine's store, not over HTTP.
+"""The provider's commands of ``post``. They act on this machine's database and blob store, not over HTTP.
 
-Everything heavy is imported when a verb runs, so that ``post --help`` answers at once.
+Heavy modules are imported when a command runs, so that ``post --help`` is fast.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ _PANEL = "Provider"
 
 
 def register(app: typer.Typer) -> None:
-    """Add the provider's verbs."""
-    for name, verbs in (("model", models), ("dataset", datasets), ("key", keys), ("admin", admin)):
-        app.add_typer(verbs, name=name, rich_help_panel=_PANEL)
-    for name, verb in (("serve", serve), ("worker", worker), ("predictor", predictor)):
-        app.command(name, rich_help_panel=_PANEL)(verb)
+    """Add the provider's commands."""
+    for name, group in (("model", models), ("dataset", datasets), ("key", keys), ("admin", admin)):
+        app.add_typer(group, name=name, rich_help_panel=_PANEL)
+    for name, command in (("serve", serve), ("worker", worker), ("predictor", predictor)):
+        app.command(name, rich_help_panel=_PANEL)(command)
 
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
-    home: Annotated[Path | None, typer.Option(help="Folder of all embedded parts.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder of the embedded services.")] = None,
 ) -> None:
     """Run everything on this machine: the API, a worker, a predictor and an embedded broker."""
     from post_server.serve import main
     from post_server.settings import settings_with
 
-    given: dict[str, Any] = {"host": host, "port": port, "home": home}
-    raise typer.Exit(main(settings_with(**{name: value for name, value in given.items() if value is not None})))
+    options: dict[str, Any] = {"host": host, "port": port, "home": home}
+    raise typer.Exit(main(settings_with(**{name: value for name, value in options.items() if value is not None})))
 
 
 def worker() -> None:
-    """Run one worker for jobs; start as many as you like, on any host that reaches the same parts."""
+    """Run one worker for jobs. Start any number of them, on any host that reaches the same services."""
     from post_server.settings import get_settings
     from post_server.worker import main
 
@@ -47,7 +47,7 @@ def worker() -> None:
 
 
 def predictor() -> None:
-    """Run one predictor, which answers questions to target models."""
+    """Run one predictor, which serves the target models."""
     from post_server.predictor import main
     from post_server.settings import get_settings
 

@@ -1,4 +1,4 @@
-"""``post model`` and ``post dataset``: what lies in the store."""
+"""``post model`` and ``post dataset``: the stored models and datasets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from post_server.cli.context import parts
+from post_server.cli.context import services
 from post_shared.cli.output import AsJson, plain_table, print_json, print_table
 from post_shared.errors import Conflict, InvalidInput
 from post_shared.schemas.datasets import DatasetKind
@@ -16,9 +16,9 @@ from post_shared.schemas.models import ModelRole
 if TYPE_CHECKING:
     from post_server.db.database import Database
 
-Named = Annotated[str, typer.Option("--name", help="A short name in lower case: letters, digits, . _ -")]
-models = typer.Typer(no_args_is_help=True, help="Target and student models in the store.")
-datasets = typer.Typer(no_args_is_help=True, help="Public datasets in the store.")
+NameOption = Annotated[str, typer.Option("--name", help="A short name: lower-case letters, digits, '.', '_', '-'.")]
+models = typer.Typer(no_args_is_help=True, help="Stored target and student models.")
+datasets = typer.Typer(no_args_is_help=True, help="Stored public datasets.")
 
 
 # --- models -------------------------------------------------------------------------------------------
@@ -27,16 +27,16 @@ datasets = typer.Typer(no_args_is_help=True, help="Public datasets in the store.
 @models.command("add")
 def add_model_(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a Hugging Face hub id.")],
-    name: Named,
+    name: NameOption,
     gguf_file: Annotated[str | None, typer.Option(help="The .gguf file within a folder or hub id.")] = None,
 ) -> None:
-    """Add a target model: load it, check it, store it as safetensors."""
+    """Add a target model: load it, check it and store it as safetensors."""
     import tempfile
 
     from post_server.auth.audit_log import local_user, record
     from post_server.models.service import add_model, model_facts
 
-    with parts() as (_, database, store), tempfile.TemporaryDirectory() as folder:
+    with services() as (_, database, store), tempfile.TemporaryDirectory() as folder:
         _check_name(name)
         _refuse_taken_name(database, name)
         from post_shared.model.language_model import LanguageModel
@@ -60,16 +60,16 @@ def list_models(json: AsJson = False) -> None:
     from post_server.db.tables import ModelRow
     from post_server.models.service import model_document
 
-    with parts() as (_, database, _), database.read() as session:
+    with services() as (_, database, _), database.read() as session:
         rows = session.scalars(select(ModelRow).order_by(ModelRow.created_at.desc())).all()
     if json:
         print_json([model_document(row).model_dump(mode="json") for row in rows])
         return
-    shown = plain_table("id", "name", "role", "architecture", "layers", "width", "parameters", "hash")
+    table = plain_table("id", "name", "role", "architecture", "layers", "width", "parameters", "hash")
     for row in rows:
         facts = (str(row.layers), str(row.hidden_size), f"{row.parameters:,}", row.hash[:12])
-        shown.add_row(row.id, row.name, row.role.value, row.architecture, *facts)
-    print_table(shown)
+        table.add_row(row.id, row.name, row.role.value, row.architecture, *facts)
+    print_table(table)
 
 
 # --- datasets -----------------------------------------------------------------------------------------
@@ -78,24 +78,24 @@ def list_models(json: AsJson = False) -> None:
 @datasets.command("add")
 def add_dataset_(
     source: Annotated[Path, typer.Argument(help="JSON Lines, CSV, TSV or Parquet for rows; text for a corpus.")],
-    name: Named,
-    kind: Annotated[DatasetKind | None, typer.Option(help="By default, text is a corpus, all else rows.")] = None,
-    licence: Annotated[str | None, typer.Option(help="SPDX id or a few words.")] = None,
+    name: NameOption,
+    kind: Annotated[DatasetKind | None, typer.Option(help="Default: corpus for text, rows for other files.")] = None,
+    licence: Annotated[str | None, typer.Option(help="An SPDX id or a few words.")] = None,
 ) -> None:
-    """Add public data. Never add private data: it stays with its owner."""
+    """Add a public dataset. Private data must never be added: it stays with its owner."""
     from post_server.auth.audit_log import local_user, record
     from post_server.datasets.service import add_dataset, copy_as_dataset, summarise
-    from post_server.storage.blob_references import sent_ahead
+    from post_server.storage.blob_references import uploaded_early
 
     _check_name(name)
     plain_text = source.name.removesuffix(".gz").endswith(".txt")
     kind = kind or (DatasetKind.CORPUS if plain_text else DatasetKind.ROWS)
-    with parts() as (_, database, store):
+    with services() as (_, database, store):
         copy = store.new_file()
         try:
             copy_as_dataset(source, kind, copy)
             summary = summarise(copy, kind)
-            with sent_ahead(database, store, copy, summary.sha256), database.write() as session:
+            with uploaded_early(database, store, copy, summary.sha256), database.write() as session:
                 row, is_new = add_dataset(session, store, copy, summary, name=name, kind=kind, licence=licence)
                 if is_new:
                     record(session, local_user(), "dataset.add", row.id)
@@ -113,16 +113,16 @@ def list_datasets(json: AsJson = False) -> None:
     from post_server.datasets.service import dataset_document
     from post_server.db.tables import DatasetRow
 
-    with parts() as (_, database, _), database.read() as session:
+    with services() as (_, database, _), database.read() as session:
         rows = session.scalars(select(DatasetRow).order_by(DatasetRow.created_at.desc())).all()
     if json:
         print_json([dataset_document(row).model_dump(mode="json") for row in rows])
         return
-    shown = plain_table("id", "name", "kind", "rows", "labels", "licence")
+    table = plain_table("id", "name", "kind", "rows", "labels", "licence")
     for row in rows:
         labels = "" if row.labels is None else ", ".join(row.labels[:12])
-        shown.add_row(row.id, row.name, row.kind.value, f"{row.rows:,}", labels, row.licence or "")
-    print_table(shown)
+        table.add_row(row.id, row.name, row.kind.value, f"{row.rows:,}", labels, row.licence or "")
+    print_table(table)
 
 
 def _check_name(name: str) -> None:
@@ -133,15 +133,17 @@ def _check_name(name: str) -> None:
     try:
         TypeAdapter(Name).validate_python(name)
     except ValidationError:
-        raise InvalidInput(f"{name!r} is no name: lower-case letters, digits, '.', '_', '-', at most 63.") from None
+        raise InvalidInput(
+            f"{name!r} is not a valid name: up to 63 lower-case letters, digits, '.', '_' and '-'."
+        ) from None
 
 
 def _refuse_taken_name(database: Database, name: str) -> None:
-    """Before minutes of loading, not after them."""
+    """Checked before the model is loaded, which may take minutes."""
     from sqlalchemy import select
 
     from post_server.db.tables import ModelRow
 
     with database.read() as session:
         if session.scalar(select(ModelRow.id).where(ModelRow.name == name)) is not None:
-            raise Conflict(f"There already is a model named {name!r}; choose another name.")
+            raise Conflict(f"A model named {name!r} already exists; choose another name.")

@@ -1,4 +1,4 @@
-"""What the verbs share: the store that the settings name, and how a time is written."""
+"""Shared by the commands: the services of the settings, and the format of a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def parts() -> Iterator[tuple[Settings, Database, BlobStore]]:
-    """The store that the settings name, its schema up to date.
+def services() -> Iterator[tuple[Settings, Database, BlobStore]]:
+    """The settings, the database with an up-to-date schema, and the blob store.
 
     Raises:
         Unavailable: the database can't be used, or not now.
@@ -40,5 +40,5 @@ def parts() -> Iterator[tuple[Settings, Database, BlobStore]]:
 
 
 def when(at: datetime | None) -> str:
-    """A time in a table, in UTC; nothing when there is none."""
+    """A time in UTC, for a table; empty for None."""
     return f"{at:%Y-%m-%d %H:%M}" if at else ""

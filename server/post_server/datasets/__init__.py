@@ -1,1 +1,1 @@
-"""``/v1/datasets`` and uploads"""
+"""``/v1/datasets`` and ``/v1/uploads``"""

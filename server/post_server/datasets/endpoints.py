@@ -1,4 +1,4 @@
-"""``/v1/datasets``: public data at the provider."""
+"""``/v1/datasets``: the provider's public datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from post_server.http.pagination import Paging, paginate
 from post_server.http.problems import problems
 from post_server.http.raw_body import raw_body, received_file
 from post_server.http.routing import Route
-from post_server.storage.blob_references import sent_ahead
+from post_server.storage.blob_references import uploaded_early
 from post_shared.schemas.common import Name, Page
 from post_shared.schemas.datasets import Dataset, DatasetKind, DatasetPreview
 from post_shared.schemas.uploads import LicenceName
@@ -48,9 +48,9 @@ async def get_dataset_preview(
     app: App,
     caller: Caller,
     dataset: DatasetReference,
-    rows: Annotated[int, Query(ge=1, le=100, description="How many, at most.")] = 10,
+    rows: Annotated[int, Query(ge=1, le=100, description="Maximum number of rows.")] = 10,
 ) -> DatasetPreview:
-    """The first rows of a dataset, long texts cut."""
+    """The first rows of a dataset; long texts are truncated."""
     return await run_in_threadpool(_preview, app, dataset, rows)
 
 
@@ -64,7 +64,7 @@ def _preview(app: Context, dataset: str, rows: int) -> DatasetPreview:
     "",
     status_code=201,
     response_model=Dataset,
-    responses=problems(403, 409, 413) | {200: {"model": Dataset, "description": "It was there already"}},
+    responses=problems(403, 409, 413) | {200: {"model": Dataset, "description": "It already existed"}},
     openapi_extra=raw_body("application/octet-stream", "JSON Lines for `rows`, plain text for `corpus`; UTF-8."),
 )
 async def create_dataset(
@@ -76,7 +76,7 @@ async def create_dataset(
     licence: Annotated[LicenceName | None, Query()] = None,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Upload public data (provider). Every line is checked first; nothing is kept of a file with a mistake."""
+    """Upload public data (provider). All lines are checked first; nothing of an invalid file is stored."""
     once = Once(app, caller, idempotency_key)
     with once.in_flight():
         async with received_file(request, app.store) as path:
@@ -92,5 +92,5 @@ def _create(once: Once, path: FilePath, name: str, kind: DatasetKind, licence: s
             record(session, once.caller.id, "dataset.add", row.id)
         return 201 if is_new else 200, dataset_document(row)
 
-    with sent_ahead(once.app.database, once.app.store, path, summary.sha256):
+    with uploaded_early(once.app.database, once.app.store, path, summary.sha256):
         return once.run(f"dataset {name} {kind} {licence}", summary.sha256, create)

@@ -1,4 +1,4 @@
-"""Public datasets in the store: a row and one blob of plain JSON Lines or plain text."""
+"""Stored public datasets: a row and one blob of JSON Lines or plain text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from post_shared.files.model_folder import sha256_of
 from post_shared.schemas.datasets import Dataset, DatasetKind, PreviewRow
 
 MAX_LABELS = 1000
-"""More different labels than that are free answers, which nobody wants listed."""
+"""With more distinct labels, the labels are free text and aren't listed."""
 _PREVIEW_CHARACTERS = 2000
 _GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a look at every line of a dataset gives."""
+    """What checking all lines of a dataset finds."""
 
     rows: int
     labels: list[str] | None
@@ -35,14 +35,14 @@ class Summary:
 
 
 def summarise(path: Path, kind: DatasetKind) -> Summary:
-    """Check a file line by line, in little memory.
+    """Check a file line by line, in constant memory.
 
     Raises:
-        DataInvalid: names the line and the column of the first mistake.
+        DataInvalid: names the line and the column of the first error.
     """
     with path.open("rb") as stream:
         if stream.read(2) == _GZIP:
-            raise DataInvalid("the dataset is compressed; send it as it is")
+            raise DataInvalid("the dataset is compressed; send it uncompressed")
     try:
         rows, labels = _count_rows(path) if kind is DatasetKind.ROWS else (sum(1 for _ in iter_paragraphs(path)), None)
     except DataInvalid as error:
@@ -62,10 +62,10 @@ def add_dataset(
     kind: DatasetKind,
     licence: str | None = None,
 ) -> tuple[DatasetRow, bool]:
-    """Store a checked file made by :meth:`BlobStore.new_file` and add its row.
+    """Store a checked file from :meth:`BlobStore.new_file` and add its row.
 
     Returns:
-        The row, and whether it is new: the same data under the same name again is the row there is.
+        The row, and whether it is new: the same data under the same name returns the existing row.
 
     Raises:
         Conflict: the name belongs to another dataset.
@@ -74,7 +74,7 @@ def add_dataset(
     existing = session.scalar(select(DatasetRow).where(DatasetRow.name == name))
     if existing is not None and existing.sha256 == summary.sha256 and existing.kind is kind:
         return existing, False
-    name_is_free(session, name)
+    check_name_is_free(session, name)
     row = DatasetRow(
         name=name,
         kind=kind,
@@ -89,15 +89,15 @@ def add_dataset(
     return row, True
 
 
-def name_is_free(session: Session, name: str) -> None:
-    """Raise :class:`Conflict` when there is a dataset of that name."""
+def check_name_is_free(session: Session, name: str) -> None:
+    """Raise :class:`Conflict` if a dataset has that name."""
     existing = session.scalar(select(DatasetRow.id).where(DatasetRow.name == name))
     if existing is not None:
-        raise Conflict(f"There already is a dataset named {name!r} ({existing}); choose another name.")
+        raise Conflict(f"A dataset named {name!r} ({existing}) already exists; choose another name.")
 
 
 def copy_as_dataset(source: Path, kind: DatasetKind, target: Path) -> None:
-    """Write any file that POST reads (JSONL, CSV, Parquet, text; also .gz) as a plain dataset."""
+    """Write a file in any format that POST reads (JSONL, CSV, Parquet, text; also .gz) as a plain dataset."""
     with target.open("w", encoding="utf-8", newline="\n") as output:
         if kind is DatasetKind.CORPUS:
             output.writelines(f"{' '.join(text.split())}\n" for text in read_corpus(source))
@@ -108,7 +108,7 @@ def copy_as_dataset(source: Path, kind: DatasetKind, target: Path) -> None:
 
 
 def find_dataset(session: Session, reference: str) -> DatasetRow:
-    """The dataset of that id or name.
+    """The dataset with that id or name.
 
     Raises:
         NotFound: there is none.
@@ -120,19 +120,19 @@ def find_dataset(session: Session, reference: str) -> DatasetRow:
 
 
 def first_rows(store: BlobStore, row: DatasetRow, count: int) -> list[PreviewRow]:
-    """The dataset's first rows or paragraphs; no more of the blob is read than they take."""
-    found: list[PreviewRow] = []
+    """The dataset's first rows or paragraphs; the rest of the blob isn't read."""
+    rows: list[PreviewRow] = []
     for line in _lines(store.open(row.sha256)):
         if not line.strip():
             continue
-        found.append(_preview(line.decode("utf-8-sig" if not found else "utf-8"), row.kind))
-        if len(found) == count:
+        rows.append(_preview(line.decode("utf-8-sig" if not rows else "utf-8"), row.kind))
+        if len(rows) == count:
             break
-    return found
+    return rows
 
 
 def _preview(line: str, kind: DatasetKind) -> PreviewRow:
-    """A line that :func:`summarise` took, so that it needs no checks here."""
+    """A preview of a line that :func:`summarise` has checked."""
     if kind is DatasetKind.CORPUS:
         return PreviewRow(text=line.strip()[:_PREVIEW_CHARACTERS])
     columns = json.loads(line)
@@ -141,17 +141,17 @@ def _preview(line: str, kind: DatasetKind) -> PreviewRow:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    left = b""
+    rest = b""
     for chunk in chunks:
-        *whole, left = (left + chunk).split(b"\n")
-        yield from whole
-    yield left
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    yield rest
 
 
 def check_labelled(row: DatasetRow) -> None:
-    """Raise :class:`InvalidInput` when the dataset's texts have no labels."""
+    """Raise :class:`InvalidInput` if the dataset has no labels."""
     if row.kind is not DatasetKind.ROWS or row.labels is None:
-        raise InvalidInput(f"The dataset {row.name} has no labels, and they are needed here.")
+        raise InvalidInput(f"The dataset {row.name} has no labels, which are needed here.")
 
 
 def dataset_document(row: DatasetRow) -> Dataset:

@@ -1,4 +1,4 @@
-"""The way to the records: SQLite for one machine, PostgreSQL beyond it, the same code."""
+"""Database access: SQLite on one machine, PostgreSQL beyond it, with the same code."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _BUSY_MILLISECONDS = 30_000
-_PATIENCE_SECONDS = 30.0
-"""How long a request waits for a connection, or for what it reads."""
+_TIMEOUT_SECONDS = 30.0
+"""How long a request waits for a connection or for a query."""
 _CONNECTIONS = 15
-"""Of one process, at most. Each stays open: to open one takes longer than most requests."""
-_READERS, _READERS_FAR = 2, 8
-"""Threads of :meth:`Database.look`. SQLite answers at once: more threads would only wait for the interpreter, and take
-twice the processor time for it. Of a database that is elsewhere some answers are under way at the same time."""
-_GUARD_LOCK = 0x504F5354  # an arbitrary constant: the PostgreSQL advisory lock behind :func:`guard`
+"""Maximum per process. Connections stay open, because opening one takes longer than most requests."""
+_READERS, _REMOTE_READERS = 2, 8
+"""Threads of :meth:`Database.run_read`. SQLite answers at once: more threads would only contend for the interpreter and
+double the processor time. A remote database answers several queries at the same time."""
+_GUARD_LOCK = 0x504F5354  # an arbitrary constant: PostgreSQL's advisory lock for :func:`guard`
 _MIGRATION_LOCK, _CLAIM_LOCK = _GUARD_LOCK + 1, _GUARD_LOCK + 2
 _POSTGRES_OPTIONS: dict[str, str | int] = {
-    # A server that went away without a word is noticed within the lease, not after TCP's quarter of an hour.
+    # A server that disappears is noticed within the lease, not after TCP's default of 15 minutes.
     "connect_timeout": 5,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -49,52 +49,52 @@ class Database:
 
     :meth:`read` sees one snapshot and never waits for writers. :meth:`write` is one transaction: it
     commits when the block ends and rolls back when it raises. On SQLite it takes the write lock at its
-    first statement, so it waits for its turn instead of failing half-way; keep slow work (files, models)
-    before that statement. PostgreSQL lets writers go side by side; :func:`guard` makes them wait there too.
+    first statement, so it waits instead of failing half-way; do slow work (files, models) before that
+    statement. PostgreSQL allows concurrent writers; :func:`guard` serialises them there too.
     """
 
     def __init__(self, url: str) -> None:
         self.engine = _create_engine(url)
-        here = self.engine.dialect.name == "sqlite"
-        snapshot = {} if here else {"isolation_level": "REPEATABLE READ"}
+        local = self.engine.dialect.name == "sqlite"
+        snapshot = {} if local else {"isolation_level": "REPEATABLE READ"}
         self._read = sessionmaker(self.engine.execution_options(**snapshot), expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(immediate=True), expire_on_commit=False)
-        self._readers = ThreadPoolExecutor(_READERS if here else _READERS_FAR, thread_name_prefix="records")
+        self._readers = ThreadPoolExecutor(_READERS if local else _REMOTE_READERS, thread_name_prefix="records")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Database:
-        """The database that the settings name."""
+        """The database of the settings."""
         return cls(settings.database_url)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session for reading; nothing is committed."""
+        """A read-only session; nothing is committed."""
         with self._read() as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """One transaction; rows stay usable after it."""
+        """One transaction; its rows stay usable afterwards."""
         with self._write.begin() as session:
             yield session
 
-    async def look(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that reads records in one of few threads, so that the event loop goes on meanwhile.
+    async def run_read(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that reads the database in a small thread pool, so that the event loop isn't blocked.
 
-        Not for what waits for anything but records: it would keep all other readers waiting.
+        Only for functions that wait for nothing but the database: others would block all readers.
 
         Raises:
-            TimeoutError: SQLAlchemy's, as for a connection that isn't to be had: the database hangs.
+            TimeoutError: SQLAlchemy's, as when no connection is available: the database hangs.
         """
         context, loop = copy_context(), asyncio.get_running_loop()
-        looking = loop.run_in_executor(self._readers, lambda: context.run(read, *args, **kwargs))
+        result = loop.run_in_executor(self._readers, lambda: context.run(read, *args, **kwargs))
         try:
-            return await asyncio.wait_for(looking, _PATIENCE_SECONDS)
+            return await asyncio.wait_for(result, _TIMEOUT_SECONDS)
         except TimeoutError:
-            raise DatabaseTimeout("no answer from the records") from None
+            raise DatabaseTimeout("the database doesn't answer") from None
 
     def migrate(self) -> None:
-        """Bring the schema up to date; safe to call from several processes at once. One that is waits for no writer.
+        """Bring the schema up to date. Safe to call from several processes at once; waits for no writer if up to date.
 
         Raises:
             Unavailable: a newer version of POST has changed the schema.
@@ -103,13 +103,13 @@ class Database:
         from alembic.runtime.migration import MigrationContext
         from alembic.script import ScriptDirectory
 
-        known = ScriptDirectory.from_config(alembic_config())
+        scripts = ScriptDirectory.from_config(alembic_config())
         with self.engine.connect() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
-        if current == known.get_current_head():
+        if current == scripts.get_current_head():
             return
-        if current is not None and current not in {each.revision for each in known.walk_revisions()}:
-            raise Unavailable(f"the records are of a newer version of POST (schema {current}): use that one")
+        if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+            raise Unavailable(f"the database belongs to a newer version of POST (schema {current}); use that version")
         with self.engine.execution_options(immediate=True).begin() as connection:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
@@ -117,33 +117,33 @@ class Database:
 
     def dispose(self) -> None:
         """Close all connections."""
-        self._readers.shutdown(wait=False, cancel_futures=True)  # a database that hangs must not keep us
+        self._readers.shutdown(wait=False, cancel_futures=True)  # a hanging database must not block us
         self.engine.dispose()
 
 
 def guard(session: Session) -> None:
-    """Hold off other guarded writers until this transaction ends: what it then reads stays true while it writes.
+    """Block other guarded writers until this transaction ends, so that what it reads stays true while it writes.
 
-    Without it, deleting an unused blob could race with a row that is about to name the same bytes, and two orders
-    could each find that the name of their student is free.
+    Without it, deleting an unused blob could race with a new row that refers to the same bytes, and two requests
+    could both find the name of their student free.
     """
     _lock(session, _GUARD_LOCK)
 
 
 def guard_claims(session: Session) -> None:
-    """Hold off other workers that choose a job. Not :func:`guard`: workers mustn't wait for somebody's upload."""
+    """Block other workers that claim a job. Not :func:`guard`: workers mustn't wait for an upload."""
     _lock(session, _CLAIM_LOCK)
 
 
 def _lock(session: Session, key: int) -> None:
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-    else:  # any statement takes SQLite's write lock, since the session is a writing one
+    else:  # in a writing session any statement takes SQLite's write lock
         session.execute(text("SELECT 1"))
 
 
 def alembic_config(connection: Connection | None = None) -> Any:
-    """Alembic's configuration without an ini file: the migrations travel inside the package."""
+    """Alembic's configuration without an ini file: the migrations are part of the package."""
     from alembic.config import Config
 
     config = Config()
@@ -153,7 +153,7 @@ def alembic_config(connection: Connection | None = None) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """JSON for a column; NaN and infinities, which JSON doesn't have, become null."""
+    """JSON for a column; NaN and infinities, which JSON lacks, become null."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -162,9 +162,9 @@ def to_json(value: Any) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -172,7 +172,7 @@ def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     common: dict[str, Any] = {"json_serializer": to_json, "hide_parameters": True}
     common |= {"poolclass": QueuePool, "pool_size": _CONNECTIONS, "max_overflow": 0}
-    common |= {"pool_timeout": _PATIENCE_SECONDS}
+    common |= {"pool_timeout": _TIMEOUT_SECONDS}
     if parsed.get_backend_name() != "sqlite":
         options = {name: value for name, value in _POSTGRES_OPTIONS.items() if name not in parsed.query}
         return create_engine(parsed, pool_pre_ping=True, connect_args=options, **common)
@@ -185,8 +185,8 @@ def _create_engine(url: str) -> Engine:
 
 
 def _set_pragmas(connection: Any, _record: object) -> None:
-    """Durable and concurrent: readers and one writer at once, references checked, wait for the lock."""
-    connection.isolation_level = None  # the driver must not begin transactions by itself; see _begin
+    """Write-ahead log (readers beside one writer), foreign keys checked, and waiting for the lock."""
+    connection.isolation_level = None  # the driver must not begin transactions itself; see _begin
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
     _write_ahead(cursor)
@@ -202,7 +202,7 @@ def _set_pragmas(connection: Any, _record: object) -> None:
     reraise=True,
 )
 def _write_ahead(cursor: sqlite3.Cursor) -> None:
-    """A new file is switched once; SQLite doesn't wait for its lock there, however long its time-out is."""
+    """Switch a new file once. SQLite doesn't wait for the lock here, whatever its timeout, hence the retries."""
     if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         cursor.execute("PRAGMA journal_mode = WAL")
 

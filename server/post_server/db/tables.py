@@ -1,6 +1,6 @@
-"""The rows of the database: what the server knows, in eight tables.
+"""The tables of the database.
 
-Rows are plain; everything that changes them lives with its feature (``api``, ``jobs``, ``models``).
+Rows are plain; the code that changes them lives with its feature (``jobs``, ``models``, …).
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ _ID_BYTES = 12
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id such as ``job_4f…``: the prefix and 24 random hex digits."""
+    """A new id such as ``job_4f…``: the prefix and 24 random hex digits."""
     return f"{prefix}_{secrets.token_hex(_ID_BYTES)}"
 
 
 def now() -> datetime:
-    """The time, aware and in UTC: the only kind of time in the database."""
+    """The current time, timezone-aware and in UTC, as all times in the database."""
     return datetime.now(UTC)
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """Aware UTC times in every database; SQLite would forget the zone."""
+    """Timezone-aware UTC times in every database; SQLite doesn't store the zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse a naive time, store UTC."""
+        """Refuse a naive time and store UTC."""
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("times in the database carry a time zone")
+            raise ValueError("times in the database need a time zone")
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Give back an aware time."""
+        """Return a timezone-aware time."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-def _words(kind: type[StrEnum]) -> Enum:
-    """A column of the enum's values as text, so that adding a member needs no migration."""
-    return Enum(kind, native_enum=False, length=16, values_callable=lambda each: [member.value for member in each])
+def _enum_column(kind: type[StrEnum]) -> Enum:
+    """A text column with the enum's values, so that a new member needs no migration."""
+    return Enum(kind, native_enum=False, length=16, values_callable=lambda enum: [member.value for member in enum])
 
 
 class Base(DeclarativeBase):
-    """Base of all rows. Names of constraints are fixed, so that migrations can name them."""
+    """Base of all rows. Constraint names are fixed, so that migrations can refer to them."""
 
     metadata = MetaData(
         naming_convention={
@@ -87,17 +87,17 @@ class Base(DeclarativeBase):
         dict[str, Any]: JSON(none_as_null=True),
         list[dict[str, Any]]: JSON(none_as_null=True),
         list[str]: JSON(none_as_null=True),
-        Role: _words(Role),
-        ModelRole: _words(ModelRole),
-        DatasetKind: _words(DatasetKind),
-        PromptRole: _words(PromptRole),
-        JobKind: _words(JobKind),
-        JobState: _words(JobState),
+        Role: _enum_column(Role),
+        ModelRole: _enum_column(ModelRole),
+        DatasetKind: _enum_column(DatasetKind),
+        PromptRole: _enum_column(PromptRole),
+        JobKind: _enum_column(JobKind),
+        JobState: _enum_column(JobState),
     }
 
 
 class ApiKeyRow(Base):
-    """Who may call. The key itself is never stored, only its SHA-256."""
+    """An API key. Only its SHA-256 is stored, never the key itself."""
 
     __tablename__ = "api_keys"
 
@@ -106,24 +106,24 @@ class ApiKeyRow(Base):
     role: Mapped[Role]
     key_hash: Mapped[str] = mapped_column(String(64), unique=True)
     scopes: Mapped[list[str] | None]
-    """:class:`post_shared.schemas.keys.Scope` values; null: all that the role may."""
+    """:class:`post_shared.schemas.keys.Scope` values; null: all scopes of the role."""
     created_at: Mapped[datetime] = mapped_column(default=now)
     expires_at: Mapped[datetime | None]
     rotated_at: Mapped[datetime | None]
     previous_hash: Mapped[str | None] = mapped_column(String(64), unique=True, index=True)
-    """Of the text before the last rotation, which opens until ``previous_until``."""
+    """Hash of the key before the last rotation; it is valid until ``previous_until``."""
     previous_until: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
     requests_per_minute: Mapped[int | None]
     running_jobs: Mapped[int | None]
-    """Both limits: null is the server's setting, 0 no limit."""
+    """For both limits, null means the server's setting and 0 no limit."""
     job_priority: Mapped[int] = mapped_column(default=0)
-    """Of the jobs that the key orders."""
+    """Priority of the key's new jobs."""
     revoked_at: Mapped[datetime | None]
 
 
 class ModelRow(Base):
-    """A target or student model: facts, and the blobs that its files are."""
+    """A target or student model: its facts and the blobs of its files."""
 
     __tablename__ = "models"
 
@@ -161,7 +161,7 @@ class DatasetRow(Base):
 
 
 class UploadRow(Base):
-    """A dataset whose parts are still coming."""
+    """An unfinished upload of a dataset in parts."""
 
     __tablename__ = "uploads"
 
@@ -176,7 +176,7 @@ class UploadRow(Base):
 
 
 class PromptRow(Base):
-    """A source prompt that an owner pushed, or the target prompt that a transfer made of one."""
+    """A source prompt that an owner pushed, or the target prompt that a transfer made from it."""
 
     __tablename__ = "prompts"
 
@@ -197,7 +197,7 @@ class PromptRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
     __table_args__ = (
-        # The same bytes pushed twice by one key are one source prompt. Target prompts may repeat.
+        # The same bytes pushed twice by one key are one source prompt. Target prompts may be duplicates.
         Index(
             "uq_prompts_source_sha256",
             "owner_key_id",
@@ -210,7 +210,7 @@ class PromptRow(Base):
 
 
 class JobRow(Base):
-    """One piece of long work. The row is the truth; the broker only rings.
+    """One job. The row is the source of truth; the broker only notifies workers.
 
     ``token`` is the fencing token of the worker that holds the lease until ``lease_until``.
     """
@@ -224,9 +224,9 @@ class JobRow(Base):
     owner_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
     priority: Mapped[int] = mapped_column(default=0)
     device: Mapped[str | None] = mapped_column(String(16))
-    """The class of device that it waits for; null: any."""
+    """The class of device that the job needs; null: any."""
     queued_at: Mapped[datetime] = mapped_column(default=now)
-    """When it last began to wait, or will after a pause."""
+    """When the job was last queued, or will be after a pause."""
     attempt: Mapped[int] = mapped_column(default=0)
     lease_losses: Mapped[int] = mapped_column(default=0)
     lease_until: Mapped[datetime | None]
@@ -247,7 +247,7 @@ class JobRow(Base):
 
 
 class JobEventRow(Base):
-    """One line of a job's history; ``sequence`` counts from 1 within the job."""
+    """One event of a job; ``sequence`` counts from 1 within the job."""
 
     __tablename__ = "job_events"
 
@@ -260,7 +260,7 @@ class JobEventRow(Base):
 
 
 class IdempotencyRow(Base):
-    """The answer to a create that carried an ``Idempotency-Key``, kept for a day."""
+    """The response to a create request with an ``Idempotency-Key``, kept for a day."""
 
     __tablename__ = "idempotency"
     kept: ClassVar[timedelta] = timedelta(days=1)
@@ -274,14 +274,14 @@ class IdempotencyRow(Base):
 
 
 class AuditRow(Base):
-    """A line of the audit log. The database refuses to change or remove it; see :mod:`post_server.auth.audit_log`."""
+    """A line of the audit log. The database refuses to update or delete it; see :mod:`post_server.auth.audit_log`."""
 
     __tablename__ = "audit_log"
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     at: Mapped[datetime] = mapped_column(default=now)
     who: Mapped[str] = mapped_column(String(64), index=True)
-    """The id of a key, or ``local:USER`` for commands on the provider's machine. No reference: it outlives all."""
+    """The id of a key, or ``local:USER`` for commands on the provider's machine. No foreign key: lines outlive keys."""
     action: Mapped[str] = mapped_column(String(32))
     thing: Mapped[str] = mapped_column(String(64), index=True)
     request_id: Mapped[str | None] = mapped_column(String(64))

@@ -1,4 +1,4 @@
-"""What a distillation must name and fit before it becomes a queued job."""
+"""Validation of a distillation request before its job is queued."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from post_shared.schemas.models import ModelRole
 
 
 def check_distillation(session: Session, caller: ApiKeyRow, request: DistillationCreate) -> None:
+    """Check the request against the stored models, datasets and jobs.
+
+    Raises:
+        NotFound: no such target model or dataset.
+        InvalidInput: layers that the target doesn't have.
+        Conflict: a model or an unfinished job has the student's name.
+    """
     target = find_model(session, request.target, ModelRole.TARGET)
     for reference in request.corpus:
         find_dataset(session, reference)
     _check_layers(request, target)
     if session.scalar(select(ModelRow.id).where(ModelRow.name == request.name)) is not None:
-        raise Conflict(f"There already is a model named {request.name!r}; choose another name.")
+        raise Conflict(f"A model named {request.name!r} already exists; choose another name.")
     pending = select(JobRow).where(JobRow.kind == JobKind.DISTIL, JobRow.state.not_in(ENDED))
     for job in session.scalars(pending):
         if job.request.get("name") == request.name:
@@ -29,17 +36,17 @@ def check_distillation(session: Session, caller: ApiKeyRow, request: Distillatio
 
 
 def _check_layers(request: DistillationCreate, target: ModelRow) -> None:
-    """A student has some of the target's layers, never all: with all of them it would be the target."""
-    kept = request.keep_layers
-    count = kept if isinstance(kept, int) else len(kept)
+    """A student has a proper subset of the target's layers: with all of them it would be the target."""
+    layers = request.keep_layers
+    count = layers if isinstance(layers, int) else len(layers)
     if not 1 <= count < target.layers:
         raise InvalidInput(
             f"A student can't keep {count} of the {target.layers} layers of {target.name}: give keep_layers "
             f"(--keep-layers) from 1 to {target.layers - 1}."
         )
-    if not isinstance(kept, int) and (list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= target.layers):
-        raise InvalidInput(f"keep_layers lists each layer once, in request, from 0 to {target.layers - 1}.")
-    if not isinstance(kept, int) and request.layer_pattern != "front":
-        raise InvalidInput(
-            "layer_pattern (--layer-pattern) spreads a number of layers; keep_layers lists them already."
-        )
+    if isinstance(layers, int):
+        return
+    if list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= target.layers:
+        raise InvalidInput(f"keep_layers must list each layer once, in ascending order, from 0 to {target.layers - 1}.")
+    if request.layer_pattern != "front":
+        raise InvalidInput("layer_pattern (--layer-pattern) needs a number of layers, but keep_layers lists them.")

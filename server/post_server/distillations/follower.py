@@ -1,4 +1,7 @@
-"""``python -m post_server.distillations.follower ORDER.json``: helps a job of several GPUs; started by it, and ends with it."""
+"""``python -m post_server.distillations.follower CONFIG.json``: a follower process of a distillation on several GPUs.
+
+The job starts it, and it ends with the job.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from post_shared.model.language_model import LanguageModel
 from post_shared.schemas.distillations import DistilOptions
 from post_shared.training.distributed import Group
 
-GRACE = 5.0
+GRACE_SECONDS = 5.0
 
 
-def write_order(
+def write_config(
     path: Path,
     target: Path,
     options: DistilOptions,
@@ -31,29 +34,29 @@ def write_order(
     cache_bytes: int,
     cpu: bool,
 ) -> None:
-    """What a follower has to know: where the model lies, what it computes in and how it is distilled."""
-    order = {
+    """Write a follower's configuration: the model's folder, its dtype and the distillation options."""
+    config = {
         "target": str(target),
         "options": options.model_dump(mode="json", include=set(DistilOptions.model_fields)),
         "cache_bytes": cache_bytes,
         "cpu": cpu,
     }
-    order["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps({**order, "checkpoint": None if checkpoint is None else str(checkpoint)}))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps({**config, "checkpoint": None if checkpoint is None else str(checkpoint)}))
 
 
-def main(order_path: str) -> None:
+def main(config_path: str) -> None:
     """Follow until the leader is done."""
-    parent_death.die_with_parent(GRACE)
+    parent_death.die_with_parent(GRACE_SECONDS)
     quiet_models()
-    order = json.loads(Path(order_path).read_text("utf-8"))
-    device = "cpu" if order["cpu"] else f"cuda:{os.environ['LOCAL_RANK']}"
-    target = LanguageModel.load(order["target"], device=device, dtype=getattr(torch, order["dtype"]))
-    options = DistilOptions(**order["options"])
-    checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
+    config = json.loads(Path(config_path).read_text("utf-8"))
+    device = "cpu" if config["cpu"] else f"cuda:{os.environ['LOCAL_RANK']}"
+    target = LanguageModel.load(config["target"], device=device, dtype=getattr(torch, config["dtype"]))
+    options = DistilOptions(**config["options"])
+    checkpoint = None if config["checkpoint"] is None else Path(config["checkpoint"])
     print(READY.decode(), flush=True)
-    group = Group.join(cpu=order["cpu"])
-    follow(target, options, group, checkpoint=checkpoint, cache_budget=CacheBudget(order["cache_bytes"]))
+    group = Group.join(cpu=config["cpu"])
+    follow(target, options, group, checkpoint=checkpoint, cache_budget=CacheBudget(config["cache_bytes"]))
     torch.distributed.destroy_process_group()
 
 

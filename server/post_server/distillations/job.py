@@ -1,4 +1,4 @@
-"""The job of a distillation: target model + public text -> student (method §1)."""
+"""The distillation job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from post_server.datasets.service import find_dataset
 from post_server.db.tables import ModelRow
-from post_server.distillations.follower import write_order
+from post_server.distillations.follower import write_config
 from post_server.distillations.launcher import followers
 from post_server.jobs.context import JobContext, Outcome
 from post_server.models.service import add_model, find_model, model_facts
@@ -31,10 +31,10 @@ def run_distil(context: JobContext) -> Outcome:
         source = find_model(session, request.target, ModelRole.TARGET)
         corpora = [find_dataset(session, name) for name in request.corpus]
         if session.scalar(select(ModelRow.id).where(ModelRow.name == request.name)):
-            raise Conflict(f"There already is a model named {request.name!r}; choose another name.")
+            raise Conflict(f"A model named {request.name!r} already exists; choose another name.")
     paragraphs = [text for corpus in corpora for text in context.texts(corpus)]
     options, choices = request, list[LayerChoice]()
-    target = context.load(source, teaches=True)
+    target = context.load(source, for_training=True)
     with _group(context, source, target.dtype, options) as group:
         student = distil(
             target,
@@ -55,7 +55,8 @@ def run_distil(context: JobContext) -> Outcome:
         row = add_model(
             session, context.store, folder, name=request.name, role=ModelRole.STUDENT, target_id=source.id, **facts
         )
-        return {"model_id": row.id, "name": row.name, "hash": row.hash, **_layers(choices[0])}
+        made = {"model_id": row.id, "name": row.name, "hash": row.hash, **_layers(choices[0])}
+        return {**made, "precision": target.precision.document()}
 
     return save
 
@@ -63,14 +64,14 @@ def run_distil(context: JobContext) -> Outcome:
 def _group(
     context: JobContext, target: ModelRow, dtype: torch.dtype, options: DistilOptions
 ) -> AbstractContextManager[Group]:
-    """All GPUs that the job may use, each with a process of its own; else this process alone."""
+    """One process per GPU that the job may use; with fewer than two GPUs, this process alone."""
     gpus = torch.cuda.device_count() if context.settings.device in {"auto", "cuda"} else 0
     size = min(gpus, options.rows // (options.gradient_accumulation_steps or 1))
     if size < 2:
         return nullcontext(ALONE)
-    order = context.scratch / "order.json"
-    write_order(
-        order,
+    config = context.scratch / "follower.json"
+    write_config(
+        config,
         context.scratch / target.id,
         options,
         dtype=dtype,
@@ -78,11 +79,11 @@ def _group(
         cache_bytes=context.settings.teacher_cache_bytes,
         cpu=False,
     )
-    return followers(order, size)
+    return followers(config, size)
 
 
 def _layers(choice: LayerChoice) -> dict[str, Any]:
-    """The kept layers, and what a search found for each pattern, best first."""
+    """The student's layers, and the score of each pattern that a layer search tried, best first."""
     scores = sorted(choice.scores.items(), key=lambda pair: pair[1])
-    tried = [{"layers": list(kept), "cos": round(score, 4)} for kept, score in scores]
+    tried = [{"layers": list(layers), "cos": round(score, 4)} for layers, score in scores]
     return {"layers": list(choice.kept), **({"tried": tried} if tried else {})}

@@ -1,8 +1,8 @@
-"""Several processes that distil together: one leads, the others follow. Each takes its share of a step's rows.
+"""Data-parallel distillation: one leader process and its followers, each with a share of a step's rows.
 
-The leader alone has the clock, the optimizer, the checkpoint and the reporter. In every step it sends the weights,
-all compute gradients of their rows, and the sum comes back to it: the bytes of an all-reduce, with nothing to keep
-in step.
+Only the leader has the schedule, the optimizer, the checkpoint and the progress callback. In every step it sends the
+weights, all processes compute the gradients of their rows, and the leader receives the sum. That moves as many bytes
+as an all-reduce, and no state has to be kept in sync.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from post_shared.errors import InvalidInput, JobKilled
 from post_shared.training.distributed import Group
 
 READY = b"ready"
-"""What a follower writes to its leader once it has its model."""
+"""A follower writes this line to the leader once it has loaded its model."""
 
 
 @contextmanager
-def followers(order: Path, size: int, *, cpu: bool = False) -> Iterator[Group]:
-    """Start ``size - 1`` processes that follow ``order`` (see :mod:`post_server.distillations.follower`), and lead them.
+def followers(config: Path, size: int, *, cpu: bool = False) -> Iterator[Group]:
+    """Start ``size - 1`` followers with the configuration ``config`` (see :mod:`post_server.distillations.follower`).
 
     Raises:
         InvalidInput: fewer than two processes.
-        JobKilled: one of them ended before the work did.
+        JobKilled: a follower ended before the distillation did.
     """
     if size < 2:
         raise InvalidInput("a leader needs at least one follower")
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
-    names |= {"LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": str(cpu).lower()}
-    started = [
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
+    variables |= {"LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": str(cpu).lower()}
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "post_server.distillations.follower", str(order)],
-            env={**os.environ, **names, **_place(rank), **parent_death.environment_for_child()},
+            [sys.executable, "-m", "post_server.distillations.follower", str(config)],
+            env={**os.environ, **variables, **_rank_variables(rank), **parent_death.environment_for_child()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
         for rank in range(1, size)
     ]
-    os.environ.update({**names, **_place(0)})
+    os.environ.update({**variables, **_rank_variables(0)})
     try:
-        for process in started:  # meeting one that has ended would take forever
+        for process in processes:  # joining a group with an ended process would block forever
             _await_ready(process)
         yield Group.join(cpu=cpu)
         with suppress(subprocess.TimeoutExpired):
-            for process in started:  # they were let go by the end of the work
+            for process in processes:  # the end of the distillation has released them
                 process.wait(timeout=10)
-    except RuntimeError as error:  # how a broken connection shows
-        gone = [status for process in started if (status := _status(process))]
-        if not gone:
+    except RuntimeError as error:  # what a broken connection raises
+        statuses = [status for process in processes if (status := _exit_status(process))]
+        if not statuses:
             raise
-        raise _ended(gone[0]) from error
+        raise _ended(statuses[0]) from error
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
             process.communicate()
 
@@ -75,18 +75,18 @@ def _ended(status: int) -> JobKilled:
     )
 
 
-def _status(process: subprocess.Popen[bytes]) -> int | None:
-    """How it ended; one that loses its connections first needs a moment."""
+def _exit_status(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit status, if the process ends soon: it may lose its connections before it ends."""
     with suppress(subprocess.TimeoutExpired):
         return process.wait(timeout=5)
     return None
 
 
-def _place(rank: int) -> dict[str, str]:
+def _rank_variables(rank: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def _free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        return int(door.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What an evaluation must name and fit before it becomes a queued job."""
+"""Validation of an evaluation request before its job is queued."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from post_shared.schemas.evaluations import EvaluationCreate
 
 
 def check_evaluation(session: Session, caller: ApiKeyRow, request: EvaluationCreate) -> None:
+    """Check the request against the stored model, dataset and prompt.
+
+    Raises:
+        NotFound: no such model, dataset or prompt.
+        InvalidInput: a dataset without labels, or not exactly one of prompt and task.
+        TaskInvalid: the task is invalid.
+        PromptMismatch: the prompt can't be used with the model.
+    """
     model = find_model(session, request.model)
     check_labelled(find_dataset(session, request.dataset))
     prompt = None if request.prompt is None else visible_prompt(session, caller, request.prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, BackgroundTasks, Response
 
 from post_server.evaluations.checks import check_evaluation
-from post_server.http.dependencies import App, Mover
+from post_server.http.dependencies import App, TransferCaller
 from post_server.http.idempotency import IdempotencyKey
 from post_server.http.routing import Route
 from post_server.jobs.creation import JOB_PROBLEMS, create_job
@@ -19,9 +19,9 @@ router = APIRouter(route_class=Route, prefix="/v1/evaluations", tags=["jobs"])
 def create_evaluation(
     request: EvaluationCreate,
     app: App,
-    caller: Mover,
+    caller: TransferCaller,
     tasks: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Measure a model, with or without a prompt, on a labelled public dataset."""
+    """Evaluate a model, with or without a prompt, on a labelled public dataset."""
     return create_job(app, caller, JobKind.EVALUATE, request, check_evaluation, idempotency_key, tasks)

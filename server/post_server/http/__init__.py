@@ -1,1 +1,1 @@
-"""What all endpoints share: dependencies, errors, pagination, idempotency."""
+"""Shared by all endpoints: dependencies, errors, pagination, idempotency."""

@@ -1,6 +1,6 @@
-"""``Idempotency-Key``: a create that is sent twice happens once, and both get the same answer.
+"""``Idempotency-Key``: a create request that is sent twice is executed once, and both get the same response.
 
-The answer is written in the transaction that creates, so there is no moment at which one exists without the other.
+The response is stored in the transaction that creates, so neither ever exists without the other.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern=r"^[\x21-\x7e]+$",
-        description="A fresh random text; the same create sent again with it is answered, not repeated, for a day.",
+        description="A new random string; for a day, the same request sent again with it gets the first response.",
     ),
 ]
 
 Create = Callable[[Session], tuple[int, BaseModel]]
-"""Creates in the session and gives the status and the document of the answer."""
+"""Creates in the session and returns the status and the document of the response."""
 
 
 @dataclass(frozen=True)
 class Once:
-    """One create: who asks, under which key, for what."""
+    """One create request: the app, the caller and its Idempotency-Key."""
 
     app: Context
     caller: ApiKeyRow
@@ -47,53 +47,53 @@ class Once:
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:
-        """While a create is being worked on here, the same one is refused.
+        """Refuse the same create request while this process handles it.
 
         Raises:
-            RequestInFlight: this process is working on it.
+            RequestInFlight: this process is handling it.
         """
         if self.key is None:
             yield
             return
-        mark, mine = (self.caller.id, self.key), object()
-        if self.app.in_flight.setdefault(mark, mine) is not mine:
-            raise RequestInFlight("The request with this Idempotency-Key is being worked on; ask again in a moment.")
+        request_key, mine = (self.caller.id, self.key), object()
+        if self.app.in_flight.setdefault(request_key, mine) is not mine:
+            raise RequestInFlight("A request with this Idempotency-Key is in progress; retry in a moment.")
         try:
             yield
         finally:
-            del self.app.in_flight[mark]
+            del self.app.in_flight[request_key]
 
     def run(self, what: str, body: str, create: Create) -> Response:
-        """Create, or answer as the first time. ``what`` names the endpoint and its query, ``body`` hashes the rest.
+        """Create, or repeat the first response. ``what`` is the endpoint and its query, ``body`` a hash of the rest.
 
         Raises:
-            IdempotencyMismatch: the key was used for something else.
-            RequestInFlight: another process is working on it.
+            IdempotencyMismatch: the key was used for another request.
+            RequestInFlight: another process is handling it.
         """
         digest = _digest(what, body)
         try:
             with self.app.database.write() as session:
                 if self.key is not None:
-                    guard(session)  # the same create in another process: wait for what it remembers
-                if (known := self._known(session, digest)) is not None:
-                    return known
+                    guard(session)  # wait for the same request in another process
+                if (stored := self._stored_response(session, digest)) is not None:
+                    return stored
                 status, document = create(session)
                 if self.key is not None:
-                    self._remember(session, digest, status, document)
-        except IntegrityError as error:  # two at once, on a database that lets two write at once
-            raise RequestInFlight("The same thing is being created at this moment; ask again.") from error
-        return _answer(status, document.model_dump_json())
+                    self._store(session, digest, status, document)
+        except IntegrityError as error:  # a concurrent write, where the database allows it
+            raise RequestInFlight("The same object is being created right now; retry.") from error
+        return _response(status, document.model_dump_json())
 
-    def known(self, what: str, body: str) -> Response | None:
-        """The answer of the first time, if there was one: for creates that use up what they are made of.
+    def stored_response(self, what: str, body: str) -> Response | None:
+        """The first response, if there was one. For requests that consume their own input, such as an upload.
 
         Raises:
-            IdempotencyMismatch: the key was used for something else.
+            IdempotencyMismatch: the key was used for another request.
         """
         with self.app.database.write() as session:
-            return self._known(session, _digest(what, body))
+            return self._stored_response(session, _digest(what, body))
 
-    def _known(self, session: Session, digest: str) -> Response | None:
+    def _stored_response(self, session: Session, digest: str) -> Response | None:
         if self.key is None:
             return None
         session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < now() - IdempotencyRow.kept))
@@ -101,10 +101,10 @@ class Once:
         if row is None:
             return None
         if row.body_hash != digest:
-            raise IdempotencyMismatch("This Idempotency-Key was used for another request; take a fresh one.")
-        return _answer(row.status, row.response["json"], replayed=True)
+            raise IdempotencyMismatch("This Idempotency-Key was used for another request; send a new one.")
+        return _response(row.status, row.response["json"], replayed=True)
 
-    def _remember(self, session: Session, digest: str, status: int, document: BaseModel) -> None:
+    def _store(self, session: Session, digest: str, status: int, document: BaseModel) -> None:
         session.add(
             IdempotencyRow(
                 key_id=self.caller.id,
@@ -121,10 +121,10 @@ def _digest(what: str, body: str) -> str:
 
 
 def document_hash(document: BaseModel) -> str:
-    """The hash of a request document, whatever the order of its members was."""
+    """The hash of a request document, independent of the order of its members."""
     return hashlib.sha256(document.model_dump_json().encode()).hexdigest()
 
 
-def _answer(status: int, json: str, *, replayed: bool = False) -> Response:
+def _response(status: int, json: str, *, replayed: bool = False) -> Response:
     headers = {"Idempotent-Replayed": "true"} if replayed else {}
     return Response(json, status_code=status, media_type="application/json", headers=headers)

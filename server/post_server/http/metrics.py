@@ -1,4 +1,4 @@
-"""Counts for Prometheus: requests as they come, jobs as they are at the moment of asking."""
+"""Prometheus metrics: requests are counted as they come, jobs at the time of the scrape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SECONDS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 
 
 class Metrics:
-    """One process's counts, in a registry of its own."""
+    """The metrics of one process, in a registry of its own."""
 
     def __init__(self, database: Database) -> None:
         self.registry = CollectorRegistry()
@@ -32,22 +32,24 @@ class Metrics:
             "post_http_request_seconds", "Time to answer.", labels, buckets=_SECONDS, registry=self.registry
         )
         self._uncounted = Counter(
-            "post_rate_limit_failures", "Requests let through uncounted, for want of Redis.", registry=self.registry
+            "post_rate_limit_failures",
+            "Requests let through uncounted: Redis was unreachable.",
+            registry=self.registry,
         )
         self.registry.register(_Jobs(database))
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count one request. The labels take few values, whatever is asked for."""
-        known = method if method in _METHODS else "other"
-        self._requests.labels(known, route, str(status)).inc()
-        self._seconds.labels(known, route).observe(seconds)
+        """Count one request. Its labels have few values, whatever the request."""
+        label = method if method in _METHODS else "other"
+        self._requests.labels(label, route, str(status)).inc()
+        self._seconds.labels(label, route).observe(seconds)
 
     def uncounted(self) -> None:
-        """Count a request that no rate limit was applied to, because Redis was away."""
+        """Count a request without a rate limit, because Redis was unreachable."""
         self._uncounted.inc()
 
     def text(self) -> bytes:
-        """All of it in Prometheus's text form."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
@@ -60,14 +62,14 @@ class _Jobs(Collector):
 
     def collect(self) -> Iterable[Metric]:
         with self._database.read() as session:
-            yield _counted(session)
-            yield _waiting(session)
+            yield _job_counts(session)
+            yield _queue_ages(session)
             yield _step_times(session)
             losses = session.scalar(select(func.sum(JobRow.lease_losses))) or 0
-        yield CounterMetricFamily("post_lease_losses", "Jobs taken from a worker that went silent.", value=losses)
+        yield CounterMetricFamily("post_lease_losses", "Jobs taken from a worker without heartbeats.", value=losses)
 
 
-def _counted(session: Session) -> Metric:
+def _job_counts(session: Session) -> Metric:
     family = GaugeMetricFamily("post_jobs", "Jobs by kind and state.", labels=("kind", "state"))
     statement = select(JobRow.kind, JobRow.state, func.count()).group_by(JobRow.kind, JobRow.state)
     counts = {(kind, state): count for kind, state, count in session.execute(statement)}
@@ -77,7 +79,7 @@ def _counted(session: Session) -> Metric:
     return family
 
 
-def _waiting(session: Session) -> Metric:
+def _queue_ages(session: Session) -> Metric:
     family = GaugeMetricFamily("post_queue_age_seconds", "How long the oldest queued job has waited.", labels=("kind",))
     statement = select(JobRow.kind, func.min(JobRow.queued_at)).where(JobRow.state == JobState.QUEUED)
     ages = dict.fromkeys(JobKind, 0.0)
@@ -90,15 +92,15 @@ def _waiting(session: Session) -> Metric:
 
 
 def _step_times(session: Session) -> Metric:
-    """The mean over running jobs of what each last reported."""
+    """The mean of the running jobs' last reported step times."""
     family = GaugeMetricFamily("post_job_step_seconds", "Time of a step in running jobs.", labels=("kind", "stage"))
     running = select(JobRow.id, JobRow.kind).where(JobRow.state == JobState.RUNNING)
-    known: dict[tuple[str, str], list[float]] = defaultdict(list)
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for job_id, kind in session.execute(running).all():
         newest = select(JobEventRow.data).where(JobEventRow.job_id == job_id, JobEventRow.kind == "progress")
         data = session.scalar(newest.order_by(JobEventRow.sequence.desc()).limit(1)) or {}
         if "step_seconds" in data:
-            known[kind.value, str(data["stage"])].append(float(data["step_seconds"]))
-    for labels, seconds in sorted(known.items()):
+            times[kind.value, str(data["stage"])].append(float(data["step_seconds"]))
+    for labels, seconds in sorted(times.items()):
         family.add_metric(labels, sum(seconds) / len(seconds))
     return family

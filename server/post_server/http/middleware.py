@@ -1,4 +1,4 @@
-"""Around every request: its id, its log line, its metrics, safe headers, and a limit on its body."""
+"""Middleware of every request: request id, log line, metrics, security headers and a body limit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from post_server.http.metrics import Metrics
 from post_server.http.problems import failed, respond
-from post_server.logs import where
-from post_server.storage.outages import is_away
+from post_server.logs import error_location
+from post_server.storage.outages import is_unreachable
 from post_shared.errors import PayloadTooLarge
 
 log = structlog.get_logger("post.api")
 
-_GOOD_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
-_LEFT = 499
-"""What logs and metrics say of a request whose caller went away before it was whole; widely used for that."""
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
+_CLIENT_CLOSED = 499
+"""The usual status, in logs and metrics, of a request whose client disconnected before it was complete."""
 _QUIET = {"/livez", "/readyz", "/metrics"}
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -37,9 +37,9 @@ SAFE_HEADERS = {
 
 
 class RequestMiddleware:
-    """Gives a request its id, logs one line for it, counts it, and turns a defect into a problem.
+    """Gives each request an id, logs it, counts it and turns an unexpected error into a problem document.
 
-    The log never holds a query, a header or a body: any of them may be private.
+    The log never contains a query, a header or a body: any of them may be private.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -56,7 +56,7 @@ class RequestMiddleware:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         started, status = time.perf_counter(), 0
 
-        async def send_marked(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -67,19 +67,19 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_marked)
-        except ClientDisconnect:  # in the middle of its body: nobody's defect, and nobody reads an answer
-            status = status or _LEFT
+            await self.app(scope, receive, send_with_headers)
+        except ClientDisconnect:  # within the body: no defect, and nobody reads a response
+            status = status or _CLIENT_CLOSED
         except Exception as error:
-            away = is_away(error)
-            log.error("store away" if away else "defect", error=type(error).__name__, where=where(error))
-            if status:  # too late for another answer: cut the connection, so that nobody takes half for all
-                raise ConnectionAbortedError(f"answer {request_id} was cut off") from None
-            await failed(request_id, away=away)(scope, receive, send_marked)
+            away = is_unreachable(error)
+            log.error("store away" if away else "defect", error=type(error).__name__, where=error_location(error))
+            if status:  # too late for another response: abort, so that a partial one isn't taken for complete
+                raise ConnectionAbortedError(f"the response to {request_id} was cut off") from None
+            await failed(request_id, away=away)(scope, receive, send_with_headers)
         finally:
-            self._note(scope, status, time.perf_counter() - started)
+            self._record(scope, status, time.perf_counter() - started)
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.observe(scope["method"], route, status, seconds)
         fields: dict[str, Any] = {
@@ -93,14 +93,14 @@ class RequestMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Counts a body while it arrives and refuses it once it is larger than its path allows.
+    """Counts a body while it arrives and refuses it once it exceeds the limit of its path.
 
-    The connection stays open and the server throws the rest away: closing it could lose the answer, and the
-    caller would never learn why.
+    The connection stays open and the server discards the rest: closing it could lose the response, and the
+    caller would never learn the reason.
     """
 
     def __init__(self, app: ASGIApp, default: int, paths: dict[str, int]) -> None:
-        """``paths`` are patterns of paths with a limit of their own."""
+        """``paths`` maps patterns of paths to their own limits."""
         self.app = app
         self.default = default
         self.paths = [(re.compile(pattern), limit) for pattern, limit in paths.items()]
@@ -131,6 +131,6 @@ class BodyLimitMiddleware:
 
 
 def _request_id(headers: Headers) -> str:
-    """The caller's own id when it is a harmless one, a fresh one otherwise."""
-    given = headers.get("x-request-id", "")
-    return given if _GOOD_ID.fullmatch(given) else secrets.token_hex(12)
+    """The caller's own id if it is well-formed, else a new one."""
+    sent = headers.get("x-request-id", "")
+    return sent if _VALID_ID.fullmatch(sent) else secrets.token_hex(12)

@@ -1,4 +1,4 @@
-"""Cursors: a page ends at a row, the next one begins after it, whatever was added in between."""
+"""Cursor pagination: the next page begins after the last row of this one, whatever was added in between."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PageRequest:
 
 
 async def _page_request(
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Items in a page, at most.")] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Maximum items per page.")] = 50,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the previous page.")] = None,
 ) -> PageRequest:
     return PageRequest(limit, cursor)
 
@@ -48,7 +48,7 @@ def paginate(
     """One page of the rows that the statement selects, newest first.
 
     Raises:
-        InvalidInput: the cursor isn't one of ours.
+        InvalidInput: the cursor is malformed.
     """
     if paging.cursor is not None:
         at, row_id = _decode(paging.cursor)
@@ -73,4 +73,4 @@ def _decode(cursor: str) -> tuple[datetime, str]:
         at, row_id = base64.b64decode(padded, altchars=b"-_", validate=True).decode("ascii").split("|")
         return datetime.fromisoformat(at).astimezone(UTC), row_id
     except (ValueError, OverflowError, OSError):
-        raise InvalidInput("The cursor is not one that a list gave; start again without it.") from None
+        raise InvalidInput("The cursor is invalid; start again without one.") from None

@@ -1,4 +1,4 @@
-"""Every error leaves as RFC 9457 ``application/problem+json`` with a stable code and the request's id."""
+"""Every error is sent as RFC 9457 ``application/problem+json`` with a stable code and the request id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
-from post_server.logs import where
+from post_server.logs import error_location
 from post_shared.errors import (
     PROBLEM_MEDIA_TYPE,
     Conflict,
@@ -38,8 +38,8 @@ from post_shared.schemas.validation import validation_errors
 log = structlog.get_logger("post.api")
 
 _BY_STATUS: dict[int, type[PostError]] = {
-    each.status: each
-    for each in (
+    error.status: error
+    for error in (
         Unauthenticated,
         Forbidden,
         NotFound,
@@ -52,7 +52,7 @@ _BY_STATUS: dict[int, type[PostError]] = {
     )
 }
 CLIENT_SIDE = {"budget_exceeded", "cancelled", "job_failed", "ledger_invalid", "privacy_invalid"}
-"""Codes that never are an answer of the API."""
+"""Codes that the API never returns."""
 OPENAI_PATH = "/v1/completions"
 _HEADERS: dict[int, dict[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -63,7 +63,7 @@ _HEADERS: dict[int, dict[str, str]] = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors that an endpoint may answer with, for its OpenAPI document; these four may always come."""
+    """The errors of an endpoint, for its OpenAPI document; four are always possible."""
     always = {401, 403, 422, 429}
     return {
         status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in sorted(always | {*statuses})
@@ -71,43 +71,43 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def describe_problem(status: int) -> dict[str, Any]:
-    """The schema of an error with that status: a problem whose ``code`` is one of those that it may have."""
-    codes = sorted(each.code for each in errors() if each.status == status and each.code not in CLIENT_SIDE)
+    """The schema of an error with that status: a problem with one of its possible codes."""
+    codes = sorted(error.code for error in errors() if error.status == status and error.code not in CLIENT_SIDE)
     members = {"status": {"const": status}, "code": {"enum": codes}}
     return {"allOf": [{"$ref": "#/components/schemas/Problem"}, {"type": "object", "properties": members}]}
 
 
 def respond(error: PostError, request_id: str | None, headers: dict[str, str] | None = None) -> Response:
-    """The problem document of an error; its ``retry_after``, if it has one, is the header's too."""
-    known = _HEADERS.get(error.status, {})
+    """The problem document of an error; its ``retry_after``, if any, is also sent as a header."""
+    defaults = _HEADERS.get(error.status, {})
     if "retry_after" in error.fields:
-        known = known | {"Retry-After": str(math.ceil(error.fields["retry_after"]))}
-    return _render(error.problem(), request_id, known | (headers or {}))
+        defaults = defaults | {"Retry-After": str(math.ceil(error.fields["retry_after"]))}
+    return _render(error.problem(), request_id, defaults | (headers or {}))
 
 
 def _render(problem: dict[str, Any], request_id: str | None, headers: dict[str, str]) -> Response:
-    """ASCII, so that whatever a detail quotes can be sent."""
+    """As ASCII, so that any detail can be sent."""
     document = problem | ({"request_id": request_id} if request_id else {})
     content = json.dumps(document, default=str)
     return Response(content, status_code=problem["status"], media_type=PROBLEM_MEDIA_TYPE, headers=headers)
 
 
 def install(app: FastAPI) -> None:
-    """Make the app answer with problems only."""
+    """Make the app send every error as a problem document."""
     app.add_exception_handler(PostError, _post_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(OperationalError, _database_away)
-    app.add_exception_handler(PoolTimeout, _database_away)
-    app.add_exception_handler(DataError, _database_refuses)
+    app.add_exception_handler(OperationalError, _database_unreachable)
+    app.add_exception_handler(PoolTimeout, _database_unreachable)
+    app.add_exception_handler(DataError, _database_rejects)
     app.add_exception_handler(OSError, _disk_full)
 
 
 def failed(request_id: str | None, *, away: bool) -> Response:
-    """What a user hears of a store that is away, or of a defect: where the log has it, and nothing of what it was."""
+    """The response to an outage of the blob store or to a defect. It names the log entry and no details."""
     if away:
-        return respond(Unavailable("The store of files can't be reached now; try again."), request_id)
-    detail = f"The server made a mistake; its log has the details under request {request_id}."
+        return respond(Unavailable("The file storage can't be reached right now; try again."), request_id)
+    detail = f"Internal server error; the log has the details under request {request_id}."
     return respond(PostError(detail), request_id)
 
 
@@ -122,26 +122,27 @@ async def _post_error(request: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, RangeInvalid) and "size" in error.fields:
         headers["Content-Range"] = f"bytes */{error.fields['size']}"
-    return respond(_worded(error, request), _request_id(request), headers)
+    return respond(_with_openai_message(error, request), _request_id(request), headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """Say where and what is wrong, never what was sent."""
+    """Tell where and what the error is, never what was sent."""
     assert isinstance(error, RequestValidationError)
-    found = [{"where": where[:200], "message": what[:500]} for where, what in validation_errors(error.errors()[:20])]
-    detail = "; ".join(f"{each['where']}: {each['message']}" for each in found[:3])
-    return respond(_worded(InvalidInput(detail, validation_errors=found), request), _request_id(request))
+    mistakes = validation_errors(error.errors()[:20])
+    entries = [{"where": where[:200], "message": message[:500]} for where, message in mistakes]
+    detail = "; ".join(f"{entry['where']}: {entry['message']}" for entry in entries[:3])
+    return respond(_with_openai_message(InvalidInput(detail, validation_errors=entries), request), _request_id(request))
 
 
-def _worded(error: PostError, request: Request) -> PostError:
-    """On a path of OpenAI's API, its clients show a member ``message``."""
+def _with_openai_message(error: PostError, request: Request) -> PostError:
+    """OpenAI's clients show the member ``message`` of an error."""
     if request.url.path == OPENAI_PATH:
         error.fields["message"] = error.detail
     return error
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Errors of the framework: no such path, wrong method, a body that can't be parsed."""
+    """Errors of the framework: unknown path, wrong method, unparsable body."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, PostError):
         return await _post_error(request, error.__cause__)
@@ -158,39 +159,39 @@ async def _http_error(request: Request, error: Exception) -> Response:
         problem["detail"] = f"There is nothing at {request.url.path[:200]}."
     if error.status_code == 405:
         headers["Allow"] = _allowed(request) or headers.get("Allow", "")
-        problem["detail"] = f"{request.method} is not possible here, only {headers['Allow']}."
+        problem["detail"] = f"{request.method} is not allowed here, only {headers['Allow']}."
     return _render(problem, _request_id(request), headers)
 
 
 def _allowed(request: Request) -> str:
-    """Every method of the path; the framework names those of the first endpoint that has it."""
+    """All methods of the path; the framework lists only those of the first matching endpoint."""
     methods = {
         method.upper()
         for path, operations in request.app.openapi()["paths"].items()
         if compile_path(path)[0].fullmatch(request.url.path)
-        for method in (*operations, *_heads(operations))
+        for method in (*operations, *_head_if_download(operations))
     }
     return ", ".join(sorted(methods))
 
 
-def _heads(operations: dict[str, Any]) -> list[str]:
-    """What can be had in parts also answers HEAD; see :mod:`post_server.http.range_requests`."""
+def _head_if_download(operations: dict[str, Any]) -> list[str]:
+    """Downloads also support HEAD; see :mod:`post_server.http.range_requests`."""
     return ["head"] if "206" in operations.get("get", {}).get("responses", {}) else []
 
 
-async def _database_away(request: Request, error: Exception) -> Response:
-    log.error("database", error=type(error).__name__, where=where(error))
-    return respond(Unavailable("The records can't be reached now; try again."), _request_id(request))
+async def _database_unreachable(request: Request, error: Exception) -> Response:
+    log.error("database", error=type(error).__name__, where=error_location(error))
+    return respond(Unavailable("The database can't be reached right now; try again."), _request_id(request))
 
 
-async def _database_refuses(request: Request, error: Exception) -> Response:
+async def _database_rejects(request: Request, error: Exception) -> Response:
     log.warning("database refuses a value", error=type(error).__name__)
-    return respond(InvalidInput("A value holds characters or digits that can't be stored."), _request_id(request))
+    return respond(InvalidInput("A value contains characters or digits that can't be stored."), _request_id(request))
 
 
 async def _disk_full(request: Request, error: Exception) -> Response:
-    """No defect, and the caller can't help it; any other error of the system is one."""
+    """A full disk is neither a defect nor the caller's fault; any other system error is a defect."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise error
-    log.error("no room", where=where(error))
-    return respond(Unavailable("The server has no room to store that; tell the provider."), _request_id(request))
+    log.error("no room", where=error_location(error))
+    return respond(Unavailable("The server's disk is full; tell the provider."), _request_id(request))

@@ -1,4 +1,4 @@
-"""Bodies that aren't JSON: received piece by piece, hashed, and never more of them than is allowed."""
+"""Request bodies that aren't JSON, streamed to a temporary file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from starlette.concurrency import run_in_threadpool
 
 from post_server.storage.blob_store import BlobStore
 
-_FLUSH = 4 * 2**20
+_FLUSH_BYTES = 4 * 2**20
 
 
 def raw_body(media_type: str, description: str) -> dict[str, Any]:
-    """The OpenAPI description of a body of plain bytes."""
+    """The OpenAPI description of a binary body."""
     schema = {"type": "string", "format": "binary"}
     content = {media_type: {"schema": schema}}
     return {"requestBody": {"required": True, "description": description, "content": content}}
@@ -24,16 +24,16 @@ def raw_body(media_type: str, description: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def received_file(request: Request, store: BlobStore) -> AsyncIterator[Path]:
-    """The body in a temporary file, which is gone afterwards unless the store adopted it."""
+    """The body in a temporary file, which is deleted afterwards unless the store adopted it."""
     path = await run_in_threadpool(store.new_file)
     try:
-        waiting = bytearray()
+        buffer = bytearray()
         async for chunk in request.stream():
-            waiting += chunk
-            if len(waiting) >= _FLUSH:
-                await run_in_threadpool(_append, path, bytes(waiting))
-                waiting.clear()
-        await run_in_threadpool(_append, path, bytes(waiting))
+            buffer += chunk
+            if len(buffer) >= _FLUSH_BYTES:
+                await run_in_threadpool(_append, path, bytes(buffer))
+                buffer.clear()
+        await run_in_threadpool(_append, path, bytes(buffer))
         yield path
     finally:
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How endpoints run: those that wait each in a thread, all around them in the event loop."""
+"""Where endpoints run: blocking ones in a thread, everything around them in the event loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from post_server.http.dependencies import admit_first
+from post_server.http.dependencies import authenticate_first
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -20,36 +20,36 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 class Route(APIRoute):
     """The route class of every router.
 
-    FastAPI would send the answer of a plain function to a second thread to have it checked. Documents check themselves
-    when they are made, so that takes less time than to change threads.
+    FastAPI would validate the result of a plain function in a second thread. Our documents are validated when they
+    are created, so validating them again takes less time than switching threads.
 
-    A plain function that gets something from the ``app`` reads records and nothing else, so it runs in the threads of
-    :meth:`post_server.db.database.Database.look`. What also waits for blobs or for Redis is asynchronous and says where.
+    A plain GET function with the parameter ``app`` only reads the database, so it runs in the thread pool of
+    :meth:`post_server.db.database.Database.run_read`. Endpoints that also wait for blobs or Redis are asynchronous.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if not iscoroutinefunction(endpoint):
-            reads = options.get("methods") == ["GET"] and "app" in signature(endpoint).parameters
-            endpoint = _reading(endpoint) if reads else _in_thread(endpoint)
+            only_reads = options.get("methods") == ["GET"] and "app" in signature(endpoint).parameters
+            endpoint = _in_reader_thread(endpoint) if only_reads else _in_thread(endpoint)
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Handler:
-        """As FastAPI's, but it asks for the key before it reads a document."""
-        answer = super().get_route_handler()
+        """FastAPI's handler, but it authenticates before it parses the body."""
+        handler = super().get_route_handler()
         if self.body_field is None:
-            return answer
+            return handler
 
-        async def admitted(request: Request) -> Response:
-            await admit_first(request)
-            return await answer(request)
+        async def authenticated(request: Request) -> Response:
+            await authenticate_first(request)
+            return await handler(request)
 
-        return admitted
+        return authenticated
 
 
-def _reading(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _in_reader_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(endpoint)
     async def run(**arguments: Any) -> Any:
-        return await arguments["app"].database.look(endpoint, **arguments)
+        return await arguments["app"].database.run_read(endpoint, **arguments)
 
     return run
 

@@ -1,1 +1,1 @@
-"""Jobs: what a job row may become, who may change it, and how a worker hears of it."""
+"""Jobs: the states of a job row, who may change them, and how workers are notified."""

@@ -1,4 +1,4 @@
-"""The broker, as Celery sees it. Only ids of rows ever cross it; nothing is lost when it is emptied."""
+"""The Celery broker. It only carries the ids of rows, so nothing is lost when it is emptied."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from celery import Celery
 from post_server.settings import Settings
 
 QUEUE = "post.jobs"
-"""Of jobs for any worker; those for a class of device have a queue of their own, see :func:`queue_of`."""
+"""For jobs that any worker can run; each device class has a queue of its own, see :func:`queue_of`."""
 RUN_JOB = "post.run_job"
 _CONNECT_SECONDS = 1.0
 _ANSWER_SECONDS = 2.0
-"""How long whoever rings waits for a server that hangs."""
+"""How long a notification waits for a server that hangs."""
 
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""A worker that waits for a ring sends nothing, so only this tells it that the server behind a cut link is gone."""
+"""A waiting worker sends nothing, so only keepalives detect that the server behind a cut link is gone."""
 
 
 def queue_of(device: str | None) -> str:
-    """The queue in which workers with that class of device, or (None) all workers, hear of jobs."""
+    """The queue that workers with that device class listen to; None: all workers."""
     return QUEUE if device is None else f"{QUEUE}.{device}"
 
 
@@ -31,7 +31,7 @@ def queue_of(device: str | None) -> str:
 def celery_for(settings: Settings) -> Any:
     """The Celery application of the settings' Redis (``redis://…``, ``rediss://…``, ``unix://path``).
 
-    Messages are acknowledged when they arrive and no result is kept: the job row knows everything.
+    Messages are acknowledged on arrival and no result is kept: the job row has the whole state.
     """
     app = Celery("post", set_as_current=False)
     app.conf.update(
@@ -46,7 +46,7 @@ def celery_for(settings: Settings) -> Any:
                 getattr(socket, name): value for name, value in _KEEPALIVE.items() if hasattr(socket, name)
             },
             "visibility_timeout": settings.visibility_seconds,
-            "unacked_restore_interval": min(10.0, settings.visibility_seconds / 20),  # every tenth time, it looks
+            "unacked_restore_interval": min(10.0, settings.visibility_seconds / 20),  # checked every tenth interval
             "max_retries": 1,
             "interval_start": 0,
             "interval_max": 0.2,

@@ -1,4 +1,4 @@
-"""What a job may use while it runs: its row, the stores, the settings, a folder of its own."""
+"""What a running job may use: its row, the stores, the settings, its own folders."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from post_shared.model.language_model import LanguageModel
 
 Outcome = Callable[[Session], dict[str, Any]]
-"""Adds the rows that a job made and returns its result. It runs in the transaction that ends the job."""
+"""Adds a job's new rows and returns its result. It runs in the transaction that ends the job."""
 
 
 @dataclass(frozen=True)
 class JobContext:
-    """A job with all that it may use. ``scratch`` is empty at first; ``checkpoint`` survives a lost process."""
+    """A job and everything it may use. ``scratch`` starts empty; ``checkpoint`` survives a lost process."""
 
     job: JobRow
     database: Database
@@ -41,14 +41,14 @@ class JobContext:
     checkpoint: Path
     scratch: Path
 
-    def load(self, row: ModelRow, *, teaches: bool = False) -> LanguageModel:
-        """A stored model, memory-mapped from links to its blobs; one that ``teaches`` computes in the fastest type."""
-        from post_server.models.loading import load_stored  # torch: not for the API, which imports this room
+    def load(self, row: ModelRow, *, for_training: bool = False) -> LanguageModel:
+        """A stored model, memory-mapped from links to its blobs; ``for_training`` in the faster data type."""
+        from post_server.models.loading import load_stored  # imports torch, which the API must not
 
         folder = self.scratch / row.id
         if not folder.exists():
             materialise_model(self.store, row, folder)
-        return load_stored(row, folder, self.settings, teaches=teaches)
+        return load_stored(row, folder, self.settings, for_training=for_training)
 
     def texts(self, row: DatasetRow) -> list[str]:
         """The texts of a public dataset."""

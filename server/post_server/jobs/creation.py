@@ -1,4 +1,4 @@
-"""What the endpoints that make a job share: check the request, queue it once, wake a worker."""
+"""Shared by the endpoints that create a job: check the request, queue it once, notify the workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def create_job(
     idempotency_key: str | None,
     tasks: BackgroundTasks,
 ) -> Response:
-    """Queue ``request`` as a job, once however often it is sent, and wake a worker for it."""
+    """Queue ``request`` as a job, only once even if it is sent again, and notify the workers."""
     once = Once(app, caller, idempotency_key)
 
     def create(session: Session) -> tuple[int, Job]:

@@ -1,4 +1,4 @@
-"""The doorbell: tells the workers that a job row waits. When it is out of order, the reconciler knocks later."""
+"""Notifies the workers that a job is queued. If the broker can't be reached, the reconciler does so later."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_m
 
 
 def notify(job_id: str, settings: Settings | None = None, device: str | None = None) -> bool:
-    """Announce a queued job to the workers with its device. Never raises: false when the broker couldn't be reached.
+    """Announce a queued job to the workers with its device. Never raises: false if the broker can't be reached.
 
-    Commit the row first: a worker may look at once.
+    Commit the row first: a worker may read it at once.
     """
     try:
         app = celery_for(settings or get_settings())
         options = {"queue": queue_of(device), "retry_policy": _RETRY}
         app.send_task(RUN_JOB, args=[job_id], retry=True, ignore_result=True, **options)
-    except Exception as error:  # whatever it is, the row is safe and will be found
-        log.warning("doorbell out of order: %s", type(error).__name__, extra={"job": job_id})
+    except Exception as error:  # of any kind: the row is safe and the reconciler finds it
+        log.warning("workers not notified: %s", type(error).__name__, extra={"job": job_id})
         return False
     return True
 
 
 def waiting(settings: Settings, device: str | None = None) -> int | None:
-    """How many rings for a class of device no worker has heard yet; None when the broker can't be reached."""
+    """How many notifications for a device class no worker has received yet; None if the broker can't be reached."""
     try:
         with celery_for(settings).connection_for_write() as connection:
             return int(connection.default_channel.client.llen(queue_of(device)))

@@ -1,7 +1,7 @@
-"""Whose turn it is. The rows say; a ring only wakes a worker, which takes the first job of the line that it can run.
+"""Which job is next. The rows decide; a notification only wakes a worker, which takes the first job it can run.
 
-First comes the higher priority, then the key with the fewest running jobs, then the older job. A key that already
-runs as many jobs as it may, and a job that needs another device, are passed over.
+First comes the higher priority, then the key with the fewest running jobs, then the older job. Jobs of a key that has
+reached its limit of running jobs, and jobs that need another device, are skipped.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GPU = "cuda"
 _TRIES = 5
 
 
-def line(settings: Settings, devices: frozenset[str]) -> Select[str]:
-    """Ids of the jobs that a worker with these devices may start now, the next one first."""
+def startable(settings: Settings, devices: frozenset[str]) -> Select[str]:
+    """Ids of the jobs that a worker with these device classes may start now, in their order."""
     running = (
         select(JobRow.owner_key_id, func.count().label("count"))
         .where(JobRow.state.in_(HELD), JobRow.lease_until >= now())
@@ -31,34 +31,34 @@ def line(settings: Settings, devices: frozenset[str]) -> Select[str]:
         .subquery()
     )
     count = func.coalesce(running.c.count, 0)
-    most = func.coalesce(ApiKeyRow.running_jobs, settings.running_jobs_per_key)
+    limit = func.coalesce(ApiKeyRow.running_jobs, settings.running_jobs_per_key)
     return (
         select(JobRow.id)
         .join(ApiKeyRow, ApiKeyRow.id == JobRow.owner_key_id)
         .outerjoin(running, running.c.owner_key_id == JobRow.owner_key_id)
-        .where(free(settings.max_attempts), or_(most == 0, count < most), _fits(devices))
+        .where(free(settings.max_attempts), or_(limit == 0, count < limit), _fits(devices))
         .order_by(JobRow.priority.desc(), count, JobRow.created_at, JobRow.id)
     )
 
 
 def claim_next(session: Session, settings: Settings) -> tuple[JobRow, Lease] | None:
-    """Take the next job for this machine; None when there is none to be had.
+    """Claim the next job for this machine; None if there is none.
 
-    Claims come one after the other, so that a key's limit holds however many workers look at once.
+    Claims are serialised, so that a key's limit holds however many workers claim at once.
     """
     guard_claims(session)
     for _ in range(_TRIES):  # only a cancel can come in between
-        job_id = session.scalar(line(settings, devices(settings)).limit(1))
+        job_id = session.scalar(startable(settings, devices(settings)).limit(1))
         if job_id is None:
             return None
-        found = claim(session, job_id, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
-        if found is not None:
-            return found
+        claimed = claim(session, job_id, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        if claimed is not None:
+            return claimed
     return None
 
 
 def devices(settings: Settings) -> frozenset[str]:
-    """The classes of devices that a worker with these settings has, without asking torch."""
+    """The device classes of a worker with these settings, determined without torch."""
     if settings.device.startswith(GPU):
         return frozenset({GPU})
     if settings.device in {"auto", "spread"} and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(_gpus()):
@@ -67,7 +67,7 @@ def devices(settings: Settings) -> frozenset[str]:
 
 
 def device_for(kind: JobKind, settings: Settings) -> str | None:
-    """The class of device that a new job waits for; None: any worker will do."""
+    """The device class that a new job needs; None: any worker will do."""
     return GPU if kind in settings.gpu_jobs.split(",") else None
 
 

@@ -1,4 +1,4 @@
-"""Finds what was lost: jobs of silent workers, and jobs that no worker ever heard of."""
+"""Finds lost jobs: those of silent workers, and those that no worker was notified of."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ log = logging.getLogger("post.jobs")
 
 
 def reconcile(database: Database, settings: Settings) -> list[str]:
-    """One round; the ids of the jobs that were announced again. Several at once do no harm.
+    """One round; returns the ids of the jobs that were announced again. Concurrent rounds do no harm.
 
-    Undelivered jobs are announced only while nothing waits in the broker: a busy worker will come to those
-    that do, and so the queue can't grow. Those that no worker may start yet (their key's limit) are not.
+    Undelivered jobs are announced only while no notification waits in the broker: busy workers will handle the
+    waiting ones, and so the queue can't grow. Jobs that no worker may start yet (their key's limit) are left out.
     """
     with database.read() as session:
         lost = [(row.id, row.token, row.device) for row in states.expired(session)]
-    again: dict[str, str | None] = {}
+    to_announce: dict[str, str | None] = {}
     for job_id, token, device in lost:
         with database.write() as session:
             state = states.take_back(session, job_id, token, max_attempts=settings.max_attempts)
         if state is not None:
             log.warning("worker lost", extra={"job": job_id, "state": state.value})
         if state is JobState.QUEUED:
-            again[job_id] = device
+            to_announce[job_id] = device
     for device in (None, queue.GPU):
-        statement = queue.line(settings, frozenset({queue.GPU})).where(JobRow.device == device)
+        statement = queue.startable(settings, frozenset({queue.GPU})).where(JobRow.device == device)
         with database.read() as session:
-            overdue = list(session.scalars(statement.where(states.overdue(settings.ring_seconds))))
+            overdue = list(session.scalars(statement.where(states.overdue(settings.notify_seconds))))
         if overdue and notifier.waiting(settings, device) == 0:
-            again |= dict.fromkeys(overdue, device)
-    return [job_id for job_id, device in again.items() if notifier.notify(job_id, settings, device)]
+            to_announce |= dict.fromkeys(overdue, device)
+    return [job_id for job_id, device in to_announce.items() if notifier.notify(job_id, settings, device)]
 
 
 class Reconciler(threading.Thread):
-    """Reconciles at once and then every few seconds, until :meth:`stop`."""
+    """Reconciles immediately and then every few seconds, until :meth:`stop`."""
 
     def __init__(self, database: Database, settings: Settings) -> None:
         super().__init__(name="reconciler", daemon=True)
@@ -56,7 +56,7 @@ class Reconciler(threading.Thread):
             self._stopping.wait(self._settings.reconcile_seconds)
 
     def stop(self) -> None:
-        """End after the round that is under way."""
+        """End after the current round."""
         self._stopping.set()
         if self.is_alive():
             self.join(5.0)

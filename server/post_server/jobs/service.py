@@ -1,4 +1,4 @@
-"""Jobs: queue a request, find a job, show it."""
+"""Jobs: queue a request, find a job, build its document."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from post_shared.schemas.keys import Scope
 
 Request = TypeVar("Request", bound=Document)
 Check = Callable[[Session, ApiKeyRow, Request], None]
-"""Raises an error when the caller may not have what a request names, or when its parts don't fit together."""
+"""Raises an error if the caller may not use what a request names, or if its parts don't fit together."""
 _BY_ID = select(JobRow).where(JobRow.id == bindparam("job"))
-"""Made once: it is asked very often."""
+"""Built once, since it runs very often."""
 
 
 def queue_job(
     session: Session, caller: ApiKeyRow, kind: JobKind, request: Request, check: Check[Request], settings: Settings
 ) -> JobRow:
-    """Check a request against what is there and queue it as a job of the caller. Wake a worker after the commit.
+    """Check a request against the database and queue it as a job of the caller. Notify workers after the commit.
 
     Raises:
-        TooManyRequests: the caller has too many jobs that have not ended.
+        TooManyRequests: the caller has too many unfinished jobs.
         PostError: whatever ``check`` raises.
     """
-    guard(session)  # a name that is free, a prompt that is there: they stay so until the job is queued
+    guard(session)  # what ``check`` finds (a free name, a prompt) stays true until the job is queued
     active = session.scalar(
         select(func.count()).select_from(JobRow).where(JobRow.owner_key_id == caller.id, JobRow.state.not_in(ENDED))
     )
@@ -57,7 +57,7 @@ def queue_job(
 
 
 def check_may_create(caller: ApiKeyRow, kind: JobKind) -> None:
-    """Raise :class:`Forbidden` when the caller's key may not order, and so not cancel, jobs of the kind."""
+    """Raise :class:`Forbidden` if the caller's key may not create, and so not cancel, jobs of this kind."""
     check_scope(caller, Scope.PROVIDE if kind in (JobKind.DISTIL, JobKind.REPORT) else Scope.TRANSFER)
 
 
@@ -65,7 +65,7 @@ def visible_job(session: Session, caller: ApiKeyRow, job_id: str) -> JobRow:
     """The job, if it is the caller's or the caller is the provider.
 
     Raises:
-        NotFound: there is none, or it belongs to someone else (the answer doesn't tell which).
+        NotFound: there is no such job, or it belongs to another key (the error doesn't tell which).
     """
     row = session.scalar(_BY_ID, {"job": job_id})
     if row is None or (caller.role is not Role.PROVIDER and row.owner_key_id != caller.id):
@@ -74,18 +74,18 @@ def visible_job(session: Session, caller: ApiKeyRow, job_id: str) -> JobRow:
 
 
 def job_document(row: JobRow) -> Job:
-    """The row as the API shows it."""
+    """The API document of a job row."""
     members = {name: getattr(row, name) for name in Job.model_fields}
     members["metrics"] = {name: value for name, value in row.metrics.items() if value is not None}
     return Job.model_validate(members)
 
 
-def metric_series(events: Iterable[JobEvent], wanted: set[str] | None = None) -> dict[str, list[MetricPoint]]:
-    """The series in a job's ``metrics`` events: all, or the wanted ones. What was no number is left out."""
+def metric_series(events: Iterable[JobEvent], names: set[str] | None = None) -> dict[str, list[MetricPoint]]:
+    """The series in a job's ``metrics`` events: all, or those in ``names``. NaN and infinite values are left out."""
     series: dict[str, list[MetricPoint]] = {}
     for event in events:
         at = {"sequence": event.sequence, "at": event.at, "stage": event.data["stage"], "step": event.data["step"]}
         for name, value in event.data["values"].items():
-            if value is not None and (wanted is None or name in wanted):
+            if value is not None and (names is None or name in names):
                 series.setdefault(name, []).append(MetricPoint(**at, value=value))
     return series

@@ -1,13 +1,12 @@
-"""What may happen to a job row, and who may do it.
+"""The state transitions of a job row, and who may make them.
 
     queued ──claim──▶ running ──finish──▶ succeeded
       ▲                │  │ └────fail────▶ failed
       └────release─────┘  └─request_cancel─▶ cancelling ──▶ cancelled
 
-A worker holds a job by a lease and a random token. Every write of its names the token in the ``WHERE`` clause,
-so a worker that lost the job (paused too long, cut off, delivered twice) changes nothing and learns it by
-:class:`LeaseLost`. Each change is one conditional ``UPDATE``; it also locks the row, so that the events of a job
-are numbered without gaps.
+A worker holds a job by a lease and a random token. Its writes name the token in the ``WHERE`` clause, so a worker that
+lost the job (paused too long, cut off, delivered twice) changes nothing and gets :class:`LeaseLost`. Each change is
+one conditional ``UPDATE``; it also locks the row, so that the events of a job are numbered without gaps.
 """
 
 from __future__ import annotations
@@ -30,29 +29,29 @@ ENDED = [state for state in JobState if state.ended]
 
 HELD = (JobState.RUNNING, JobState.CANCELLING)
 _CANCEL_TRIES = 5
-_EVENTS = (  # made once, and of plain values: no row objects to track
+_EVENTS = (  # built once, and of plain columns: no row objects to track
     select(*(getattr(JobEventRow, name) for name in JobEvent.model_fields))
     .where(JobEventRow.job_id == bindparam("job"), JobEventRow.sequence > bindparam("after"))
     .order_by(JobEventRow.sequence)
-    .limit(bindparam("most"))
+    .limit(bindparam("limit"))
 )
 _EVENTS_OF_KIND = _EVENTS.where(JobEventRow.kind == bindparam("kind"))
 
 
 class LeaseLost(Exception):
-    """The job belongs to someone else now, or has ended: stop working on it and write nothing."""
+    """Another worker holds the job, or it has ended: stop working on it and write nothing."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write to a job until someone else claims it."""
+    """The right to write to a job until another worker claims it."""
 
     job_id: str
     token: str
 
 
 def free(max_attempts: int) -> ColumnElement[bool]:
-    """A job that may be claimed: it waits, or its lease ran out and it has an attempt left."""
+    """Whether a job may be claimed: it is queued, or its lease ran out and it has an attempt left."""
     lost = and_(JobRow.state == JobState.RUNNING, JobRow.lease_until < now(), JobRow.attempt < max_attempts)
     return or_(and_(JobRow.state == JobState.QUEUED, JobRow.queued_at <= now()), lost)
 
@@ -61,9 +60,9 @@ def free(max_attempts: int) -> ColumnElement[bool]:
 
 
 def claim(session: Session, job_id: str, *, lease_seconds: float, max_attempts: int) -> tuple[JobRow, Lease] | None:
-    """Take a queued job, or a running one whose lease ran out; None when it isn't to be had."""
+    """Claim a queued job, or a running one whose lease ran out; None if it can't be claimed."""
     at, token = now(), secrets.token_hex(16)
-    taken = _update(
+    claimed = _update(
         session,
         and_(JobRow.id == job_id, free(max_attempts)),
         state=JobState.RUNNING,
@@ -74,7 +73,7 @@ def claim(session: Session, job_id: str, *, lease_seconds: float, max_attempts: 
         heartbeat_at=at,
         started_at=func.coalesce(JobRow.started_at, at),
     )
-    if not taken:
+    if not claimed:
         return None
     row = _fresh(session, job_id)
     _append(session, job_id, "state", {"state": JobState.RUNNING, "attempt": row.attempt})
@@ -82,14 +81,14 @@ def claim(session: Session, job_id: str, *, lease_seconds: float, max_attempts: 
 
 
 def heartbeat(session: Session, lease: Lease, *, lease_seconds: float) -> JobState:
-    """Renew the lease; the state tells whether a cancel was asked for."""
+    """Renew the lease; the returned state shows whether a cancel was requested."""
     at = now()
     _fenced(session, lease, heartbeat_at=at, lease_until=at + timedelta(seconds=lease_seconds))
     return _fresh(session, lease.job_id).state
 
 
 def held_state(session: Session, lease: Lease) -> JobState:
-    """The job's state, without a write, as long as the lease holds."""
+    """The job's state, without a write, as long as the lease holds; else :class:`LeaseLost`."""
     mine = and_(JobRow.id == lease.job_id, JobRow.token == lease.token, JobRow.state.in_(HELD))
     state = session.scalar(select(JobRow.state).where(mine))
     if state is None:
@@ -98,7 +97,7 @@ def held_state(session: Session, lease: Lease) -> JobState:
 
 
 def last_event(session: Session, job_id: str) -> int:
-    """The number of the job's newest event, which grows as long as it makes progress."""
+    """The sequence number of the job's newest event, which grows as long as it makes progress."""
     return session.scalar(select(func.max(JobEventRow.sequence)).where(JobEventRow.job_id == job_id)) or 0
 
 
@@ -113,35 +112,35 @@ def record_progress(
     metrics: Mapping[str, float],
     step_seconds: float | None = None,
 ) -> None:
-    """Where the work stands: into the row, and as events for whoever follows."""
-    known = _fenced(session, lease, progress=min(1.0, max(0.0, progress)), stage=stage[:64])
-    at = {"stage": stage, "step": step}
+    """Write the progress into the row, and append events for those who follow the job."""
+    row = _fenced(session, lease, progress=min(1.0, max(0.0, progress)), stage=stage[:64])
+    position = {"stage": stage, "step": step}
     pace = {} if step_seconds is None else {"step_seconds": round(step_seconds, 6)}
-    _append(session, lease.job_id, "progress", {"progress": round(progress, 4), **at, "steps": steps, **pace})
+    _append(session, lease.job_id, "progress", {"progress": round(progress, 4), **position, "steps": steps, **pace})
     if metrics:
-        known.metrics = {**known.metrics, **metrics}
-        _append(session, lease.job_id, "metrics", {**at, "values": dict(metrics)})
+        row.metrics = {**row.metrics, **metrics}
+        _append(session, lease.job_id, "metrics", {**position, "values": dict(metrics)})
 
 
 def finish(session: Session, lease: Lease, result: Mapping[str, Any]) -> None:
-    """The work is done. Add the rows that it made in the same transaction: all of it stands, or nothing."""
+    """The job has succeeded. Add its new rows in the same transaction: all are written, or nothing."""
     _end(session, lease, JobState.SUCCEEDED, result=dict(result), progress=1.0)
 
 
 def fail(session: Session, lease: Lease, error: PostError) -> None:
-    """The work can't be done, and trying again would not help."""
+    """The job has failed, and trying again would not help."""
     _end(session, lease, JobState.FAILED, error=error.problem())
 
 
 def cancel(session: Session, lease: Lease) -> None:
-    """The work has stopped because someone asked for it."""
+    """The job has stopped because a cancel was requested."""
     _end(session, lease, JobState.CANCELLED)
 
 
 def release(
     session: Session, lease: Lease, *, reason: str, give_attempt_back: bool = False, pause_seconds: float = 0.0
 ) -> None:
-    """Put a running job back into the queue, where it rests for a pause; a cancelling one ends as cancelled instead."""
+    """Put a running job back into the queue, claimable after a pause; a cancelling one becomes cancelled instead."""
     row = _fenced(session, lease, heartbeat_at=now())
     if row.state is JobState.CANCELLING:
         cancel(session, lease)
@@ -155,24 +154,24 @@ def release(
 
 
 def announce(session: Session, row: JobRow) -> None:
-    """The first line of a new job's history."""
+    """Add a new job and its first event."""
     session.add(row)
     session.flush()
     _append(session, row.id, "state", {"state": JobState.QUEUED, "attempt": 0})
 
 
 def request_cancel(session: Session, job_id: str) -> JobRow:
-    """Ask for a job to stop: a queued one ends at once, a running one soon, an ended one stays as it is.
+    """Request that a job stops: a queued one ends immediately, a running one soon, an ended one doesn't change.
 
     Raises:
         NotFound: there is no such job.
     """
-    for _ in range(_CANCEL_TRIES):  # the state may change between two looks, but not for ever
-        at, mine = now(), JobRow.id == job_id
-        done: dict[str, Any] = {"state": JobState.CANCELLED, "cancel_requested_at": at, "finished_at": at}
-        soon: dict[str, Any] = {"state": JobState.CANCELLING, "cancel_requested_at": at}
-        for state, values in ((JobState.QUEUED, done), (JobState.RUNNING, soon)):
-            if _update(session, and_(mine, JobRow.state == state), **values):
+    for _ in range(_CANCEL_TRIES):  # the state may change between two reads, but not forever
+        at, this_job = now(), JobRow.id == job_id
+        cancelled: dict[str, Any] = {"state": JobState.CANCELLED, "cancel_requested_at": at, "finished_at": at}
+        cancelling: dict[str, Any] = {"state": JobState.CANCELLING, "cancel_requested_at": at}
+        for state, values in ((JobState.QUEUED, cancelled), (JobState.RUNNING, cancelling)):
+            if _update(session, and_(this_job, JobRow.state == state), **values):
                 _append(session, job_id, "state", {"state": values["state"]})
                 return _fresh(session, job_id)
         row = _fresh(session, job_id)
@@ -182,38 +181,41 @@ def request_cancel(session: Session, job_id: str) -> JobRow:
 
 
 def prioritise(session: Session, job_id: str, priority: int) -> JobRow:
-    """Give a waiting job another priority.
+    """Change the priority of a queued job.
 
     Raises:
         NotFound: there is no such job.
-        Conflict: it doesn't wait any more.
+        Conflict: it isn't queued any more.
     """
     if not _update(session, and_(JobRow.id == job_id, JobRow.state == JobState.QUEUED), priority=priority):
-        raise Conflict(f"The job {job_id} is {_fresh(session, job_id).state}; only a queued one can be moved.")
+        raise Conflict(f"The job {job_id} is {_fresh(session, job_id).state}; only a queued job's priority can change.")
     return _fresh(session, job_id)
 
 
 def requeue(session: Session, job_id: str) -> JobRow:
-    """Let a job that failed or was cancelled begin anew, with all its attempts. Ring the doorbell after the commit.
+    """Queue a failed or cancelled job again, with all its attempts. Notify the workers after the commit.
 
     Raises:
         NotFound: there is no such job.
         Conflict: it has not ended, or it succeeded.
     """
-    over = and_(JobRow.id == job_id, JobRow.state.in_((JobState.FAILED, JobState.CANCELLED)))
+    ended = and_(JobRow.id == job_id, JobRow.state.in_((JobState.FAILED, JobState.CANCELLED)))
     fresh: dict[str, Any] = {"error": null(), "result": null(), "metrics": {}, "progress": 0.0, "stage": None}
-    if not _update(session, over, **fresh, finished_at=None, cancel_requested_at=None):
+    if not _update(session, ended, **fresh, finished_at=None, cancel_requested_at=None):
         state = _fresh(session, job_id).state
-        raise Conflict(f"The job {job_id} is {state}; only one that failed or was cancelled can be queued again.")
+        raise Conflict(f"The job {job_id} is {state}; only a failed or cancelled one can be queued again.")
     _requeue(session, JobRow.id == job_id, 0)
     _append(session, job_id, "state", {"state": JobState.QUEUED, "attempt": 0, "reason": "requeued"})
     return _fresh(session, job_id)
 
 
-def events_behind(session: Session, job_id: str, after: int, limit: int, kind: str | None = None) -> list[JobEvent]:
-    """A job's history behind an event, oldest first: all of it, or one kind of events."""
-    which = {"job": job_id, "after": after, "most": limit}
-    rows = session.execute(_EVENTS, which) if kind is None else session.execute(_EVENTS_OF_KIND, which | {"kind": kind})
+def events_after(session: Session, job_id: str, after: int, limit: int, kind: str | None = None) -> list[JobEvent]:
+    """A job's events after a sequence number, oldest first: all of them, or one kind."""
+    parameters = {"job": job_id, "after": after, "limit": limit}
+    if kind is None:
+        rows = session.execute(_EVENTS, parameters)
+    else:
+        rows = session.execute(_EVENTS_OF_KIND, parameters | {"kind": kind})
     return [JobEvent(**row) for row in rows.mappings()]
 
 
@@ -221,12 +223,12 @@ def events_behind(session: Session, job_id: str, after: int, limit: int, kind: s
 
 
 def expired(session: Session) -> list[JobRow]:
-    """Jobs whose worker went silent: its lease ran out."""
+    """Jobs whose worker is silent: the lease ran out."""
     return list(session.scalars(select(JobRow).where(JobRow.state.in_(HELD), JobRow.lease_until < now())))
 
 
 def take_back(session: Session, job_id: str, token: str | None, *, max_attempts: int) -> JobState | None:
-    """End the lease of a lost worker: queue the job again, or end it; None when it wasn't lost after all."""
+    """End the lease of a lost worker: queue the job again, or end it; None if it wasn't lost after all."""
     where = and_(JobRow.id == job_id, JobRow.token == token, JobRow.state.in_(HELD), JobRow.lease_until < now())
     if not _update(session, where, lease_losses=JobRow.lease_losses + 1):  # locks the row
         return None
@@ -241,7 +243,7 @@ def take_back(session: Session, job_id: str, token: str | None, *, max_attempts:
 
 
 def overdue(seconds: float) -> ColumnElement[bool]:
-    """A job that has waited for longer than ``seconds``."""
+    """Whether a job has been queued for longer than ``seconds``."""
     return and_(JobRow.state == JobState.QUEUED, JobRow.queued_at <= now() - timedelta(seconds=seconds))
 
 

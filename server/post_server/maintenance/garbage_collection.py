@@ -1,7 +1,7 @@
-"""Clean the storage up: what nothing refers to any more, and has lain there for longer than a grace time.
+"""Removes from the storage what nothing refers to any more, once it is older than a grace period.
 
 A blob that a row names is never removed. The rows are read under the same guard that every writer of blobs takes
-before it adds its row, and a writer that finds its blob gone stores it again.
+before it adds its row, and a writer that finds its blob missing stores it again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sqlalchemy import delete, func, select
 
-from post_server.datasets.uploads import forget_old_uploads
+from post_server.datasets.uploads import delete_expired_uploads
 from post_server.db.database import Database, guard
 from post_server.db.tables import IdempotencyRow, JobRow, now
 from post_server.settings import Settings
@@ -25,7 +25,7 @@ from post_server.storage.blob_store import BlobStore
 
 @dataclass(frozen=True)
 class Cleaned:
-    """So many of a kind, and the bytes that they held."""
+    """How many items of one kind were removed, and their size in bytes."""
 
     what: str
     count: int
@@ -35,20 +35,20 @@ class Cleaned:
 def collect_garbage(
     database: Database, store: BlobStore, settings: Settings, *, grace: timedelta, dry_run: bool = False
 ) -> list[Cleaned]:
-    """Remove what is of no use, or with ``dry_run`` only count it. Safe while everything runs, and to run twice."""
+    """Remove unreferenced data, or only count it with ``dry_run``. Safe while the server runs, and idempotent."""
     before = now() - grace
     return [
         _uploads(database, store, dry_run),
         _blobs(database, store, before, dry_run),
         _files("temporary files", store.abandoned(before), dry_run),
         _files("cached copies", _unnamed_copies(database, store, before), dry_run),
-        _work(database, settings, dry_run),
-        _answers(database, dry_run),
+        _work_folders(database, settings, dry_run),
+        _idempotent_answers(database, dry_run),
     ]
 
 
 def ended_work(settings: Settings, database: Database) -> Iterator[Path]:
-    """The work folders on this machine whose jobs have ended, each asked about as its turn comes."""
+    """The work folders on this machine whose jobs have ended, each checked just before it is yielded."""
     folder = settings.home / "work"
     yield from (path for path in (folder.iterdir() if folder.is_dir() else ()) if _has_ended(database, path.name))
 
@@ -60,7 +60,7 @@ def _has_ended(database: Database, job_id: str) -> bool:
 
 
 def damaged(database: Database, store: BlobStore, *, hashes: bool) -> Iterator[str]:
-    """Every blob that a row names and that is missing, or (with ``hashes``, which reads all) holds other bytes."""
+    """Every blob named by a row that is missing, or (with ``hashes``, which reads all of them) has other bytes."""
     for sha256 in sorted(_names_in_use(database)):
         if not store.exists(sha256):
             yield f"{sha256} is missing"
@@ -82,7 +82,7 @@ def _names_in_use(database: Database) -> set[str]:
 
 def _uploads(database: Database, store: BlobStore, dry_run: bool) -> Cleaned:
     with database.write() as session:
-        return Cleaned("forgotten uploads of datasets", forget_old_uploads(session, store, dry_run=dry_run))
+        return Cleaned("abandoned dataset uploads", delete_expired_uploads(session, store, dry_run=dry_run))
 
 
 def _blobs(database: Database, store: BlobStore, before: datetime, dry_run: bool) -> Cleaned:
@@ -97,21 +97,21 @@ def _blobs(database: Database, store: BlobStore, before: datetime, dry_run: bool
                     count, size = count + 1, size + blob.size
                     if not dry_run:
                         store.delete(blob.sha256)
-    return Cleaned("blobs that nothing names", count, size)
+    return Cleaned("unreferenced blobs", count, size)
 
 
 def _unnamed_copies(database: Database, store: BlobStore, before: datetime) -> Iterator[Path]:
-    """Not young ones: a worker may be making one for a row that comes after the names are read."""
+    """Only old copies: a worker may be making one for a row that is added after the names are read."""
     old = list(store.cached(before))
-    kept = _names_in_use(database)
-    return (path for path in old if path.name not in kept)
+    used = _names_in_use(database)
+    return (path for path in old if path.name not in used)
 
 
-def _work(database: Database, settings: Settings, dry_run: bool) -> Cleaned:
+def _work_folders(database: Database, settings: Settings, dry_run: bool) -> Cleaned:
     count = size = 0
     for folder in ended_work(settings, database):
         count, size = count + 1, size + _size(folder)
-        if not dry_run and _has_ended(database, folder.name):  # it may have been ordered again meanwhile
+        if not dry_run and _has_ended(database, folder.name):  # it may have been queued again meanwhile
             shutil.rmtree(folder, ignore_errors=True)
     return Cleaned("work folders of ended jobs", count, size)
 
@@ -125,8 +125,8 @@ def _files(what: str, paths: Iterable[Path], dry_run: bool) -> Cleaned:
     return Cleaned(what, count, size)
 
 
-def _answers(database: Database, dry_run: bool) -> Cleaned:
-    """Answers to creates that nobody may ask for again."""
+def _idempotent_answers(database: Database, dry_run: bool) -> Cleaned:
+    """Stored answers whose idempotency keys have expired."""
     expired = IdempotencyRow.created_at < now() - IdempotencyRow.kept
     with database.write() as session:
         count = session.scalar(select(func.count()).select_from(IdempotencyRow).where(expired)) or 0
@@ -140,7 +140,7 @@ def _size(folder: Path) -> int:
 
 
 def _bytes(path: Path) -> int:
-    """0 if it is gone: another clean-up, or a worker, was sooner."""
+    """0 if it is gone: another run, or a worker, has removed it."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""``/v1/models``: what there is, and the student's files. A target model's weights never leave."""
+"""``/v1/models``: all models, and the files of students. A target model's weights never leave the provider."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from post_server.db.tables import ApiKeyRow, ModelRow
 from post_server.http.dependencies import App, Caller, Context
 from post_server.http.pagination import Paging, paginate
 from post_server.http.problems import problems
-from post_server.http.range_requests import Part, Wanted, downloads, note_download, serve
+from post_server.http.range_requests import DownloadRequest, Part, downloads, note_download, serve
 from post_server.http.routing import Route
 from post_server.models.service import find_model, manifest_document, model_document, model_files
 from post_shared.errors import Forbidden, NotFound
@@ -42,7 +42,7 @@ def get_model(app: App, caller: Caller, model: Reference) -> Model:
 
 @router.get("/{model}/manifest", responses=problems(404))
 def get_manifest(app: App, caller: Caller, model: Reference) -> ModelManifest:
-    """Every file of a model with its size and SHA-256."""
+    """All files of a model with their sizes and SHA-256."""
     with app.database.read() as session:
         return manifest_document(find_model(session, model))
 
@@ -52,18 +52,18 @@ def get_manifest(app: App, caller: Caller, model: Reference) -> ModelManifest:
 async def get_model_file(
     app: App, caller: Caller, model: Reference, path: Annotated[str, Path(max_length=255)], part: Part
 ) -> Response:
-    """A student's file, whole or in part; its ETag is its SHA-256."""
+    """A file of a student model, whole or in part; its ETag is its SHA-256."""
     file = await run_in_threadpool(_student_file, app, caller, model, path, part)
     return await serve(app.store, file.sha256, file.size, part)
 
 
-def _student_file(app: Context, caller: ApiKeyRow, model: str, path: str, part: Wanted) -> ModelFile:
+def _student_file(app: Context, caller: ApiKeyRow, model: str, path: str, part: DownloadRequest) -> ModelFile:
     with app.database.read() as session:
         row = find_model(session, model)
     if row.role is not ModelRole.STUDENT:
-        raise Forbidden("A target model's files never leave the provider; pull one of its students.")
+        raise Forbidden("The files of a target model never leave the provider; pull one of its students.")
     for file in model_files(row):
         if file.path == path:
             note_download(app, caller, part, "model.download", row.id)
             return file
-    raise NotFound(f"The model {row.name} has no such file; its manifest lists all.")
+    raise NotFound(f"The model {row.name} has no such file; see its manifest.")

@@ -1,4 +1,4 @@
-"""Loading a stored model. What is wrong with it is the provider's to know, and stands in the log."""
+"""Loads a stored model. Only the log says why it can't be loaded: owners may not see that."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from post_shared.model.language_model import LanguageModel
 log = logging.getLogger("post.models")
 
 
-def load_stored(row: ModelRow, folder: Path, settings: Settings, *, teaches: bool = False) -> LanguageModel:
-    """The model whose files were laid out in ``folder``; see :meth:`LanguageModel.load` for what it computes in.
+def load_stored(row: ModelRow, folder: Path, settings: Settings, *, for_training: bool = False) -> LanguageModel:
+    """The model whose files are in ``folder``; see :meth:`LanguageModel.load` for its dtype.
 
     Raises:
-        IntegrityError: it can't be loaded; owners read this, so neither the folder nor the cause is in it.
+        IntegrityError: it can't be loaded. Owners see this error, so it names neither the folder nor the cause.
     """
     try:
         memory = parse_memory(settings.device_memory)
         return LanguageModel.load(
             folder,
             device=settings.device,
-            dtype=torch.float32 if settings.precision == "float32" else None,
-            teaches=teaches,
+            dtype=None if settings.precision == "auto" else getattr(torch, settings.precision),
+            for_training=for_training,
             memory=memory,
             offload_folder=folder / "offload",
         )

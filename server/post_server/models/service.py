@@ -1,4 +1,4 @@
-"""Models in the store: a row of facts and a list of files, each a blob."""
+"""Stored models: a row with facts and a list of files, each of which is a blob."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_facts(model: LanguageModel) -> dict[str, Any]:
         "layers": model.layers,
         "hidden_size": model.hidden_size,
         "vocabulary": model.vocabulary,
-        "parameters": sum(each.numel() for each in model.model.parameters()),
+        "parameters": sum(weight.numel() for weight in model.model.parameters()),
     }
 
 
@@ -46,13 +46,13 @@ def add_model(
     vocabulary: int,
     parameters: int,
 ) -> ModelRow:
-    """Store a saved model and add its row; the same model under the same name again gives the row there is.
+    """Store a saved model and add its row. The same model under the same name returns the existing row.
 
-    The files are stored before the session's first statement, so a fresh writing session doesn't hold the
+    The files are stored before the session's first statement, so that a new write session doesn't lock the
     database meanwhile.
 
     Raises:
-        ModelUnsafe: the folder holds something that POST refuses to load.
+        ModelUnsafe: the folder contains something that POST refuses to load.
         Conflict: the name belongs to another model.
     """
     check_safe(folder)
@@ -60,16 +60,16 @@ def add_model(
     digest = model_hash(files)
     for file in files:
         if store.put(folder / file.path) != file.sha256:
-            raise Conflict(f"{file.path} changed while it was stored; add the model again.")
+            raise Conflict(f"{file.path} changed while it was being stored; add the model again.")
     guard(session)
     for file in files:
-        if not store.exists(file.sha256):  # a clean-up has taken an old copy that nothing named
+        if not store.exists(file.sha256):  # garbage collection has removed an old, unreferenced copy
             store.put(folder / file.path)
     existing = session.scalar(select(ModelRow).where(ModelRow.name == name))
     if existing is not None:
         if existing.hash == digest:
             return existing
-        raise Conflict(f"There already is a model named {name!r} ({existing.id}); choose another name.")
+        raise Conflict(f"A model named {name!r} ({existing.id}) already exists; choose another name.")
     row = ModelRow(
         name=name,
         role=role,
@@ -90,7 +90,7 @@ def add_model(
 
 
 def find_model(session: Session, reference: str, role: ModelRole | None = None) -> ModelRow:
-    """The model of that id or name.
+    """The model with that id or name.
 
     Raises:
         NotFound: there is none, or it has another role.
@@ -102,12 +102,12 @@ def find_model(session: Session, reference: str, role: ModelRole | None = None) 
 
 
 def find_model_by_hash(session: Session, digest: str) -> ModelRow | None:
-    """The oldest model of that hash; models of one hash have the same bytes."""
+    """The oldest model with that hash; models with the same hash have the same bytes."""
     return session.scalar(select(ModelRow).where(ModelRow.hash == digest).order_by(ModelRow.created_at))
 
 
 def materialise_model(store: BlobStore, row: ModelRow, folder: Path) -> Path:
-    """Lay the model's files out in an empty folder for loading. They may be links: read only."""
+    """Put the model's files into an empty folder, for loading. They may be hard links, so don't write to them."""
     for file in model_files(row):
         copy_to(store, file.sha256, folder / file.path)
     return folder

@@ -1,1 +1,1 @@
-"""``/v1/predictions`` and ``/v1/completions``: the API side"""
+"""``/v1/predictions`` and ``/v1/completions``: the API side."""

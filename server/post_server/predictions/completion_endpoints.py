@@ -1,4 +1,4 @@
-"""``/v1/completions``: a target model goes on with texts, in the shape of OpenAI's API."""
+"""``/v1/completions``: a target model generates text, in the shape of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from post_server.auth.keys import check_scope
 from post_server.db.tables import ApiKeyRow
-from post_server.http.dependencies import App, Asker, Context
+from post_server.http.dependencies import App, Context, PredictCaller
 from post_server.http.problems import OPENAI_PATH, problems
 from post_server.http.routing import Route
 from post_server.models.service import find_model
@@ -37,38 +37,38 @@ _STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
     responses=problems(404, 413, 429, 503, 504)
     | {200: {"description": "A completion, or with `stream` events that end with `[DONE]`"} | _STREAM},
 )
-async def create_completion(form: CompletionCreate, request: Request, app: App, caller: Asker) -> Any:
-    """Go on with texts, in the shape of OpenAI's API: `model` is `<target model>:<soft prompt>`.
+async def create_completion(body: CompletionCreate, request: Request, app: App, caller: PredictCaller) -> Any:
+    """Generate text, in the shape of OpenAI's API: `model` is `<target model>:<soft prompt>`.
 
-    The provider sees the texts. Log-probabilities come to keys with the scope `scores`.
+    The provider sees the texts. Log-probabilities need a key with the scope `scores`.
     """
-    question = await run_in_threadpool(_resolve, app, caller, form)
+    question = await run_in_threadpool(_resolve, app, caller, body)
     payload, seconds = question.model_dump(mode="json"), app.settings.prediction_seconds
-    head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": form.model}
-    left = request.is_disconnected
-    if not form.stream:
-        found = await queue_client.request(payload, seconds, settings=app.settings, kind="completion", left=left)
-        return Completion.model_validate(head | found)
-    replies = queue_client.replies(payload, seconds, settings=app.settings, kind="completion", left=left)
+    metadata = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+    is_gone = request.is_disconnected
+    if not body.stream:
+        result = await queue_client.request(payload, seconds, settings=app.settings, kind="completion", is_gone=is_gone)
+        return Completion.model_validate(metadata | result)
+    replies = queue_client.replies(payload, seconds, settings=app.settings, kind="completion", is_gone=is_gone)
     first = await anext(replies)  # a refusal is a problem, not a stream
-    events = _events(head, first, replies, form)
+    events = _events(metadata, first, replies, body)
     return EventSourceResponse(events, ping=_PING_SECONDS, headers={"Cache-Control": "no-store"})
 
 
 async def _events(
-    head: dict[str, Any],
+    metadata: dict[str, Any],
     first: dict[str, Any],
     replies: AsyncGenerator[dict[str, Any]],
-    form: CompletionCreate,
+    body: CompletionCreate,
 ) -> AsyncGenerator[ServerSentEvent]:
-    """Every piece as it comes. When the caller goes away, leaving ``replies`` makes the predictor stop."""
+    """One event per part. When the caller disconnects, closing ``replies`` makes the predictor stop."""
     try:
         reply = first
         while "part" in reply:
-            yield _event(Completion.model_validate(head | reply["part"]))
+            yield _event(Completion.model_validate(metadata | reply["part"]))
             reply = await anext(replies)
-        if form.stream_options is not None and form.stream_options.include_usage:
-            yield _event(Completion.model_validate(head | {"choices": [], "usage": reply["ok"]["usage"]}))
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield _event(Completion.model_validate(metadata | {"choices": [], "usage": reply["ok"]["usage"]}))
     except PostError as error:
         yield ServerSentEvent(data=json.dumps({"error": error.problem() | {"message": error.detail}}), sep="\n")
         return
@@ -77,18 +77,18 @@ async def _events(
     yield ServerSentEvent(data="[DONE]", sep="\n")
 
 
-def _event(piece: Completion) -> ServerSentEvent:
-    return ServerSentEvent(data=piece.model_dump_json(), sep="\n")
+def _event(part: Completion) -> ServerSentEvent:
+    return ServerSentEvent(data=part.model_dump_json(), sep="\n")
 
 
-def _resolve(app: Context, caller: ApiKeyRow, form: CompletionCreate) -> queue_client.CompletionQuestion:
-    """The question with ids for names, checked against what the caller may use."""
-    if form.logprobs is not None:
+def _resolve(app: Context, caller: ApiKeyRow, body: CompletionCreate) -> queue_client.CompletionQuestion:
+    """The request with names replaced by ids, checked against what the caller may use."""
+    if body.logprobs is not None:
         check_scope(caller, Scope.SCORES)
-    name, colon, prompt_id = form.model.partition(":")
+    name, colon, prompt_id = body.model.partition(":")
     with app.database.read() as session:
         model = find_model(session, name, ModelRole.TARGET)
         prompt = visible_prompt(session, caller, prompt_id) if colon else None
     if prompt is not None:
         check_prompt_fits(prompt, model)
-    return queue_client.CompletionQuestion(model=model.id, prompt=prompt_id if colon else None, form=form)
+    return queue_client.CompletionQuestion(model=model.id, prompt=prompt_id if colon else None, form=body)

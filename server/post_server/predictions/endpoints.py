@@ -1,4 +1,4 @@
-"""``/v1/predictions``: questions to a target model, answered by a predictor process."""
+"""``/v1/predictions``: predictions of a target model, made by a predictor process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from post_server.auth.keys import scopes_of
 from post_server.db.tables import ApiKeyRow
-from post_server.http.dependencies import App, Asker, Context
+from post_server.http.dependencies import App, Context, PredictCaller
 from post_server.http.problems import problems
 from post_server.http.routing import Route
 from post_server.models.service import find_model
@@ -21,17 +21,17 @@ router = APIRouter(route_class=Route, prefix="/v1/predictions", tags=["predictio
 
 
 @router.post("", responses=problems(404, 413, 503, 504))
-async def create_predictions(question: PredictionCreate, request: Request, app: App, caller: Asker) -> Predictions:
-    """Ask a target model about up to 256 texts, in their order. The provider sees the texts.
+async def create_predictions(body: PredictionCreate, request: Request, app: App, caller: PredictCaller) -> Predictions:
+    """Predictions of a target model for up to 256 texts, in their order. The provider sees the texts.
 
-    Probabilities come to keys with the scope `scores`.
+    Probabilities are returned to keys with the scope `scores`.
     """
-    resolved = await run_in_threadpool(_resolve, app, caller, question)
+    resolved = await run_in_threadpool(_resolve, app, caller, body)
     answer = await queue_client.request(
         resolved.model_dump(mode="json"),
         app.settings.prediction_seconds,
         settings=app.settings,
-        left=request.is_disconnected,
+        is_gone=request.is_disconnected,
     )
     predictions = Predictions.model_validate(answer)
     if Scope.SCORES not in scopes_of(caller):
@@ -40,12 +40,12 @@ async def create_predictions(question: PredictionCreate, request: Request, app: 
     return predictions
 
 
-def _resolve(app: Context, caller: ApiKeyRow, question: PredictionCreate) -> PredictionCreate:
-    """The question with ids for names, checked against what the caller may use."""
+def _resolve(app: Context, caller: ApiKeyRow, body: PredictionCreate) -> PredictionCreate:
+    """The request with names replaced by ids, checked against what the caller may use."""
     with app.database.read() as session:
-        model = find_model(session, question.model, ModelRole.TARGET)
-        prompt = None if question.prompt is None else visible_prompt(session, caller, question.prompt)
-    check_task(prompt, question.task)
+        model = find_model(session, body.model, ModelRole.TARGET)
+        prompt = None if body.prompt is None else visible_prompt(session, caller, body.prompt)
+    check_task(prompt, body.task)
     if prompt is not None:
         check_prompt_fits(prompt, model)
-    return question.model_copy(update={"model": model.id})
+    return body.model_copy(update={"model": model.id})

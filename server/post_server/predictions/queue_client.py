@@ -1,9 +1,9 @@
-"""Questions and answers between the API process and the predictors, over Redis lists. Never imports torch.
+"""Requests and replies between the API process and the predictors, over Redis lists. Never imports torch.
 
-A question is JSON in one list: ``{"reply": key, "deadline": seconds since 1970, "kind": …, "payload": {...}}``. What
-comes back is JSON in a list of its own that expires: any number of ``{"part": {...}}``, if the question asks for a
-stream, and at last ``{"ok": {...}}`` or ``{"problem": {...}}``. Whoever stops waiting sets a key beside that list, and
-the predictor works on it no more. Texts pass through the memory of a private Redis and nothing else.
+A request is JSON in one list: ``{"reply": key, "deadline": seconds since 1970, "kind": …, "payload": {...}}``. The
+replies are JSON in a list of their own that expires: any number of ``{"part": {...}}``, if the request asks for a
+stream, and finally ``{"ok": {...}}`` or ``{"problem": {...}}``. A caller that stops waiting sets a key beside that
+list, and the predictor drops the request. Texts pass through the memory of a private Redis and nothing else.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from post_shared.schemas.completions import CompletionCreate
 
 QUESTIONS = "post:predictor:questions"
 ALIVE = "post:predictor:alive"
-"""Every predictor renews this key; when it's gone, none is there."""
+"""Every predictor renews this key; without it, none is running."""
 ALIVE_SECONDS = 6
 KEPT_SECONDS = 600
-"""How long is remembered who has a question, and that nobody waits for its answer."""
-_LOOK_SECONDS = 1.0
-"""How often a waiting request asks whether a predictor, and its caller, are still there."""
+"""How long a request's keys are kept: the predictor that took it, and that its caller is gone."""
+_POLL_SECONDS = 1.0
+"""How often a waiting request checks that its predictor and its caller are still there."""
 _RETRY_SECONDS = 2
 
 Kind = Literal["prediction", "completion"]
-Left = Callable[[], Awaitable[bool]]
-"""Whether the caller has gone away."""
+IsGone = Callable[[], Awaitable[bool]]
+"""Whether the caller has disconnected."""
 
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Redis]] = WeakKeyDictionary()
 
@@ -52,17 +52,17 @@ class CompletionQuestion(Document):
 
 
 def alive_key(predictor: str) -> str:
-    """The key that one predictor renews."""
+    """The key that this predictor renews."""
     return f"{ALIVE}:{predictor}"
 
 
 def taken_key(reply: str) -> str:
-    """The key that says which predictor has the question."""
+    """The key that names the predictor that took the request."""
     return f"{reply}:taken"
 
 
 def gone_key(reply: str) -> str:
-    """The key that says that nobody waits at ``reply`` any more."""
+    """The key that marks that nobody waits at ``reply`` any more."""
     return f"{reply}:gone"
 
 
@@ -72,14 +72,14 @@ async def request(
     *,
     settings: Settings | None = None,
     kind: Kind = "prediction",
-    left: Left | None = None,
+    is_gone: IsGone | None = None,
 ) -> dict[str, Any]:
-    """Ask the predictors and wait for the whole answer; see :func:`replies`."""
-    async with aclosing(replies(payload, timeout, settings=settings, kind=kind, left=left)) as found:
-        async for reply in found:
+    """Send a request to the predictors and wait for the whole answer; see :func:`replies`."""
+    async with aclosing(replies(payload, timeout, settings=settings, kind=kind, is_gone=is_gone)) as stream:
+        async for reply in stream:
             if "ok" in reply:
                 return dict(reply["ok"])
-    raise Unavailable("the predictor's answer has no end; try again")
+    raise Unavailable("the predictor's answer is incomplete; try again")
 
 
 async def replies(
@@ -88,46 +88,46 @@ async def replies(
     *,
     settings: Settings | None = None,
     kind: Kind = "prediction",
-    left: Left | None = None,
+    is_gone: IsGone | None = None,
 ) -> AsyncGenerator[dict[str, Any]]:
-    """Ask the predictors; every ``part`` as it comes, and at last ``ok``.
+    """Send a request to the predictors; yields every ``part`` as it arrives, and finally ``ok``.
 
     ``payload`` is a ``PredictionCreate`` document whose ``model`` and ``prompt`` are ids, or a
-    :class:`CompletionQuestion`. Leaving before the end makes the predictor stop.
+    :class:`CompletionQuestion`. Closing the generator early makes the predictor stop.
 
     Raises:
-        Unavailable: no predictor is there, or the one that had the question is gone.
-        Timeout: none answered in time.
-        TooManyRequests: as many requests as may wait are waiting.
-        Cancelled: ``left`` says that the caller is gone.
-        PostError: whatever the predictor says, for example :class:`~post_shared.errors.PromptMismatch`.
+        Unavailable: no predictor is running, or the one that took the request is gone.
+        Timeout: no predictor answered in time.
+        TooManyRequests: the queue is full.
+        Cancelled: the caller is gone, by ``is_gone``.
+        PostError: the predictor's error, for example :class:`~post_shared.errors.PromptMismatch`.
     """
-    known = settings or get_settings()
-    seconds = known.prediction_seconds if timeout is None else timeout
-    client = _client(known)
+    settings = settings or get_settings()
+    seconds = settings.prediction_seconds if timeout is None else timeout
+    client = _client(settings)
     reply = f"post:predictor:answer:{secrets.token_hex(16)}"
     ended = True
     try:
-        await _check_room(client, known.predictor_queue)
-        question = {"reply": reply, "deadline": time.time() + seconds, "kind": kind, "payload": payload}
-        await client.lpush(QUESTIONS, json.dumps(question))
+        await _check_queue(client, settings.predictor_queue)
+        message = {"reply": reply, "deadline": time.time() + seconds, "kind": kind, "payload": payload}
+        await client.lpush(QUESTIONS, json.dumps(message))
         ended = False
         deadline = time.monotonic() + seconds
         while not ended:
-            found = await _next(client, reply, deadline, seconds, left)
-            ended = "part" not in found
-            if "problem" in found:
-                raise from_problem(found["problem"])
-            yield found
+            document = await _next(client, reply, deadline, seconds, is_gone)
+            ended = "part" not in document
+            if "problem" in document:
+                raise from_problem(document["problem"])
+            yield document
     except (RedisError, OSError) as error:
         raise Unavailable(f"the predictors can't be reached ({type(error).__name__}); try again") from error
     finally:
         if not ended:
-            await _leave(client, reply)
+            await _mark_gone(client, reply)
 
 
 async def alive(settings: Settings | None = None) -> bool:
-    """Whether some predictor has given a sign of life within the last seconds."""
+    """Whether a predictor has renewed its key within the last seconds."""
     try:
         return bool(await _client(settings or get_settings()).exists(ALIVE))
     except (RedisError, OSError):
@@ -135,44 +135,42 @@ async def alive(settings: Settings | None = None) -> bool:
 
 
 async def close() -> None:
-    """Close the connections of this event loop."""
+    """Close this event loop's connections."""
     for client in _clients.pop(asyncio.get_running_loop(), {}).values():
         await client.aclose()
 
 
-async def _check_room(client: Redis, most_waiting: int) -> None:
+async def _check_queue(client: Redis, max_waiting: int) -> None:
     async with client.pipeline(transaction=False) as pipe:
         pipe.exists(ALIVE)
         pipe.llen(QUESTIONS)
-        found, waiting = await pipe.execute()
-    if not found:
-        raise Unavailable("no predictor is running; it may be starting: try again in some seconds")
-    if waiting >= most_waiting:
-        raise TooManyRequests(
-            f"{waiting} requests wait for an answer already; come back later", retry_after=_RETRY_SECONDS
-        )
+        running, waiting = await pipe.execute()
+    if not running:
+        raise Unavailable("no predictor is running; it may be starting: try again in a few seconds")
+    if waiting >= max_waiting:
+        raise TooManyRequests(f"{waiting} requests are already waiting; try again later", retry_after=_RETRY_SECONDS)
 
 
-async def _next(client: Redis, reply: str, deadline: float, seconds: float, left: Left | None) -> dict[str, Any]:
-    while (rest := deadline - time.monotonic()) > 0:
-        found = await client.brpop([reply], timeout=min(_LOOK_SECONDS, max(0.05, rest)))
-        if found is not None:
-            return dict(json.loads(found[1]))
+async def _next(client: Redis, reply: str, deadline: float, seconds: float, is_gone: IsGone | None) -> dict[str, Any]:
+    while (remaining := deadline - time.monotonic()) > 0:
+        item = await client.brpop([reply], timeout=min(_POLL_SECONDS, max(0.05, remaining)))
+        if item is not None:
+            return dict(json.loads(item[1]))
         taken = await client.get(taken_key(reply))
         if not await client.exists(ALIVE if taken is None else alive_key(_text(taken))):
-            raise Unavailable("the predictor went away before it answered; try again")
-        if left is not None and await left():
-            raise Cancelled("the caller went away")
-    raise Timeout(f"no answer within {seconds:g} s; ask for less at once, or try again later")
+            raise Unavailable("the predictor stopped before it answered; try again")
+        if is_gone is not None and await is_gone():
+            raise Cancelled("the caller is gone")
+    raise Timeout(f"no answer within {seconds:g} s; ask for fewer texts or tokens, or try again later")
 
 
-async def _leave(client: Redis, reply: str) -> None:
-    """Tell the predictor, also when this very task is being cancelled."""
+async def _mark_gone(client: Redis, reply: str) -> None:
+    """Tell the predictor that the caller is gone, even while this task is being cancelled."""
     with anyio.CancelScope(shield=True):
         try:
             await client.set(gone_key(reply), 1, ex=KEPT_SECONDS)
         except (RedisError, OSError):
-            return  # the question's own deadline ends it
+            return  # the request's own deadline ends it
 
 
 def _text(value: bytes | str) -> str:
@@ -183,21 +181,21 @@ def _client(settings: Settings) -> Redis:
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
     if settings.redis_url not in clients:
         clients[settings.redis_url] = Redis.from_url(
-            settings.redis_url, socket_connect_timeout=2.0, socket_timeout=_LOOK_SECONDS + 5.0
+            settings.redis_url, socket_connect_timeout=2.0, socket_timeout=_POLL_SECONDS + 5.0
         )
     return clients[settings.redis_url]
 
 
-def part(piece: dict[str, Any]) -> str:
-    """A piece of an answer as it travels."""
-    return json.dumps({"part": piece})
+def part(document: dict[str, Any]) -> str:
+    """The message of a part of an answer."""
+    return json.dumps({"part": document})
 
 
 def answer(result: dict[str, Any]) -> str:
-    """An answer as it travels."""
+    """The message of a whole answer."""
     return json.dumps({"ok": result})
 
 
 def refusal(error: PostError) -> str:
-    """An error as it travels."""
+    """The message of an error."""
     return json.dumps({"problem": error.problem()})

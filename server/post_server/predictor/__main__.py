@@ -1,4 +1,4 @@
-"""``python -m post_server.predictor``: as ``post predictor``, with the settings of the environment."""
+"""``python -m post_server.predictor``: like ``post predictor``, with the settings from the environment."""
 
 from __future__ import annotations
 

@@ -1,60 +1,60 @@
-"""Text out of tokens as they come: what can be shown already, and where a stop text ends it."""
+"""Incremental detokenization: which text is certain after each token, and where a stop string ends it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-_BROKEN = "�"
-"""What a tokenizer gives for bytes that are no whole character yet."""
+_REPLACEMENT = "�"
+"""What a tokenizer returns for bytes that don't form a whole character yet."""
 
 
-class TextSoFar:
-    """The text of the tokens pushed so far. ``text`` is what is certain: it only grows."""
+class IncrementalDetokenizer:
+    """The text of the tokens pushed so far. ``text`` holds only what is certain: it only grows."""
 
     def __init__(self, tokenizer: Any, before: int | None = None, stop: Sequence[str] = ()) -> None:
-        """``before`` is the token in front of the first: some tokenizers eat the space at a text's beginning."""
-        self._tokenizer, self._stop = tokenizer, [each for each in stop if each]
+        """``before`` is the token before the first one: some tokenizers drop the space at the beginning of a text."""
+        self._tokenizer, self._stop = tokenizer, [string for string in stop if string]
         self._ids = [] if before is None else [before]
         self._skip = len(self._decode())
         self.text = ""
         self.stopped = False
-        """A stop text came; ``text`` ends before it."""
+        """A stop string was found; ``text`` ends before it."""
 
     def push(self, token: int) -> str:
-        """Add a token; the text that became certain with it."""
+        """Add a token; returns the text that became certain with it."""
         self._ids.append(token)
-        known = self._until_stop(self._decode()[self._skip :].rstrip(_BROKEN))
-        return self._grow(known if self.stopped else known[: len(known) - self._held_back(known)])
+        text = self._until_stop(self._decode()[self._skip :].rstrip(_REPLACEMENT))
+        return self._extend(text if self.stopped else text[: len(text) - self._held_back(text)])
 
     def piece(self, token: int) -> str:
         """The text of a token by itself."""
         return str(self._tokenizer.decode([token]))
 
     def end(self) -> str:
-        """No token will follow; the rest of the text."""
-        return "" if self.stopped else self._grow(self._until_stop(self._decode()[self._skip :]))
+        """The rest of the text, when no token follows."""
+        return "" if self.stopped else self._extend(self._until_stop(self._decode()[self._skip :]))
 
     def _until_stop(self, text: str) -> str:
-        """``text`` (certain from its first to its last character) to where its first stop text begins."""
-        places = [place for each in self._stop if (place := text.find(each)) >= 0]
-        self.stopped = bool(places)
-        return text[: min(places, default=len(text))]
+        """``text``, of which every character is certain, up to its first stop string."""
+        starts = [start for string in self._stop if (start := text.find(string)) >= 0]
+        self.stopped = bool(starts)
+        return text[: min(starts, default=len(text))]
 
-    def _grow(self, whole: str) -> str:
-        more = whole[len(self.text) :]
-        self.text += more
-        return more
+    def _extend(self, text: str) -> str:
+        added = text[len(self.text) :]
+        self.text += added
+        return added
 
     def _held_back(self, text: str) -> int:
-        """Characters at the end that may become a stop text."""
-        ends = [
+        """Characters at the end of ``text`` that may be the beginning of a stop string."""
+        counts = [
             count
-            for each in self._stop
-            for count in range(1, min(len(each), len(text) + 1))
-            if text.endswith(each[:count])
+            for string in self._stop
+            for count in range(1, min(len(string), len(text) + 1))
+            if text.endswith(string[:count])
         ]
-        return max(ends, default=0)
+        return max(counts, default=0)
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""The texts that are gone on with, of all models and requests."""
+"""Schedules generation for all models and requests."""
 
 from __future__ import annotations
 
@@ -6,70 +6,72 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from post_server.predictor.continuous_batching import ContinuousBatch
-from post_server.predictor.failures import as_post_error
-from post_server.predictor.model_cache import ReadyModel
+from post_server.predictor.failures import NOT_FINITE, as_post_error
+from post_server.predictor.model_cache import LoadedModel
 from post_server.predictor.requests import GenerationRequest
-from post_shared.errors import InvalidInput, PostError, Timeout
-
-_NO_NUMBERS = InvalidInput("the model's answers are no numbers; the prompt's may be far too large: tune it again")
+from post_shared.errors import PostError, Timeout
 
 
 @dataclass(eq=False)
-class _Place:
-    """One model, and what is being written with it."""
+class _ModelQueue:
+    """One model, its requests and the batch that generates their texts."""
 
-    ready: ReadyModel
-    writing: ContinuousBatch
-    orders: list[GenerationRequest] = field(default_factory=list)
+    loaded: LoadedModel
+    batch: ContinuousBatch
+    requests: list[GenerationRequest] = field(default_factory=list)
 
 
 class Scheduler:
-    """Orders by model. A model stays in memory as long as one of its texts is under way."""
+    """Requests by model. A model stays in memory as long as one of its texts is being generated."""
 
     def __init__(self) -> None:
-        self._places: dict[str, _Place] = {}
+        self._queues: dict[str, _ModelQueue] = {}
 
     def __len__(self) -> int:
-        """Texts that wait or are under way."""
-        return sum(len(place.writing) for place in self._places.values())
+        """Number of texts that wait or are being generated."""
+        return sum(len(queue.batch) for queue in self._queues.values())
 
     @property
-    def orders(self) -> list[GenerationRequest]:
-        return [order for place in self._places.values() for order in place.orders]
+    def requests(self) -> list[GenerationRequest]:
+        return [request for queue in self._queues.values() for request in queue.requests]
 
-    def add(self, ready: ReadyModel, order: GenerationRequest) -> None:
+    def add(self, loaded: LoadedModel, request: GenerationRequest) -> None:
         """
         Raises:
             InvalidInput: the model can't generate.
         """
-        place = self._places.get(ready.row.id) or _Place(ready, ContinuousBatch(ready.model))
-        self._places[ready.row.id] = place
-        place.orders.append(order)
-        place.writing.add(order.texts)
+        queue = self._queues.get(loaded.row.id) or _ModelQueue(loaded, ContinuousBatch(loaded.model))
+        self._queues[loaded.row.id] = queue
+        queue.requests.append(request)
+        queue.batch.add(request.texts)
 
-    def drop(self, orders: Collection[GenerationRequest]) -> None:
-        """Write no more of these."""
-        for place in self._places.values():
-            place.writing.drop([text for order in place.orders if order in orders for text in order.texts])
-            place.orders = [order for order in place.orders if order not in orders]
-        self._places = {name: place for name, place in self._places.items() if place.orders}
+    def drop(self, requests: Collection[GenerationRequest]) -> None:
+        """Stop generating for these requests."""
+        for queue in self._queues.values():
+            queue.batch.drop([text for request in queue.requests if request in requests for text in request.texts])
+            queue.requests = [request for request in queue.requests if request not in requests]
+        self._queues = {model_id: queue for model_id, queue in self._queues.items() if queue.requests}
 
     def step(self, now: float) -> Iterator[tuple[GenerationRequest, PostError | None]]:
-        """One token for every text under way. Every order, and what has ended it before its end, if anything has."""
-        late = [order for order in self.orders if order.deadline <= now]
+        """Generate one token for every running text. Yields every request, with the error that ended it, if any."""
+        late = [request for request in self.requests if request.deadline <= now]
         self.drop(late)
-        for order in late:
-            yield order, Timeout("the time for this request is over; ask for less at once, or try again later")
-        for place in list(self._places.values()):
+        for request in late:
+            yield request, Timeout("the request timed out; ask for fewer texts or tokens, or try again later")
+        for queue in list(self._queues.values()):
             try:
-                place.writing.step()
+                queue.batch.step()
             except Exception as error:
-                failed, known = list(place.orders), as_post_error(error)
+                failed, post_error = list(queue.requests), as_post_error(error)
                 self.drop(failed)
-                for order in failed:
-                    yield order, known
+                for request in failed:
+                    yield request, post_error
                 continue
-            orders = list(place.orders)
-            self.drop([order for order in orders if order.ended or any(text.row.broken for text in order.texts)])
-            for order in orders:
-                yield order, _NO_NUMBERS if any(text.row.broken for text in order.texts) else None
+            requests = list(queue.requests)
+            self.drop([request for request in requests if request.ended or _is_broken(request)])
+            for request in requests:
+                yield request, NOT_FINITE if _is_broken(request) else None
+
+
+def _is_broken(request: GenerationRequest) -> bool:
+    return any(text.row.broken for text in request.texts)

@@ -1,4 +1,4 @@
-"""The predictor process: takes questions from Redis, answers what waits in shared batches. Torch lives here."""
+"""The predictor process: takes requests from Redis and answers them in shared batches. It imports torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from post_server.db.database import Database
 from post_server.logs import configure_logs
 from post_server.predictions import queue_client
-from post_server.predictor.failures import as_post_error
+from post_server.predictor.failures import NOT_FINITE, as_post_error
 from post_server.predictor.micro_batching import MicroBatcher, Question, Share
-from post_server.predictor.model_cache import ModelCache, ReadyModel
+from post_server.predictor.model_cache import LoadedModel, ModelCache
 from post_server.predictor.requests import CompletionRequest, FreeAnswers, GenerationRequest
 from post_server.predictor.scheduler import Scheduler
 from post_server.processes.library_logging import quiet_models
@@ -32,31 +32,31 @@ from post_shared.schemas.predictions import Prediction, PredictionCreate, Predic
 log = logging.getLogger("post.predictor")
 
 _WAIT_SECONDS = 1.0
-_MOST_TAKEN = 32
-"""Questions that are taken from the list at once."""
-_MOST_TEXTS = 1024
-"""That wait in this process. The rest stays in the list, where another predictor can take it."""
+_MAX_TAKEN = 32
+"""Requests taken from the list at once."""
+_MAX_TEXTS = 1024
+"""Waiting in this process. The rest stays in the list, where another predictor can take it."""
 _ANSWER_SECONDS = 60
-"""How long an answer that nobody fetches is kept."""
+"""How long an answer is kept if nobody fetches it."""
 
 
 class Predictor:
-    """Answers one batch after the other. Whatever came while one ran goes into the next; nothing waits for company.
+    """Answers one batch after another. What arrives during a batch goes into the next; no batch waits to be full.
 
-    Texts that are gone on with take one step between two batches, so that neither kind waits for the other's end.
+    Texts being generated advance by one token between two batches, so that neither kind waits for the other to end.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database = Database.from_settings(settings)
-        self._shelf = ModelCache(settings, self._database, BlobStore.from_settings(settings))
+        self._models = ModelCache(settings, self._database, BlobStore.from_settings(settings))
         self._redis = redis.Redis.from_url(settings.redis_url, socket_timeout=10.0, socket_connect_timeout=2.0)
         self._name = secrets.token_hex(8)
-        self._backlog = MicroBatcher()
-        self._desk = Scheduler()
+        self._batcher = MicroBatcher()
+        self._scheduler = Scheduler()
 
-    def beat(self, stopping: threading.Event) -> None:
-        """Give signs of life, in a thread of its own: a long batch is no death."""
+    def heartbeat(self, stopping: threading.Event) -> None:
+        """Show that the predictor is alive, from a thread of its own: a batch may take long."""
         while not stopping.is_set():
             try:
                 with self._redis.pipeline() as pipe:
@@ -68,7 +68,7 @@ class Predictor:
             stopping.wait(queue_client.ALIVE_SECONDS / 3)
 
     def serve(self, stopping: threading.Event) -> None:
-        """Answer until told to stop; what was taken by then is still answered."""
+        """Answer until ``stopping`` is set; what was taken by then is still answered."""
         while self._busy or not stopping.is_set():
             try:
                 if not stopping.is_set():
@@ -77,122 +77,121 @@ class Predictor:
             except redis.RedisError as error:
                 log.warning("redis away: %s", type(error).__name__)
                 stopping.wait(_WAIT_SECONDS)
-            self.work()
+            self.step()
 
-    def work(self) -> None:
-        """One batch of predictions, and one token for every text that is gone on with."""
-        self._backlog.drop_expired(time.time())
-        self._answer(self._backlog.next_batch())
-        for order, error in self._desk.step(time.time()):
+    def step(self) -> None:
+        """Answer one batch of predictions, and generate one token for every running text."""
+        self._batcher.drop_expired(time.time())
+        self._answer(self._batcher.next_batch())
+        for request, error in self._scheduler.step(time.time()):
             if error is not None:
-                self._refuse(order, error)
-            elif piece := order.part():
-                self._send(order.reply, queue_client.part(piece))
-            if error is None and order.ended:
-                self._finish(order)
+                self._refuse(request, error)
+            elif part := request.part():
+                self._send(request.reply, queue_client.part(part))
+            if error is None and request.ended:
+                self._finish(request)
 
     def close(self) -> None:
-        """Let go of the database and Redis."""
+        """Close the connections to the database and Redis."""
         self._database.dispose()
         self._redis.close()
 
     def predict(self, model: str, shares: Sequence[Share]) -> list[list[Prediction | PostError]]:
-        """A prediction, or what is wrong, for every text of every share, all of them questions to ``model``.
+        """A prediction or an error for every text of every share, all of them for ``model``.
 
-        Shares of a generation task get nothing yet: they go to the desk.
+        Shares of a generation task get an empty list: they go to the scheduler.
 
         Raises:
             NotFound: there is no such model.
-            TaskInvalid: a template leaves no room for a text.
+            TaskInvalid: a template leaves no tokens for a text.
         """
-        ready, most = self._shelf.model(model), self._settings.predictor_text_tokens
-        prompts = [self._prompt(ready, share.question.form) for share in shares]
+        loaded, max_tokens = self._models.model(model), self._settings.predictor_text_tokens
+        prompts = [self._prompt(loaded, share.question.request) for share in shares]
         rows: list[tuple[str, ServedPrompt]] = [
             (text, prompt)
             for prompt, share in zip(prompts, shares, strict=True)
             if isinstance(prompt, ServedPrompt) and not prompt.task.is_generation
             for text in share.texts
         ]
-        found = iter(
-            classify_mixed(ready.model, [text for text, _ in rows], [prompt for _, prompt in rows], max_length=most)
-        )
+        texts, row_prompts = [text for text, _ in rows], [prompt for _, prompt in rows]
+        classified = iter(classify_mixed(loaded.model, texts, row_prompts, max_length=max_tokens))
         results: list[list[Prediction | PostError]] = []
         for prompt, share in zip(prompts, shares, strict=True):
             if isinstance(prompt, PostError):
                 results.append([prompt])
             elif prompt.task.is_generation:
                 results.append([])
-                self._desk.add(ready, FreeAnswers(ready.model, prompt, share, most))
+                self._scheduler.add(loaded, FreeAnswers(loaded.model, prompt, share, max_tokens))
             else:
-                results.append([_prediction(prompt, next(found)) for _ in share.texts])
+                results.append([_prediction(prompt, next(classified)) for _ in share.texts])
         return results
 
     @property
     def _busy(self) -> bool:
-        return bool(len(self._backlog) or len(self._desk))
+        return bool(len(self._batcher) or len(self._scheduler))
 
-    def _prompt(self, ready: ReadyModel, form: PredictionCreate) -> ServedPrompt | PostError:
+    def _prompt(self, loaded: LoadedModel, request: PredictionCreate) -> ServedPrompt | PostError:
         try:
-            return self._shelf.prompt(ready, form.prompt, form.task)
+            return self._models.prompt(loaded, request.prompt, request.task)
         except PostError as error:
             return error
 
     def _take(self) -> None:
-        """Take what waits in the list; wait for it when there is nothing else to do."""
-        if self._backlog.texts + len(self._desk) >= _MOST_TEXTS:
+        """Take requests from the list; wait for one when there is nothing else to do."""
+        if self._batcher.waiting + len(self._scheduler) >= _MAX_TEXTS:
             return
-        found: list[bytes | str] = []
+        messages: list[bytes | str] = []
         if not self._busy:
             first = self._redis.brpop([queue_client.QUESTIONS], timeout=_WAIT_SECONDS)
             if not first:
                 return
-            found.append(first[1])
-        more = self._redis.rpop(queue_client.QUESTIONS, _MOST_TAKEN - len(found))
-        found += more if isinstance(more, list) else []
-        for data in found:
-            self._read(data)
+            messages.append(first[1])
+        more = self._redis.rpop(queue_client.QUESTIONS, _MAX_TAKEN - len(messages))
+        messages += more if isinstance(more, list) else []
+        for message in messages:
+            self._read(message)
 
-    def _read(self, data: bytes | str) -> None:
+    def _read(self, message: bytes | str) -> None:
         try:
-            document = json.loads(data)
+            document = json.loads(message)
             reply, deadline, payload = str(document["reply"]), float(document["deadline"]), document.get("payload")
         except (ValueError, KeyError, TypeError):
-            log.error("a question that can't be read")
+            log.error("unreadable request")
             return
         self._redis.set(queue_client.taken_key(reply), self._name, ex=queue_client.KEPT_SECONDS)
         try:
             if document.get("kind") == "completion":
                 self._begin(reply, deadline, queue_client.CompletionQuestion.model_validate(payload))
             else:
-                self._backlog.add(Question(reply, deadline, PredictionCreate.model_validate(payload)))
+                self._batcher.add(Question(reply, deadline, PredictionCreate.model_validate(payload)))
         except ValidationError:
-            self._send(reply, queue_client.refusal(InvalidInput("the question is no request that a predictor knows")))
+            self._send(reply, queue_client.refusal(InvalidInput("the predictor can't parse this request")))
         except Exception as error:
             self._send(reply, queue_client.refusal(as_post_error(error)))
 
     def _begin(self, reply: str, deadline: float, question: queue_client.CompletionQuestion) -> None:
-        ready = self._shelf.model(question.model)
-        prompt = None if question.prompt is None else self._shelf.prompt(ready, question.prompt, None)
-        most = self._settings.predictor_text_tokens
-        self._desk.add(
-            ready,
-            CompletionRequest(ready.model, prompt, question, reply=reply, deadline=deadline, most_tokens=most),
+        loaded = self._models.model(question.model)
+        prompt = None if question.prompt is None else self._models.prompt(loaded, question.prompt, None)
+        max_tokens = self._settings.predictor_text_tokens
+        request = CompletionRequest(
+            loaded.model, prompt, question, reply=reply, deadline=deadline, max_text_tokens=max_tokens
         )
+        self._scheduler.add(loaded, request)
 
     def _drop_gone(self) -> None:
-        """Work on nothing that nobody waits for any more."""
-        orders = self._desk.orders
-        if orders:
-            gone = self._redis.mget([queue_client.gone_key(order.reply) for order in orders])
-            self._desk.drop([order for order, left in zip(orders, gone, strict=True) if left is not None])
+        """Drop the requests whose caller is gone."""
+        requests = self._scheduler.requests
+        if requests:
+            marks = self._redis.mget([queue_client.gone_key(request.reply) for request in requests])
+            self._scheduler.drop([request for request, mark in zip(requests, marks, strict=True) if mark is not None])
 
     def _answer(self, shares: Sequence[Share]) -> None:
-        """Answer shares of one model together; when that fails, each alone, so that none spoils another's."""
+        """Answer shares of one model together; if that fails, each alone, so that one error affects one question."""
         if not shares:
             return
         began = time.monotonic()
         try:
-            results = self.predict(shares[0].question.form.model, shares)
+            results = self.predict(shares[0].question.request.model, shares)
         except Exception as error:
             if len(shares) > 1:
                 for share in shares:
@@ -207,37 +206,37 @@ class Predictor:
         log.info("answered", extra={"questions": len(shares), "texts": texts, "seconds": seconds})
 
     def _add(self, share: Share, result: Sequence[Prediction | PostError]) -> None:
-        """Keep the results of some of a question's texts; send its answer once it has them all."""
+        """Store results of one question; send its answer once it is complete."""
         question = share.question
-        for at, item in enumerate(result, share.start):
+        for index, item in enumerate(result, share.start):
             if isinstance(item, PostError):
                 self._refuse(question, item)
                 return
-            question.found[at] = item
+            question.predictions[index] = item
         self._send_if_answered(question)
 
-    def _finish(self, order: GenerationRequest) -> None:
-        if isinstance(order, FreeAnswers):
-            order.finish()
-            self._send_if_answered(order.share.question)
-        elif isinstance(order, CompletionRequest):
-            self._send(order.reply, queue_client.answer(order.whole()))
+    def _finish(self, request: GenerationRequest) -> None:
+        if isinstance(request, FreeAnswers):
+            request.finish()
+            self._send_if_answered(request.share.question)
+        elif isinstance(request, CompletionRequest):
+            self._send(request.reply, queue_client.answer(request.result()))
 
     def _send_if_answered(self, question: Question) -> None:
         if question.answered and not question.refused:
-            form = question.form
-            items = [question.found[at] for at in range(len(form.texts))]
-            document = Predictions(model_id=form.model, prompt_id=form.prompt, items=items)
+            request = question.request
+            items = [question.predictions[index] for index in range(len(request.texts))]
+            document = Predictions(model_id=request.model, prompt_id=request.prompt, items=items)
             self._send(question.reply, queue_client.answer(document.model_dump(mode="json")))
 
-    def _refuse(self, asked: Question | GenerationRequest, error: PostError) -> None:
-        """Say once what is wrong; a question's other texts are then of no use to anyone."""
-        question = asked.share.question if isinstance(asked, FreeAnswers) else asked
+    def _refuse(self, request: Question | GenerationRequest, error: PostError) -> None:
+        """Send the error, once; the other texts of a question are dropped."""
+        question = request.share.question if isinstance(request, FreeAnswers) else request
         if isinstance(question, Question):
             if question.refused:
                 return
             question.refused = True
-            self._backlog.drop(question)
+            self._batcher.drop(question)
         self._send(question.reply, queue_client.refusal(error))
 
     def _send(self, reply: str, data: str) -> None:
@@ -250,15 +249,15 @@ class Predictor:
             log.warning("answer not sent: %s", type(error).__name__)
 
 
-def _prediction(prompt: ServedPrompt, found: Classified) -> Prediction | PostError:
-    if found.scores is None:
-        return InvalidInput("the model's answers are no numbers; the prompt's may be far too large: tune it again")
-    scores = dict(zip(prompt.task.labels, found.scores, strict=True))
-    return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores, truncated=found.truncated)
+def _prediction(prompt: ServedPrompt, result: Classified) -> Prediction | PostError:
+    if result.scores is None:
+        return NOT_FINITE
+    scores = dict(zip(prompt.task.labels, result.scores, strict=True))
+    return Prediction(label=max(scores, key=lambda label: scores[label]), scores=scores, truncated=result.truncated)
 
 
 def main(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; a second signal doesn't wait for the batch under way."""
+    """Serve until SIGTERM or SIGINT; a second signal doesn't wait for the current batch."""
     configure_logs(settings)
     quiet_models()
     if settings.threads:
@@ -273,7 +272,7 @@ def main(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     predictor = Predictor(settings)
-    threading.Thread(target=predictor.beat, args=(stopping,), daemon=True).start()
+    threading.Thread(target=predictor.heartbeat, args=(stopping,), daemon=True).start()
     log.info("predictor ready")
     try:
         predictor.serve(stopping)

@@ -1,10 +1,10 @@
-"""Keeps the model libraries' progress bars out of the logs of processes that load models."""
+"""Keeps progress bars of the model libraries out of the logs."""
 
 from __future__ import annotations
 
 
 def quiet_models() -> None:
-    """Call it before a model is loaded; imports transformers."""
+    """Call before loading a model; imports transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""A child process that doesn't outlive its parent, whatever kills the parent."""
+"""Makes a child process end with its parent, whatever kills the parent."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import threading
 import time
 
 PARENT = "POST_PARENT_PID"
-"""Environment variable in which a parent tells its child who it is, so that its death can't be missed."""
+"""Environment variable with the parent's process id, so that a child can't miss an early death of its parent."""
 ABANDONED = 77
-"""Exit status of a child that had to end because its parent was gone."""
+"""Exit status of a child that ended because its parent was gone."""
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.2
 
 
 def environment_for_child() -> dict[str, str]:
-    """What a parent adds to its child's environment."""
+    """The variables that a parent adds to its child's environment."""
     return {PARENT: str(os.getpid())}
 
 
 def die_with_parent(grace: float | None, signal_number: int = signal.SIGTERM) -> None:
-    """Get ``signal_number`` when the parent dies, and exit hard ``grace`` seconds later (None: only the signal).
+    """Receive ``signal_number`` when the parent dies, and exit hard ``grace`` seconds later (None: only the signal).
 
-    The kernel sends the signal where it can (Linux); looking at the parent's id works everywhere. Only the
-    first survives an ``exec`` of another program.
+    On Linux the kernel sends the signal; polling the parent's id works everywhere. Only the first survives an
+    ``exec`` of another program.
     """
     expected = int(os.environ.get(PARENT, os.getppid()))
     if sys.platform == "linux":

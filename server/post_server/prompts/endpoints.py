@@ -1,4 +1,4 @@
-"""``/v1/prompts``: source prompts that owners push, target prompts that transfers make."""
+"""``/v1/prompts``: source prompts pushed by owners, and target prompts made by transfers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from starlette.concurrency import run_in_threadpool
 
 from post_server.auth.audit_log import record
 from post_server.db.tables import ApiKeyRow, PromptRow
-from post_server.http.dependencies import App, Caller, Context, Mover
+from post_server.http.dependencies import App, Caller, Context, TransferCaller
 from post_server.http.idempotency import IdempotencyKey, Once
 from post_server.http.pagination import Paging, paginate
 from post_server.http.problems import problems
-from post_server.http.range_requests import Part, Wanted, downloads, note_download, serve
+from post_server.http.range_requests import DownloadRequest, Part, downloads, note_download, serve
 from post_server.http.raw_body import raw_body
 from post_server.http.routing import Route
 from post_server.prompts.service import add_prompt, delete_prompt, prompt_document, visible_prompt
@@ -32,7 +32,7 @@ PromptId = Annotated[str, Path(min_length=1, max_length=64)]
 
 @router.get("", responses=problems())
 def list_prompts(app: App, caller: Caller, paging: Paging, role: PromptRole | None = None) -> Page[Prompt]:
-    """The caller's prompts (a provider's: all), newest first."""
+    """The caller's prompts (for a provider, all prompts), newest first."""
     statement = select(PromptRow)
     if caller.role is not Role.PROVIDER:
         statement = statement.where(PromptRow.owner_key_id == caller.id)
@@ -52,7 +52,7 @@ def get_prompt(app: App, caller: Caller, prompt: PromptId) -> Prompt:
 @router.head("/{prompt}/file", include_in_schema=False)
 @router.get("/{prompt}/file", response_class=StreamingResponse, responses=downloads(403, 404))
 async def get_prompt_file(app: App, caller: Caller, prompt: PromptId, part: Part) -> Response:
-    """The prompt file as it was pushed. Target prompts belong to the target model: only the provider gets those."""
+    """The prompt file. Target prompts belong to the target model, so only the provider can download those."""
     row = await run_in_threadpool(_readable_prompt, app, caller, prompt, part)
     return await serve(app.store, row.sha256, row.size_bytes, part)
 
@@ -61,10 +61,12 @@ async def get_prompt_file(app: App, caller: Caller, prompt: PromptId, part: Part
     "",
     status_code=201,
     response_model=Prompt,
-    responses=problems(409, 413) | {200: {"model": Prompt, "description": "It was there already"}},
-    openapi_extra=raw_body("application/octet-stream", "A prompt file, and nothing else."),
+    responses=problems(409, 413) | {200: {"model": Prompt, "description": "It already existed"}},
+    openapi_extra=raw_body("application/octet-stream", "A prompt file."),
 )
-async def create_prompt(request: Request, app: App, caller: Mover, idempotency_key: IdempotencyKey = None) -> Response:
+async def create_prompt(
+    request: Request, app: App, caller: TransferCaller, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Push a source prompt. Its bytes are checked before anything is stored."""
     once = Once(app, caller, idempotency_key)
     with once.in_flight():
@@ -73,14 +75,14 @@ async def create_prompt(request: Request, app: App, caller: Mover, idempotency_k
 
 
 @router.delete("/{prompt}", status_code=204, responses=problems(404, 409))
-def remove_prompt(app: App, caller: Mover, prompt: PromptId) -> None:
+def remove_prompt(app: App, caller: TransferCaller, prompt: PromptId) -> None:
     """Delete a prompt and its bytes. Target prompts made from it stay until they are deleted too."""
     with app.database.write() as session:
         delete_prompt(session, app.store, visible_prompt(session, caller, prompt))
         record(session, caller.id, "prompt.delete", prompt)
 
 
-def _readable_prompt(app: Context, caller: ApiKeyRow, prompt: str, part: Wanted) -> PromptRow:
+def _readable_prompt(app: Context, caller: ApiKeyRow, prompt: str, part: DownloadRequest) -> PromptRow:
     with app.database.read() as session:
         row = visible_prompt(session, caller, prompt)
     if row.role is PromptRole.TARGET and caller.role is not Role.PROVIDER:

@@ -1,4 +1,4 @@
-"""Soft prompts in the store: a row and one blob, the prompt file as it was pushed or made."""
+"""Stored soft prompts: a row, and the prompt file as a blob."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from post_server.db.database import guard
 from post_server.db.tables import ApiKeyRow, JobRow, ModelRow, PromptRow
 from post_server.jobs.states import ENDED
 from post_server.models.service import find_model_by_hash
-from post_server.storage.blob_references import drop_unnamed
+from post_server.storage.blob_references import delete_unreferenced
 from post_server.storage.blob_store import BlobStore
 from post_shared.data.tasks import Task
 from post_shared.errors import Conflict, InvalidInput, NotFound, PromptMismatch
@@ -29,24 +29,24 @@ def add_prompt(
     source_id: str | None = None,
     max_bytes: int = 64 * 2**20,
 ) -> tuple[PromptRow, bool]:
-    """Check a prompt file, store it and add its row. Nothing is stored when it is refused.
+    """Check a prompt file, store it and add its row. Nothing of an invalid file is stored.
 
     Returns:
-        The row, and whether it is new: the same source prompt pushed again by the same key is the row there is.
+        The row, and whether it is new: a source prompt pushed again by the same key returns the existing row.
 
     Raises:
-        PromptFileInvalid: the bytes are no prompt file.
-        PromptMismatch: its model isn't here, or the model has another width.
+        PromptFileInvalid: the bytes are not a valid prompt file.
+        PromptMismatch: its model is unknown here or has another width.
     """
     prompt = read_prompt(data, max_bytes=max_bytes)
     guard(session)
     model = _model_of(session, prompt)
     sha256 = store.put(data)
     if role is PromptRole.SOURCE:
-        same = select(PromptRow).where(
+        duplicate = select(PromptRow).where(
             PromptRow.owner_key_id == owner_key_id, PromptRow.sha256 == sha256, PromptRow.role == role
         )
-        if (existing := session.scalar(same)) is not None:
+        if (existing := session.scalar(duplicate)) is not None:
             return existing, False
     row = PromptRow(
         role=role,
@@ -68,10 +68,10 @@ def add_prompt(
 
 
 def visible_prompt(session: Session, caller: ApiKeyRow, prompt_id: str) -> PromptRow:
-    """The prompt, if the caller may know of it: its owner, or the provider.
+    """The prompt, if the caller may see it: its owner or the provider.
 
     Raises:
-        NotFound: there is none, or it belongs to someone else (the answer doesn't tell which).
+        NotFound: it doesn't exist or belongs to someone else (the response doesn't tell which).
     """
     row = session.get(PromptRow, prompt_id)
     if row is None or (caller.role is not Role.PROVIDER and row.owner_key_id != caller.id):
@@ -80,18 +80,18 @@ def visible_prompt(session: Session, caller: ApiKeyRow, prompt_id: str) -> Promp
 
 
 def delete_prompt(session: Session, store: BlobStore, row: PromptRow) -> None:
-    """Remove the prompt, and its bytes once nothing else has the same.
+    """Delete the prompt, and its bytes unless another prompt has the same.
 
     Raises:
-        Conflict: a job that has not ended needs it.
+        Conflict: an unfinished job needs it.
     """
     guard(session)
     for job in session.scalars(select(JobRow).where(JobRow.state.not_in(ENDED))):
         if job.request.get("prompt") == row.id:
-            raise Conflict(f"The job {job.id} needs this prompt; cancel it or wait for its end.", job=job.id)
+            raise Conflict(f"The job {job.id} needs this prompt; cancel the job or wait for it to end.", job=job.id)
     session.delete(row)
     session.flush()
-    drop_unnamed(session, store, [row.sha256])
+    delete_unreferenced(session, store, [row.sha256])
 
 
 def prompt_document(row: PromptRow) -> Prompt:
@@ -103,12 +103,12 @@ def _model_of(session: Session, prompt: PromptFile) -> ModelRow:
     model = find_model_by_hash(session, prompt.model_hash)
     if model is None:
         raise PromptMismatch(
-            f"No model here has the hash {prompt.model_hash}; pull the student again and tune on it.",
+            f"No model here has the hash {prompt.model_hash}; pull the student again and tune a prompt on it.",
             model_hash=prompt.model_hash,
         )
     if prompt.width != model.hidden_size:
         raise PromptMismatch(
-            f"The prompt is {prompt.width} wide, the model {model.name} {model.hidden_size}.",
+            f"The prompt has width {prompt.width}, but the model {model.name} has width {model.hidden_size}.",
             width=prompt.width,
             hidden_size=model.hidden_size,
         )
@@ -116,29 +116,29 @@ def _model_of(session: Session, prompt: PromptFile) -> ModelRow:
 
 
 def check_prompt_fits(prompt: PromptRow, model: ModelRow) -> None:
-    """The prompt's vectors can stand before the model's.
+    """Check that the prompt can be used with the model.
 
     Raises:
-        PromptMismatch: another width, or a target prompt of another model.
+        PromptMismatch: it has another width, or is a target prompt of another model.
     """
     if prompt.width != model.hidden_size:
         raise PromptMismatch(
-            f"The prompt is {prompt.width} wide, the model {model.name} {model.hidden_size}.",
+            f"The prompt has width {prompt.width}, but the model {model.name} has width {model.hidden_size}.",
             width=prompt.width,
             hidden_size=model.hidden_size,
         )
     if prompt.role is PromptRole.TARGET and prompt.model_hash != model.hash:
-        raise PromptMismatch(f"The prompt {prompt.id} was made for another model than {model.name}.")
+        raise PromptMismatch(f"The prompt {prompt.id} was made for another model, not for {model.name}.")
 
 
 def check_task(prompt: PromptRow | None, task: TaskSpec | None) -> None:
-    """There is exactly one task, and it can be used.
+    """Check that there is exactly one task, and that it is valid.
 
     Raises:
         InvalidInput: neither a prompt nor a task, or both.
-        TaskInvalid: the task has a mistake.
+        TaskInvalid: the task is invalid.
     """
     if (prompt is None) == (task is None):
-        raise InvalidInput("Give either a prompt, which carries its task, or a task.")
+        raise InvalidInput("Give either a prompt, which contains its task, or a task.")
     if task is not None:
         Task.from_spec(task)

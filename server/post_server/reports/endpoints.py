@@ -1,4 +1,4 @@
-"""``/v1/reports``: what the provider weighs before a student is given away. A report is a job; its id is the job's."""
+"""``/v1/reports``: trade-off reports on a student, for the provider. A report is a job and has the job's id."""
 
 from __future__ import annotations
 

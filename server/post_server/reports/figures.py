@@ -1,4 +1,4 @@
-"""The figures of a trade-off report, from what was measured on both models."""
+"""The figures of a trade-off report, from measurements on both models."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from post_shared.model.language_model import LanguageModel
 from post_shared.schemas.reports import Attack, Leakage, TaskFigures
 from post_shared.training.progress import Progress, ProgressCallback, ignore
 
-MEASURES = ("target_zero_shot", "target_tuned", "student_zero_shot", "student_tuned")
+CONDITIONS = ("target_zero_shot", "target_tuned", "student_zero_shot", "student_tuned")
 
 
 def task_figures(task: PublicTask, right: Mapping[str, Sequence[bool]], seed: int) -> TaskFigures:
-    """Accuracies and their gaps from whether each held-out row was answered right, one list for each of MEASURES."""
-    columns = np.array([right[name] for name in MEASURES], dtype=np.float64).T  # (rows, 4)
+    """Accuracies and their gaps. ``right`` tells per condition whether each held-out row was classified correctly."""
+    columns = np.array([right[name] for name in CONDITIONS], dtype=np.float64).T  # (rows, 4)
 
-    def statistic(some: Numbers) -> Numbers:
-        zero_shot, tuned, _, student = means = some.mean(0)
+    def statistic(sample: Numbers) -> Numbers:
+        zero_shot, tuned, _, student = means = sample.mean(0)
         return np.array([*means, tuned - student, zero_shot - student])
 
-    found = bootstrap(statistic, columns, seed=seed)
+    estimates = bootstrap(statistic, columns, seed=seed)
     counts = Counter(row.label for row in task.test)
     return TaskFigures(
         dataset=task.dataset,
         tune_rows=len(task.tune),
         test_rows=len(task.test),
         majority=max(counts.values()) / len(task.test),
-        **dict(zip((*MEASURES, "gap", "gap_zero_shot"), found, strict=True)),
+        **dict(zip((*CONDITIONS, "gap", "gap_zero_shot"), estimates, strict=True)),
     )
 
 
 def leakage_figures(target: Numbers, student: Numbers, members: int, seed: int) -> tuple[Leakage, ...]:
-    """How the scores (texts, scores, shares) of both models tell the first ``members`` texts from the rest."""
+    """How well both models' scores (texts, scores, shares) separate the first ``members`` texts from the rest."""
     return tuple(
         _leakage(name, share, np.stack([target[:, row, column], student[:, row, column]], 1), members, seed)
         for row, name in enumerate(SCORES)
@@ -52,15 +52,16 @@ def _leakage(name: str, share: float, scores: Numbers, members: int, seed: int) 
 
     def statistic(seen: Numbers, unseen: Numbers) -> list[float]:
         target, student = map(curve_of, seen.T, unseen.T)
-        found = (each.at(FALSE_POSITIVE_RATE) for each in (target, student))
-        return [target.auc, student.auc, *found, target.auc - student.auc]
+        rates = (curve.at(FALSE_POSITIVE_RATE) for curve in (target, student))
+        return [target.auc, student.auc, *rates, target.auc - student.auc]
 
-    own, others, own_rate, others_rate, drop = bootstrap(statistic, scores[:members], scores[members:], seed=seed)
+    estimates = bootstrap(statistic, scores[:members], scores[members:], seed=seed)
+    target_auc, student_auc, target_tpr, student_tpr, drop = estimates
     return Leakage(
         score=name,
         share=share,
-        target=Attack(auc=own, tpr=own_rate),
-        student=Attack(auc=others, tpr=others_rate),
+        target=Attack(auc=target_auc, tpr=target_tpr),
+        student=Attack(auc=student_auc, tpr=student_tpr),
         auc_drop=drop,
     )
 
@@ -75,7 +76,7 @@ def measured_loss(
     batch_size: int = 16,
     on_progress: ProgressCallback = ignore,
 ) -> dict[str, float]:
-    """The terms of Eq. 1 as means over all tokens of ``texts``, and how many those are."""
+    """The terms of Eq. 1 as means over all tokens of ``texts``, and the number of tokens."""
     rows = token_rows(target, texts, max_length)
     batches = list(rows.encoded.in_order_of_length(batch_size))
     sums = torch.zeros(3, dtype=torch.float64)
@@ -86,12 +87,12 @@ def measured_loss(
             torch.split(batch.tokens.to(target.device), HEAD_POSITIONS),
             strict=True,
         )
-        for teacher, own, tokens in parts:
-            logits = student.head(own)  # (P, V)
+        for target_hidden, student_hidden, tokens in parts:
+            logits = student.head(student_hidden)  # (P, V)
             losses = (
-                softened_cross_entropy(target.head(teacher), logits),
+                softened_cross_entropy(target.head(target_hidden), logits),
                 language_model_loss(logits, tokens),
-                cosine_loss(teacher, own),
+                cosine_loss(target_hidden, student_hidden),
             )
             sums += torch.stack([loss.double().sum() for loss in losses]).cpu()
         on_progress(Progress(step, len(batches), "loss"))

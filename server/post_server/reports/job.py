@@ -1,4 +1,4 @@
-"""The job of a trade-off report."""
+"""The report job."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from post_shared.schemas.reports import ReportCreate
 
 
 def run_report(context: JobContext) -> Outcome:
-    """Student + public tasks and texts -> what it can do and what it leaks beside its target."""
+    """Compare a student with its target: accuracy on public tasks, and membership leakage."""
     request = ReportCreate.model_validate(context.job.request)
     with context.database.read() as session:
         student = find_model(session, request.student, ModelRole.STUDENT)
         source = session.get_one(ModelRow, student.target_id)
-        sets = [find_dataset(session, each.dataset) for each in request.tasks]
+        task_rows = [find_dataset(session, task.dataset) for task in request.tasks]
         members, others = (
             [find_dataset(session, name) for name in names] for names in (request.members, request.non_members)
         )
         recorded = recorded_loss(session, student)
-    forms = [Task.from_spec(each.task) for each in request.tasks]
-    tasks = [split_task(row.name, task, context.rows(row), request) for row, task in zip(sets, forms, strict=True)]
+    specs = [Task.from_spec(task.task) for task in request.tasks]
+    tasks = [split_task(row.name, task, context.rows(row), request) for row, task in zip(task_rows, specs, strict=True)]
     target = context.load(source)
     seen, unseen = ([text for row in side for text in context.texts(row)] for side in (members, others))
-    found = trade_off(
+    result = trade_off(
         target,
         context.load(student),
         tasks,
@@ -39,5 +39,5 @@ def run_report(context: JobContext) -> Outcome:
         checkpoint=context.checkpoint,
         checkpoint_seconds=context.settings.checkpoint_seconds,
     )
-    document = report_document(context.job, source, student, recorded, found)
+    document = report_document(context.job, source, student, recorded, result)
     return lambda session: document.model_dump(mode="json")

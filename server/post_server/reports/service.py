@@ -1,4 +1,4 @@
-"""Trade-off reports at the provider: what an order for one must fit, and what a finished one says."""
+"""Stored trade-off reports and their documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOSSES = ("loss", "ce", "lm", "cos")
 
 
 def recorded_loss(session: Session, student: ModelRow) -> RecordedLoss | None:
-    """What the distillation job that made the student said last, if one here did."""
+    """The last losses of the distillation job that made the student, if it ran here."""
     statement = select(JobRow).where(JobRow.kind == JobKind.DISTIL, JobRow.state == JobState.SUCCEEDED)
     for job in session.scalars(statement):
         if (job.result or {}).get("model_id") == student.id:
@@ -29,9 +29,9 @@ def recorded_loss(session: Session, student: ModelRow) -> RecordedLoss | None:
 
 
 def report_document(
-    job: JobRow, target: ModelRow, student: ModelRow, recorded: RecordedLoss | None, found: TradeOff
+    job: JobRow, target: ModelRow, student: ModelRow, recorded: RecordedLoss | None, measured: TradeOff
 ) -> TradeOffReport:
-    """All that is known about a student, as the API shows it."""
+    """The report as the API shows it."""
     return TradeOffReport(
         job_id=job.id,
         made_at=now(),
@@ -40,11 +40,11 @@ def report_document(
         parameter_share=student.parameters / target.parameters,
         byte_share=student.size_bytes / target.size_bytes,
         recorded_loss=recorded,
-        measured_loss=found.loss,
-        tasks=list(found.tasks),
-        members=found.members,
-        non_members=found.non_members,
-        leakage=list(found.leakage),
+        measured_loss=measured.loss,
+        tasks=list(measured.tasks),
+        members=measured.members,
+        non_members=measured.non_members,
+        leakage=list(measured.leakage),
         request=ReportCreate.model_validate(job.request),
     )
 
@@ -54,15 +54,15 @@ def _size(row: ModelRow) -> ModelSize:
 
 
 def finished_report(session: Session, job_id: str) -> TradeOffReport:
-    """What a report job found.
+    """The report of a finished job.
 
     Raises:
-        NotFound: there is no such report.
+        NotFound: no such report.
         Conflict: the job has not succeeded.
     """
     row = session.get(JobRow, job_id)
     if row is None or row.kind is not JobKind.REPORT:
         raise NotFound(f"There is no report {job_id!r}.", job=job_id)
     if row.result is None:
-        raise Conflict(f"The report {job_id} is {row.state.value}: there is nothing to show; see the job.", job=job_id)
+        raise Conflict(f"The job of the report {job_id} is {row.state.value}; there is no result.", job=job_id)
     return TradeOffReport.model_validate(row.result)

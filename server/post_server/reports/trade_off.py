@@ -1,4 +1,4 @@
-"""What the provider weighs before a student is given away: how good it is beside its target, and what both leak."""
+"""The measurements of a trade-off report: accuracy of a student and its target, and what both leak."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from post_server.reports.figures import leakage_figures, measured_loss, task_figures
 from post_server.reports.texts import PublicTask
 from post_shared.data.batches import ShuffledBatches
-from post_shared.inference.measuring import guess_labels
+from post_shared.inference.evaluation import guess_labels
 from post_shared.method.audit.min_k import text_scores
-from post_shared.method.tuning.tune import planned, starting_prompt, train_on_task
+from post_shared.method.tuning.tune import plan_tuning, starting_prompt, train_on_task
 from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
 from post_shared.schemas.reports import Leakage, MeasuredLoss, ReportCreate, TaskFigures
@@ -26,12 +26,12 @@ from post_shared.training.progress import Progress, ProgressCallback, ignore
 from post_shared.training.stages import Stages
 
 TUNING_PASSES = 3.0
-"""What a step of tuning costs, in forward passes of its batch."""
+"""The cost of a tuning step, in forward passes of its batch."""
 
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What was measured. ``members`` and ``non_members`` count the texts that were attacked."""
+    """The measurements. ``members`` and ``non_members`` are the numbers of attacked texts."""
 
     loss: MeasuredLoss
     tasks: tuple[TaskFigures, ...]
@@ -55,13 +55,13 @@ def trade_off(
     """Measure both models on the same rows and texts.
 
     ``tasks`` come from :func:`~post_server.reports.texts.split_task`, ``members`` and ``others`` from
-    :func:`~post_server.reports.texts.attacked_texts`. With a ``checkpoint`` folder, a killed run goes on at the
-    stage where it was.
+    :func:`~post_server.reports.texts.attacked_texts`. With a ``checkpoint`` folder, a killed run resumes at its
+    last stage.
 
     Raises:
         TaskInvalid: label words that the models' tokenizer can't tell apart.
-        InvalidInput: a model whose answers are no numbers, or with too few positions.
-        Cancelled: raised by ``on_progress``; what was done is kept.
+        InvalidInput: a model whose outputs are NaN or infinite, or with too few positions.
+        Cancelled: raised by ``on_progress``; finished stages are kept.
     """
     models = {"target": target, "student": student}
     run_id = _fingerprint(models, tasks, members, others, request)
@@ -70,13 +70,11 @@ def trade_off(
     for task in tasks:
         right = {}
         for name, model in models.items():
-            kept = _checkpoint(checkpoint, f"{name}/{task.dataset}", run_id, checkpoint_seconds)
+            own = _checkpoint(checkpoint, f"{name}/{task.dataset}", run_id, checkpoint_seconds)
             right[f"{name}_zero_shot"] = stages.once(f"{name} on {task.dataset}", _zero_shot(model, task, request))
-            right[f"{name}_tuned"] = stages.once(f"tuned {name} on {task.dataset}", _tuned(model, task, request, kept))
+            right[f"{name}_tuned"] = stages.once(f"tuned {name} on {task.dataset}", _tuned(model, task, request, own))
         figures.append(task_figures(task, right, request.seed))
-    loss = stages.once(
-        "loss", lambda tell: measured_loss(target, student, others, request.tuning.max_length, on_progress=tell)
-    )
+    loss = stages.once("loss", _loss(target, student, others, request.tuning.max_length))
     scores = [
         np.array(stages.once(f"attack on {name}", _scores(model, [*members, *others], request.tuning.max_length)))
         for name, model in models.items()
@@ -85,27 +83,27 @@ def trade_off(
     return TradeOff(MeasuredLoss(**loss), tuple(figures), len(members), len(others), leakage)
 
 
-# --- stages: each gives plain JSON -------------------------------------------------------------------
+# --- stages: each returns JSON ------------------------------------------------------------------------
 
 
 Stage = Callable[[ProgressCallback], Any]
 
 
 def _zero_shot(model: LanguageModel, task: PublicTask, request: ReportCreate) -> Stage:
-    return lambda tell: _right(model, task, None, request, tell)
+    return lambda on_progress: _right(model, task, None, request, on_progress)
 
 
-def _tuned(model: LanguageModel, task: PublicTask, request: ReportCreate, kept: Checkpoint | None) -> Stage:
-    """Tune as an owner would without privacy, then answer the held-out rows."""
+def _tuned(model: LanguageModel, task: PublicTask, request: ReportCreate, checkpoint: Checkpoint | None) -> Stage:
+    """Tune without privacy, as an owner would, then classify the held-out rows."""
     config = request.tuning
 
-    def make(tell: ProgressCallback) -> list[bool]:
+    def run(on_progress: ProgressCallback) -> list[bool]:
         texts, labels = [row.text for row in task.tune], [row.label for row in task.tune]
         encoded = encode_rows(
             model, task.task, texts, config.max_length, labels=labels, reserved=config.num_virtual_tokens
         )
         start = starting_prompt(model, task.task, config).embeddings
-        split, calibrated = planned(model, task.task, task.tune, None, encoded, config, private=False)
+        split, calibrated = plan_tuning(model, task.task, task.tune, None, encoded, config, private=False)
         prompt = train_on_task(
             model,
             task.task,
@@ -114,16 +112,20 @@ def _tuned(model: LanguageModel, task: PublicTask, request: ReportCreate, kept: 
             config,
             steps=config.steps,
             calibrated=calibrated,
-            on_progress=tell,
-            checkpoint=kept,
+            on_progress=on_progress,
+            checkpoint=checkpoint,
         )
-        return _right(model, task, prompt.embeddings, request, lambda _: tell(Progress(1, 1, "tune")))
+        return _right(model, task, prompt.embeddings, request, lambda _: on_progress(Progress(1, 1, "tune")))
 
-    return make
+    return run
+
+
+def _loss(target: LanguageModel, student: LanguageModel, texts: Sequence[str], max_length: int) -> Stage:
+    return lambda on_progress: measured_loss(target, student, texts, max_length, on_progress=on_progress)
 
 
 def _scores(model: LanguageModel, texts: Sequence[str], max_length: int) -> Stage:
-    return lambda tell: text_scores(model, texts, max_length, on_progress=tell).tolist()
+    return lambda on_progress: text_scores(model, texts, max_length, on_progress=on_progress).tolist()
 
 
 def _right(
@@ -140,17 +142,17 @@ def _right(
 def _costs(
     models: Mapping[str, LanguageModel], tasks: Sequence[PublicTask], members: int, others: int, request: ReportCreate
 ) -> dict[str, float]:
-    """Every stage, in order, with about what it costs: parameters times rows."""
+    """The stages in order, each with its approximate cost: parameters times rows."""
     costs: dict[str, float] = {}
     for task in tasks:
         for name, model in models.items():
             tuning = TUNING_PASSES * request.tuning.steps * min(request.tuning.batch_size, len(task.tune))
             costs[f"{name} on {task.dataset}"] = float(model.parameters * len(task.test))
             costs[f"tuned {name} on {task.dataset}"] = model.parameters * (tuning + len(task.test))
-    # A masked model reads a text once for each of its tokens.
-    reads = {name: request.tuning.max_length if model.kind == "masked" else 1 for name, model in models.items()}
-    costs["loss"] = float(sum(model.parameters * reads[name] * others for name, model in models.items()))
-    attacks = {name: model.parameters * reads[name] * (members + others) for name, model in models.items()}
+    # A masked model needs a forward pass for each token of a text.
+    passes = {name: request.tuning.max_length if model.kind == "masked" else 1 for name, model in models.items()}
+    costs["loss"] = float(sum(model.parameters * passes[name] * others for name, model in models.items()))
+    attacks = {name: model.parameters * passes[name] * (members + others) for name, model in models.items()}
     return costs | {f"attack on {name}": float(cost) for name, cost in attacks.items()}
 
 
@@ -161,12 +163,12 @@ def _fingerprint(
     others: Sequence[str],
     request: ReportCreate,
 ) -> str:
-    rows = [[asdict(row) for row in (*each.tune, *each.test)] for each in tasks]
+    rows = [[asdict(row) for row in (*task.tune, *task.test)] for task in tasks]
     return fingerprint(request.model_dump(), rows, list(members), list(others), *models.values())
 
 
 def _checkpoint(folder: Path | None, what: str, run_id: str, seconds: float) -> Checkpoint | None:
-    """Of one tuning. Its folder's name is a hash, whatever a dataset is called."""
+    """The checkpoint of one tuning. Its folder's name is a hash, because a dataset's name may not be a valid one."""
     if folder is None:
         return None
     return Checkpoint(folder / hashlib.sha256(what.encode()).hexdigest()[:16], f"{run_id}/{what}", seconds)

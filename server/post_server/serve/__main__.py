@@ -1,4 +1,4 @@
-"""``python -m post_server.serve``: as ``post serve``, with the settings of the environment."""
+"""``python -m post_server.serve``: like ``post serve``, with the settings from the environment."""
 
 from __future__ import annotations
 

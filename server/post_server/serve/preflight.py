@@ -1,6 +1,6 @@
-"""The records and the broker before anything uses them: what can't work is said in one line.
+"""Checks the database and the broker before anything uses them; each error fits on one line.
 
-Apart from the supervisor, which imports it while its first children start: it takes a while.
+A module of its own, since it is slow to import: the supervisor does so while its first children start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def migrate(settings: Settings) -> None:
-    """Bring the records' schema up to date.
+    """Bring the database schema up to date.
 
     Raises:
         Unavailable: the database can't be used.
@@ -31,7 +31,7 @@ def migrate(settings: Settings) -> None:
         make_url(settings.database_url)
     except ArgumentError as error:
         raise Unavailable(
-            "POST_DATABASE_URL can't be read; it looks like postgresql+psycopg://user@host/name"
+            "POST_DATABASE_URL can't be parsed; it has the form postgresql+psycopg://user@host/name"
         ) from error
     try:
         database = Database.from_settings(settings)
@@ -46,7 +46,7 @@ def migrate(settings: Settings) -> None:
 
 
 def away(settings: Settings, error: Exception) -> Unavailable:
-    """That the database can't be used, and the first line of why."""
+    """The error that the database can't be used, with the first line of the reason."""
     reason = str(getattr(error, "orig", None) or error).splitlines()[0]
     return Unavailable(f"the database {_shown(settings)} can't be used: {reason}")
 
@@ -56,10 +56,10 @@ def _shown(settings: Settings) -> str:
 
 
 def await_redis(url: str, child: Child | None, stopping: Stopping) -> None:
-    """Wait for our own server's first answer; another one has to answer within a few seconds.
+    """Wait until the Redis server answers: the embedded one while it starts, another one for a few seconds.
 
     Raises:
-        Unavailable: it doesn't.
+        Unavailable: it doesn't answer.
     """
     deadline = time.monotonic() + (10.0 if child else 3.0)
     while not stopping:
@@ -70,6 +70,6 @@ def await_redis(url: str, child: Child | None, stopping: Stopping) -> None:
         except (redis.RedisError, ValueError, OSError) as error:
             ended = child is not None and not child.alive
             if ended or time.monotonic() > deadline or isinstance(error, ValueError):
-                where = f"see {child.log}" if child else "check POST_REDIS_URL"
-                raise Unavailable(f"the Redis server doesn't answer: {error}; {where}") from error
+                hint = f"see {child.log}" if child else "check POST_REDIS_URL"
+                raise Unavailable(f"the Redis server doesn't answer: {error}; {hint}") from error
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""``post serve``: every part of the provider's side on one machine, started, watched and stopped together."""
+"""``post serve``: starts, watches and stops every part of the provider side on one machine."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Say = Callable[[str], None]
 
 
 def main(settings: Settings, say: Say | None = None) -> int:
-    """Serve until a signal comes; the exit status. What can't work is said in one line.
+    """Serve until a signal arrives; returns the exit status. An error is one line.
 
-    The URL goes to standard output when the server answers, everything else to ``say`` (standard error).
+    The URL goes to standard output once the server answers, everything else to ``say`` (default: standard error).
     """
-    tell = say or _to_stderr
+    say = say or _to_stderr
     try:
         with _signals() as stopping, _private_files():
-            Supervisor(settings, stopping, tell).run()
+            Supervisor(settings, stopping, say).run()
     except PostError as error:
-        tell(error.detail)
+        say(error.detail)
         return 1
     except OSError as error:  # a full disk, too many processes
-        tell(f"the system refused: {error}")
+        say(f"the operating system reports: {error}")
         return 1
     return 0
 
 
 class Supervisor:
-    """Starts the parts in order, tends them, and stops them in the opposite order."""
+    """Starts the parts in order, restarts them if they die, and stops Redis last."""
 
     def __init__(self, settings: Settings, stopping: Stopping, say: Say) -> None:
         self.settings, self.stopping, self.say = settings, stopping, say
@@ -51,10 +51,10 @@ class Supervisor:
         self.parts: list[Child] = []
 
     def run(self) -> None:
-        """Everything between start and stop.
+        """Start the parts and watch them until a signal arrives.
 
         Raises:
-            Unavailable: something can't be started, or a part died too often.
+            Unavailable: a part can't be started, or it died too often.
         """
         with ExitStack() as stack:
             home = stack.enter_context(locked_home(self.settings.home))
@@ -64,7 +64,7 @@ class Supervisor:
             stack.callback(self._stop)
             if embedded_redis.is_embedded(self.settings):
                 path = stack.enter_context(embedded_redis.socket_path(home))
-                stack.callback(self._stop)  # before a temporary folder goes
+                stack.callback(self._stop)  # before the temporary folder is removed
                 environment["POST_REDIS_URL"] = f"unix://{path}"
                 self._start_redis(path)
             gate, opener = (stack.enter_context(open(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True))
@@ -95,7 +95,7 @@ class Supervisor:
         child.start()
 
     def _prepare(self, redis_url: str) -> None:
-        """Bring the records up to date and wait for the broker, while Redis and the API start."""
+        """Migrate the database and wait for the broker, while Redis and the API start."""
         from post_server.serve.preflight import await_redis, migrate
 
         migrate(self.settings)
@@ -103,8 +103,8 @@ class Supervisor:
 
     def _tend(self) -> None:
         for child in [self.redis, *self.parts]:
-            if child is not None and (news := child.tend()):
-                self.say(news)
+            if child is not None and (message := child.tend()):
+                self.say(message)
         time.sleep(_TICK)
 
     def _watch(self) -> None:
@@ -112,7 +112,7 @@ class Supervisor:
             self._tend()
 
     def _until_ready(self, url: str) -> bool:
-        """Wait until the API says that it is ready; false when a signal came first."""
+        """Wait until the API reports that it is ready; false if a signal arrives first."""
         deadline = time.monotonic() + _START_SECONDS
         while not self.stopping:
             self._tend()
@@ -124,7 +124,7 @@ class Supervisor:
         return False
 
     def _stop(self) -> None:
-        """Redis goes last: the others still talk to it while they end."""
+        """Redis stops last: the others still use it while they end."""
         parts, self.parts = self.parts, []
         killed = stop(parts, self.settings.stop_seconds)
         if self.redis is not None:
@@ -134,12 +134,12 @@ class Supervisor:
             self.say(f"had to kill: {', '.join(killed)}")
 
 
-# --- around all of it -----------------------------------------------------------------------------------
+# --- socket, signals, files -----------------------------------------------------------------------------
 
 
 @contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """The API's socket, bound here: port 0 gets its number, and a restarted API loses no connection."""
+    """The API's socket, bound here: port 0 is resolved, and a restart of the API loses no connection."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)
@@ -152,7 +152,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             listening.listen(1024)
         except OSError as error:
             raise Unavailable(
-                f"can't listen on {host}, port {port}: {error.strerror}; choose another port (0 takes a free one)"
+                f"can't listen on {host}, port {port}: {error.strerror}; choose another port (0: any free one)"
             ) from error
         yield listening
 
@@ -175,7 +175,7 @@ def _is_ready(url: str) -> bool:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """The settings as environment variables: the parts see what we were given, wherever it came from."""
+    """The settings as environment variables, so that the parts get ours, whatever their source."""
     return {f"POST_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
 
 
@@ -183,22 +183,22 @@ def _environment(settings: Settings) -> dict[str, str]:
 def _signals() -> Iterator[Stopping]:
     stopping = Stopping()
 
-    def note(_number: int, _frame: object) -> None:
+    def count(_number: int, _frame: object) -> None:
         stopping.count += 1
-        if stopping.count > 2:  # who insists gets out at once; the parts end with us
+        if stopping.count > 2:  # the third signal ends us at once; the parts end with us
             os._exit(1)
 
-    kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stopping
     finally:
-        for number, handler in kept.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def _private_files() -> Iterator[None]:
-    """What we and our parts write can be read by nobody else, whatever the home folder's own mode is."""
+    """Nobody else can read the files that we and our parts write, whatever the mode of the home folder."""
     mask = os.umask(0o077)
     try:
         yield

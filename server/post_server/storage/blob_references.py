@@ -1,7 +1,7 @@
-"""Which blobs the rows name, and the removal of those that a change has left without a name.
+"""Which blobs the rows refer to, and the removal of those that a change leaves unreferenced.
 
-They are removed once the change stands: a change that fails has lost nothing, and a store that fails has cost nothing
-but room, which ``post admin clean`` makes.
+They are removed after the commit: a failed change loses nothing, and a failing store only leaves garbage, which
+``post admin collect-garbage`` removes.
 """
 
 from __future__ import annotations
@@ -18,60 +18,60 @@ from sqlalchemy.orm import Session
 
 from post_server.db.database import Database, guard
 from post_server.db.tables import DatasetRow, ModelRow, PromptRow, UploadRow
-from post_server.logs import where
+from post_server.logs import error_location
 from post_server.storage.blob_store import BlobStore
 
 T = TypeVar("T")
 
 BATCH = 50
-"""Blobs for which the guard is held at a time, so that nobody waits long."""
+"""Blobs handled while the guard is held, so that nobody waits long."""
 _BY_HASH = (PromptRow.sha256, DatasetRow.sha256)
 _IN_LISTS = (UploadRow.parts, ModelRow.files)
-"""Every column that names blobs."""
+"""All columns that refer to blobs."""
 
 log = structlog.get_logger("post.storage")
 
 
 def blobs_in_use(session: Session) -> set[str]:
-    """The SHA-256 of every blob that a row names."""
-    entries = (entry for column in _IN_LISTS for each in session.scalars(select(column)) for entry in each)
+    """The SHA-256 of every blob that a row refers to."""
+    entries = (entry for column in _IN_LISTS for files in session.scalars(select(column)) for entry in files)
     listed = {str(entry["sha256"]) for entry in entries}
     return listed.union(*(session.scalars(select(column)) for column in _BY_HASH))
 
 
-def drop_unnamed(session: Session, store: BlobStore, hashes: Iterable[str]) -> None:
-    """Once this transaction stands, remove those of the blobs that no row names then."""
-    left = sorted(set(hashes))
-    if left:
-        event.listen(session, "after_commit", lambda _: _drop(session.get_bind(), store, left), once=True)
+def delete_unreferenced(session: Session, store: BlobStore, hashes: Iterable[str]) -> None:
+    """After this transaction's commit, delete those of the blobs that no row refers to."""
+    candidates = sorted(set(hashes))
+    if candidates:
+        event.listen(session, "after_commit", lambda _: _delete(session.get_bind(), store, candidates), once=True)
 
 
 @contextmanager
-def sent_ahead(database: Database, store: BlobStore, file: Path, sha256: str) -> Iterator[None]:
-    """For the transaction that will adopt the file: its bytes are sent before that, and removed if it fails."""
-    sent = store.send_ahead(file, sha256)
+def uploaded_early(database: Database, store: BlobStore, file: Path, sha256: str) -> Iterator[None]:
+    """Upload a file before the transaction that adopts it, and remove its bytes if that transaction fails."""
+    uploaded = store.upload_early(file, sha256)
     try:
         yield
     except Exception:
-        if sent:
+        if uploaded:
             with database.write() as session:
-                drop_unnamed(session, store, [sha256])
+                delete_unreferenced(session, store, [sha256])
         raise
 
 
 def batches(items: Iterable[T]) -> Iterator[list[T]]:
     """Lists of up to :data:`BATCH` items."""
-    each = iter(items)
-    while batch := list(islice(each, BATCH)):
+    iterator = iter(items)
+    while batch := list(islice(iterator, BATCH)):
         yield batch
 
 
-def _drop(bind: Any, store: BlobStore, hashes: list[str]) -> None:
+def _delete(bind: Any, store: BlobStore, hashes: list[str]) -> None:
     try:
         for batch in batches(hashes):
             with Session(bind) as session, session.begin():
                 guard(session)
                 for sha256 in set(batch) - blobs_in_use(session):
                     store.delete(sha256)
-    except Exception as error:  # whatever it is: the change stands, and a clean-up removes what is left
-        log.warning("blobs not removed", error=type(error).__name__, where=where(error))
+    except Exception as error:  # any error: the change is committed, and garbage collection removes the rest
+        log.warning("blobs not removed", error=type(error).__name__, where=error_location(error))

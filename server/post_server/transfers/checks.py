@@ -1,4 +1,4 @@
-"""What a transfer must name and fit before it becomes a queued job."""
+"""Validation of a transfer request before its job is queued."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from post_shared.schemas.transfers import TransferCreate
 
 
 def check_transfer(session: Session, caller: ApiKeyRow, request: TransferCreate) -> None:
+    """Check the request against the stored prompt, model and dataset.
+
+    Raises:
+        NotFound: no such prompt, target model or dataset.
+        PromptMismatch: not a source prompt that was tuned on a student of the target.
+        InvalidInput: alpha is to be chosen on a dataset without labels.
+    """
     prompt = visible_prompt(session, caller, request.prompt)
     target = find_model(session, request.target, ModelRole.TARGET)
     dataset = find_dataset(session, request.dataset)
     if prompt.role is not PromptRole.SOURCE:
-        raise PromptMismatch(f"The prompt {prompt.id} is a target prompt already; transfer its source prompt.")
+        raise PromptMismatch(f"The prompt {prompt.id} is already a target prompt; transfer its source prompt.")
     student = find_model(session, prompt.model_id)
     if student.role is not ModelRole.STUDENT or student.target_id != target.id:
         raise PromptMismatch(f"The prompt {prompt.id} was tuned on {student.name}, not on a student of {target.name}.")

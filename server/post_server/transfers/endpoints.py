@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, BackgroundTasks, Response
 
-from post_server.http.dependencies import App, Mover
+from post_server.http.dependencies import App, TransferCaller
 from post_server.http.idempotency import IdempotencyKey
 from post_server.http.routing import Route
 from post_server.jobs.creation import JOB_PROBLEMS, create_job
@@ -19,9 +19,9 @@ router = APIRouter(route_class=Route, prefix="/v1/transfers", tags=["jobs"])
 def create_transfer(
     request: TransferCreate,
     app: App,
-    caller: Mover,
+    caller: TransferCaller,
     tasks: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """Move a source prompt to the target model."""
+    """Transfer a source prompt to the target model."""
     return create_job(app, caller, JobKind.TRANSFER, request, check_transfer, idempotency_key, tasks)

@@ -1,4 +1,4 @@
-"""The job of a transfer: source prompt + public text -> target prompt (method §3)."""
+"""The transfer job."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def run_transfer(context: JobContext) -> Outcome:
         student_row = _student_of(session, source, target_row)
     file, task = read_stored_prompt(context, source)
     prompt = SoftPrompt(torch.from_numpy(file.embeddings))
-    target, load_student = context.load(target_row, teaches=True), partial(context.load, student_row)
+    target, load_student = context.load(target_row, for_training=True), partial(context.load, student_row)
     alpha = request.alpha
     if alpha == "auto":
-        most = {"max_rows": min(ALPHA_ROWS, request.max_rows), "max_length": request.max_length}
-        alpha = choose_alpha(target, load_student(), task, prompt, context.rows(dataset), **most)
-    moved = transfer(
+        limits = {"max_rows": min(ALPHA_ROWS, request.max_rows), "max_length": request.max_length}
+        alpha = choose_alpha(target, load_student(), task, prompt, context.rows(dataset), **limits)
+    result = transfer(
         target,
         load_student,
         task,
@@ -49,15 +49,20 @@ def run_transfer(context: JobContext) -> Outcome:
         checkpoint=context.checkpoint,
         checkpoint_seconds=context.settings.checkpoint_seconds,
     )
-    # Post-processing of a private prompt costs nothing: the target prompt states the same (ε, δ).
+    # Post-processing costs no privacy budget: the target prompt has the (ε, δ) of the source prompt.
     data = write_prompt(
-        PromptFile(moved.prompt.embeddings.numpy(), target_row.hash, file.task, file.epsilon, file.delta)
+        PromptFile(result.prompt.embeddings.numpy(), target_row.hash, file.task, file.epsilon, file.delta)
     )
-    return partial(_save_target_prompt, context, source, data, moved)
+    return partial(_save_target_prompt, context, source, data, result, target.precision.document())
 
 
 def _save_target_prompt(
-    context: JobContext, source: PromptRow, data: bytes, moved: TransferResult, session: Session
+    context: JobContext,
+    source: PromptRow,
+    data: bytes,
+    result: TransferResult,
+    precision: dict[str, str],
+    session: Session,
 ) -> dict[str, Any]:
     row, _ = add_prompt(
         session,
@@ -68,14 +73,15 @@ def _save_target_prompt(
         source_id=source.id,
         max_bytes=context.settings.prompt_bytes,
     )
-    losses = {"first_loss": moved.first_loss, "last_loss": moved.last_loss}  # none when all steps were done before
-    known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-    chosen = {"chosen_step": moved.chosen_step, "held_out_loss": moved.held_out_loss}
-    return {"prompt_id": row.id, "alpha": moved.alpha, "steps": moved.steps, **known, **chosen}
+    losses = {"first_loss": result.first_loss, "last_loss": result.last_loss}  # NaN if all steps were done before
+    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    chosen = {"chosen_step": result.chosen_step, "held_out_loss": result.held_out_loss}
+    made = {"prompt_id": row.id, "alpha": result.alpha, "steps": result.steps, **finite, **chosen}
+    return {**made, "precision": precision}
 
 
 def _student_of(session: Session, prompt: PromptRow, target: ModelRow) -> ModelRow:
-    """The model that the prompt was tuned on; it has to come from the target model."""
+    """The student that the prompt was tuned on. Raises :class:`PromptMismatch` unless it comes from the target."""
     student = find_model_by_hash(session, prompt.model_hash)
     if student is None:
         raise PromptMismatch(f"No model here has the hash {prompt.model_hash}.", model_hash=prompt.model_hash)

@@ -1,4 +1,4 @@
-"""``python -m post_server.worker``: as ``post worker``, with the settings of the environment."""
+"""``python -m post_server.worker``: like ``post worker``, with the settings from the environment."""
 
 from __future__ import annotations
 

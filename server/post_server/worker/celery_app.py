@@ -1,4 +1,4 @@
-"""The Celery worker: hears the doorbell, hands the id to the supervisor, and nothing else."""
+"""The Celery worker: receives notifications and hands the job id to the supervisor, nothing else."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from post_server.worker.supervisor import JobSupervisor
 log = logging.getLogger("post.worker")
 
 
-def _log_celery_our_way(**_: Any) -> None:
-    """Connected, so Celery sets up no logging of its own."""
+def _configure_celery_logging(**_: Any) -> None:
+    """Because it is connected to the signal, Celery doesn't set up its own logging."""
     logger = logging.getLogger("celery")
     logger.handlers[:] = logging.getLogger("post").handlers
     logger.propagate = False
-    logger.setLevel(logging.WARNING)  # what it says about each message, the supervisor says about each job
+    logger.setLevel(logging.WARNING)  # it logs every message; the supervisor already logs every job
 
 
 def main(settings: Settings) -> int:
-    """Work until SIGTERM or SIGINT: then running jobs keep a checkpoint and go back into the queue."""
+    """Run jobs until SIGTERM or SIGINT: then running jobs save a checkpoint and return to the queue."""
     configure_logs(settings)
-    signals.setup_logging.connect(_log_celery_our_way, weak=False)
-    warnings.simplefilter("ignore", SecurityWarning)  # about pickle and root; messages here are JSON with one id
+    signals.setup_logging.connect(_configure_celery_logging, weak=False)
+    warnings.simplefilter("ignore", SecurityWarning)  # about pickle and root; messages here are JSON with a single id
     database, stopping = Database.from_settings(settings), threading.Event()
     supervisor = JobSupervisor(settings, database, stopping)
     supervisor.sweep()

@@ -1,4 +1,4 @@
-"""What each kind of job does: fetch what it names, call the paper's function, hand over what it made."""
+"""The handler of each kind of job: it loads the inputs, calls the paper's function and returns the outcome."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The process of one job: ``python -m post_server.worker.job_process JOB_ID TOKEN``. Torch lives here.
+"""The process of one job: ``python -m post_server.worker.job_process JOB_ID TOKEN``. It imports torch.
 
-It writes how the job ended, if it still may. Otherwise its exit status tells the supervisor, which decides.
+It writes how the job ended, if it still holds the lease. Otherwise the supervisor decides by its exit status.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from post_server.processes import parent_death
 from post_server.processes.library_logging import quiet_models
 from post_server.settings import Settings, get_settings
 from post_server.storage.blob_store import BlobStore
-from post_server.storage.outages import is_away
+from post_server.storage.outages import is_unreachable
 from post_server.worker.exit_codes import DATABASE_AWAY, ENDED, INTERRUPTED, LOST, STORAGE_AWAY
 from post_server.worker.failures import known_failure
 from post_server.worker.progress import ProgressWriter
@@ -53,12 +53,12 @@ class JobProcess:
         self._folder = work_folder(settings, lease.job_id)
 
     def run(self) -> int:
-        """The exit status."""
+        """Run the job; returns the exit status."""
         try:
-            with self._alone():
+            with self._exclusive():
                 return self._run()
         except LeaseLost:
-            log.warning("the job belongs to someone else now", extra={"job": self._lease.job_id})
+            log.warning("another worker holds the job now", extra={"job": self._lease.job_id})
             return LOST
         except Cancelled:
             return INTERRUPTED
@@ -69,8 +69,8 @@ class JobProcess:
             self._database.dispose()
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait for a former process of this job on this machine to end: it may still write its checkpoint."""
+    def _exclusive(self) -> Iterator[None]:
+        """Wait for an earlier process of this job on this machine to end: it may still write its checkpoint."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._folder / "lock").open("w") as lock:
             while True:
@@ -78,7 +78,7 @@ class JobProcess:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    self._stop_if_told()
+                    self._stop_if_interrupted()
                     time.sleep(0.1)
             yield
 
@@ -87,24 +87,24 @@ class JobProcess:
             states.held_state(session, self._lease)
             row = session.get_one(JobRow, self._lease.job_id)
         try:
-            outcome = self._work(row)
-            with self._database.write() as session:  # the rows that it made and its success: both or neither
-                result = outcome(session)  # stores blobs before its first statement
+            outcome = self._handle(row)
+            with self._database.write() as session:  # the new rows and the success: both or neither
+                result = outcome(session)  # it stores blobs before its first statement
                 states.finish(session, self._lease, result)
         except (Cancelled, LeaseLost, OperationalError):
             raise
         except Exception as error:
-            if is_away(error):
+            if is_unreachable(error):
                 log.warning("store away: %r", error, extra={"job": row.id})
                 return STORAGE_AWAY
-            known = known_failure(error)
-            if known is None:
+            failure = known_failure(error)
+            if failure is None:
                 log.exception("job failed", extra={"job": row.id})
-            return self._fail(known or PostError("the job failed unexpectedly; the worker's log says more", job=row.id))
+            return self._fail(failure or PostError("the job failed unexpectedly; see the worker's log", job=row.id))
         return ENDED
 
-    def _work(self, row: JobRow) -> Outcome:
-        import torch  # slow, and of no use to a job that isn't ours any more
+    def _handle(self, row: JobRow) -> Outcome:
+        import torch  # slow, so only once the lease is known to hold
 
         from post_server.jobs.context import JobContext
         from post_server.worker.handlers import HANDLERS
@@ -113,13 +113,13 @@ class JobProcess:
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         scratch = self._folder / "scratch"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a former attempt
+        shutil.rmtree(scratch, ignore_errors=True)  # of an earlier attempt
         scratch.mkdir(parents=True)
-        reporter = ProgressWriter(self._database, self._lease, self._stop_if_told)
-        work = JobContext(
-            row, self._database, self._store, self._settings, reporter, self._folder / "checkpoint", scratch
+        on_progress = ProgressWriter(self._database, self._lease, self._stop_if_interrupted)
+        context = JobContext(
+            row, self._database, self._store, self._settings, on_progress, self._folder / "checkpoint", scratch
         )
-        return HANDLERS[row.kind](work)
+        return HANDLERS[row.kind](context)
 
     def _fail(self, error: PostError) -> int:
         log.info("job failed: %s", error.code, extra={"job": self._lease.job_id})
@@ -127,27 +127,27 @@ class JobProcess:
             states.fail(session, self._lease, error)
         return ENDED
 
-    def _stop_if_told(self) -> None:
+    def _stop_if_interrupted(self) -> None:
         if self._interrupted.is_set():
-            raise Cancelled("the job was told to stop")
+            raise Cancelled("the job was interrupted")
 
 
 def main(job_id: str, token: str) -> int:
-    """Run the job; SIGTERM, or the worker's death, makes it stop at its next step with a checkpoint."""
+    """Run the job; on SIGTERM, or when the worker dies, it saves a checkpoint and stops at its next step."""
     interrupted = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: interrupted.set())
     settings = get_settings()
-    # Shorter than what is left of the lease when the worker has just died.
-    left = settings.lease_seconds - settings.heartbeat_seconds
-    parent_death.die_with_parent(max(0.2, min(settings.stop_seconds, left / 2)))
-    _stand_back(settings.job_nice)
+    # The grace is shorter than what remains of the lease when the worker has just died.
+    remaining = settings.lease_seconds - settings.heartbeat_seconds
+    parent_death.die_with_parent(max(0.2, min(settings.stop_seconds, remaining / 2)))
+    _lower_priority(settings.job_nice)
     configure_logs(settings)
-    structlog.contextvars.bind_contextvars(job=job_id)  # for the lines of libraries, too
+    structlog.contextvars.bind_contextvars(job=job_id)  # for the log lines of libraries, too
     return JobProcess(settings, Lease(job_id, token), interrupted).run()
 
 
-def _stand_back(nice: int) -> None:
-    """Leave the processor to whoever answers people. Linux may weigh whole sessions; this process has its own."""
+def _lower_priority(nice: int) -> None:
+    """Give the API and predictor precedence. Linux may weigh whole sessions, and this process has its own."""
     os.nice(nice)
     with contextlib.suppress(OSError):  # not every system has it
         Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
@@ -157,4 +157,4 @@ if __name__ == "__main__":
     status = main(*sys.argv[1:3])
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(status)  # all is written; taking torch apart would cost the next job a second
+    os._exit(status)  # everything is written; tearing torch down would delay the next job by a second

@@ -1,4 +1,4 @@
-"""Progress on its way into the job row: often enough to watch, seldom enough not to slow the work."""
+"""Writes progress into the job row: often enough to watch, rarely enough not to slow the job down."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ SPANS = {
     "start": (0.05, 0.08),
     "distil": (0.08, 0.98),
     "student": (0.0, 0.04),
-    "constants": (0.04, 0.25),
+    "precompute": (0.04, 0.25),
     "transfer": (0.25, 0.98),
     "evaluate": (0.0, 0.98),
 }
-"""The part of a whole job that each stage takes, for one bar that doesn't jump."""
+"""The share of the whole job that each stage takes, for one progress bar that doesn't jump."""
 
-_SHORTEST, _LONGEST = 0.5, 10.0
-_SHARE = 1 / 500
-"""Reports grow rarer as a job grows older, so that a day of work leaves thousands of events, not millions."""
+_MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0
+_PAUSE_SHARE = 1 / 500
+"""Of a job's age: older jobs write less often, so that a day leaves thousands of events, not millions."""
 
 
 class ProgressWriter:
-    """A :data:`post_shared.training.progress.ProgressCallback` that writes under the job's token."""
+    """A :data:`post_shared.training.progress.ProgressCallback` that writes under the job's lease."""
 
-    def __init__(self, database: Database, lease: Lease, stop_if_told: Callable[[], None]) -> None:
-        self._database, self._lease, self._stop_if_told = database, lease, stop_if_told
+    def __init__(self, database: Database, lease: Lease, stop_if_interrupted: Callable[[], None]) -> None:
+        self._database, self._lease, self._stop_if_interrupted = database, lease, stop_if_interrupted
         self._began, self._last, self._stage, self._step = time.monotonic(), -math.inf, "", 0
 
     def __call__(self, progress: Progress) -> None:
         """Called at every step.
 
         Raises:
-            Cancelled: the process was told to stop.
-            LeaseLost: the job belongs to someone else now.
+            Cancelled: the process was interrupted.
+            LeaseLost: another worker holds the job now.
         """
-        self._stop_if_told()
-        at = time.monotonic()
-        pause = min(_LONGEST, max(_SHORTEST, (at - self._began) * _SHARE))
-        if progress.stage == self._stage and at - self._last < pause and progress.step < progress.steps:
+        self._stop_if_interrupted()
+        now = time.monotonic()
+        pause = min(_MAX_PAUSE, max(_MIN_PAUSE, (now - self._began) * _PAUSE_SHARE))
+        if progress.stage == self._stage and now - self._last < pause and progress.step < progress.steps:
             return
-        step_seconds = self._pace(progress, at)
-        self._last, self._stage, self._step = at, progress.stage, progress.step
+        step_seconds = self._step_seconds(progress, now)
+        self._last, self._stage, self._step = now, progress.stage, progress.step
         low, high = SPANS.get(progress.stage, (0.0, 0.98))
         try:
             with self._database.write() as session:
@@ -70,13 +70,13 @@ class ProgressWriter:
                     metrics=_finite(progress.metrics),
                     step_seconds=step_seconds,
                 )
-        except OperationalError as error:  # a report more or less doesn't matter; the lease is watched elsewhere
+        except OperationalError as error:  # one update less doesn't matter; the lease is checked elsewhere
             log.warning("progress not written: %s", error.orig, extra={"job": self._lease.job_id})
 
-    def _pace(self, progress: Progress, at: float) -> float | None:
-        """Seconds for each step since the last report; None at a stage's first."""
+    def _step_seconds(self, progress: Progress, now: float) -> float | None:
+        """Seconds per step since the last update; None at the first of a stage."""
         steps = progress.step - self._step
-        return (at - self._last) / steps if progress.stage == self._stage and steps > 0 else None
+        return (now - self._last) / steps if progress.stage == self._stage and steps > 0 else None
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

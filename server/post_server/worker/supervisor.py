@@ -1,4 +1,4 @@
-"""One supervised process per job: torch lives there, so a cancel works and a crash takes nothing else along."""
+"""One supervised process per job, the only one with torch: a cancel works and a crash ends that job alone."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from post_shared.schemas.jobs import JobState
 log = logging.getLogger("post.worker")
 
 _TICK = 0.1
-_LOOK_SECONDS = 1.0
-"""How often the row is looked at, so that a cancel is heard long before the next heartbeat."""
+_POLL_SECONDS = 1.0
+"""How often the row is read, so that a cancel is noticed long before the next heartbeat."""
 
 
 def work_folder(settings: Settings, job_id: str) -> Path:
-    """Where a job keeps its checkpoint; it outlives the process and goes when the job ends."""
+    """Where a job keeps its checkpoint; it outlives the process and is removed when the job ends."""
     return settings.home / "work" / job_id
 
 
 @dataclass
 class _Attempt:
-    """A running job process and what was said to it."""
+    """A running job process, and its supervisor's state."""
 
     lease: Lease
     attempt: int
@@ -52,18 +52,18 @@ class _Attempt:
     newest_event: int = 0
     progressed_at: float = field(default_factory=time.monotonic)
     stalled: bool = False
-    asked_by_us: bool = False
-    """A signal came from us: to stop the worker, or for a cancel."""
+    asked_to_end: bool = False
+    """We sent a signal, because the worker stops or the job is cancelled."""
 
 
 class JobSupervisor:
-    """Claims a job, watches its process and writes what became of it when the process itself couldn't."""
+    """Claims a job, watches its process, and writes the outcome if the process couldn't."""
 
     def __init__(self, settings: Settings, database: Database, stopping: threading.Event) -> None:
         self._settings, self._database, self._stopping = settings, database, stopping
 
     def run(self, job_id: str) -> None:
-        """Do what is next in line, and what is next after that; ``job_id`` is only the one that rang.
+        """Run queued jobs in their order until none is left; ``job_id`` is only the one that was announced.
 
         A second delivery of the same id finds nothing to do.
         """
@@ -71,16 +71,16 @@ class JobSupervisor:
             with self._database.write() as session:
                 claimed = queue.claim_next(session, self._settings)
             if claimed is None:
-                log.debug("nothing to be had", extra={"job": job_id})
+                log.debug("no job to claim", extra={"job": job_id})
                 return
-            self._do(*claimed)
+            self._run(*claimed)
 
-    def _do(self, row: JobRow, lease: Lease) -> None:
+    def _run(self, row: JobRow, lease: Lease) -> None:
         log.info("job started", extra={"job": row.id, "attempt": row.attempt})
         attempt = _Attempt(lease, row.attempt, self._start(lease))
         try:
-            self._attend(attempt)
-        finally:  # whatever happens here, no process stays behind
+            self._watch(attempt)
+        finally:  # whatever happens here, no process is left behind
             _kill(attempt.process)
         self._settle(attempt)
 
@@ -100,28 +100,28 @@ class JobSupervisor:
             start_new_session=True,
         )
 
-    def _attend(self, attempt: _Attempt) -> None:
-        """Until the process has ended: renew the lease, pass on a cancel or a stop, kill what doesn't obey."""
-        heard = beaten = time.monotonic()
+    def _watch(self, attempt: _Attempt) -> None:
+        """Until the process has ended: renew the lease, pass on a cancel or a stop, kill it if it doesn't obey."""
+        polled = renewed = time.monotonic()
         while attempt.process.poll() is None:
-            at = time.monotonic()
-            if at - beaten >= self._settings.heartbeat_seconds or at - heard >= _LOOK_SECONDS:
-                heard = at
-                if self._look(attempt, beat=at - beaten >= self._settings.heartbeat_seconds):
-                    beaten = at
+            now = time.monotonic()
+            if now - renewed >= self._settings.heartbeat_seconds or now - polled >= _POLL_SECONDS:
+                polled = now
+                if self._poll_row(attempt, renew=now - renewed >= self._settings.heartbeat_seconds):
+                    renewed = now
             if self._stopping.is_set():
                 self._ask_to_end(attempt, self._settings.step_seconds)
-            overdue = attempt.kill_at is not None and at > attempt.kill_at
-            attempt.stalled = at - attempt.progressed_at > self._settings.progress_seconds
-            silent = at - beaten > self._settings.lease_seconds  # others may have the job by now
+            overdue = attempt.kill_at is not None and now > attempt.kill_at
+            attempt.stalled = now - attempt.progressed_at > self._settings.progress_seconds
+            silent = now - renewed > self._settings.lease_seconds  # another worker may have the job by now
             if overdue or silent or attempt.stalled or attempt.lost:
                 _kill(attempt.process)
             time.sleep(_TICK)
 
-    def _look(self, attempt: _Attempt, *, beat: bool) -> bool:
-        """Read the row, renewing the lease if it's time; whether that worked."""
+    def _poll_row(self, attempt: _Attempt, *, renew: bool) -> bool:
+        """Read the row, and renew the lease if ``renew``; returns whether it was renewed."""
         try:
-            if beat:
+            if renew:
                 with self._database.write() as session:
                     seconds = self._settings.lease_seconds
                     state = states.heartbeat(session, attempt.lease, lease_seconds=seconds)
@@ -131,7 +131,7 @@ class JobSupervisor:
                     state = states.held_state(session, attempt.lease)
                     newest = states.last_event(session, attempt.lease.job_id)
         except LeaseLost:
-            # The process may have ended the job a moment ago; if it hasn't, it mustn't go on.
+            # The process may have ended the job a moment ago; if it hasn't, it must not continue.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 attempt.process.wait(2.0)
             attempt.lost = True
@@ -143,24 +143,24 @@ class JobSupervisor:
             attempt.newest_event, attempt.progressed_at = newest, time.monotonic()
         if state is JobState.CANCELLING:
             self._ask_to_end(attempt, self._settings.cancel_grace_seconds)
-        return beat
+        return renew
 
     def _ask_to_end(self, attempt: _Attempt, grace: float) -> None:
         latest = time.monotonic() + grace
-        if not attempt.asked_by_us:
-            attempt.asked_by_us = True
+        if not attempt.asked_to_end:
+            attempt.asked_to_end = True
             attempt.process.send_signal(signal.SIGTERM)
         attempt.kill_at = latest if attempt.kill_at is None else min(attempt.kill_at, latest)
 
     # --- afterwards -----------------------------------------------------------------------------------
 
     def _settle(self, attempt: _Attempt) -> None:
-        """Write what became of the job, unless its process did so or someone else has it."""
+        """Write the outcome, unless the process did so or another worker has the job."""
         job_id, status = attempt.lease.job_id, attempt.process.wait()
-        again = False
+        requeued = False
         try:
             with self._database.write() as session:
-                again = self._write_end(session, attempt, status)
+                requeued = self._write_end(session, attempt, status)
         except LeaseLost:
             pass
         except OperationalError as error:
@@ -170,12 +170,13 @@ class JobSupervisor:
             row = session.get(JobRow, job_id)
         if row is None or row.state.ended:
             shutil.rmtree(work_folder(self._settings, job_id), ignore_errors=True)
-        log.info("job left", extra={"job": job_id, "state": row.state.value if row else "gone", "exit": status})
-        if again and row is not None:
+        state = row.state.value if row else "gone"
+        log.info("job process ended", extra={"job": job_id, "state": state, "exit": status})
+        if requeued and row is not None:
             notifier.notify(job_id, self._settings, row.device)
 
     def _write_end(self, session: Session, attempt: _Attempt, status: int) -> bool:
-        """The state after a process that left none; whether the job waits in the queue again."""
+        """Write the state if the process wrote none; returns whether to announce the job again."""
         lease = attempt.lease
         state = states.held_state(session, lease)
         if state is JobState.CANCELLING:
@@ -184,14 +185,14 @@ class JobSupervisor:
         if self._stopping.is_set():
             states.release(session, lease, reason="worker_stopped", give_attempt_back=True)
             return True
-        if status in PASSING:  # not at once: the reconciler announces it a little later
-            pause = self._settings.ring_seconds
+        if status in PASSING:  # the reconciler announces it a little later
+            pause = self._settings.notify_seconds
             states.release(session, lease, reason=PASSING[status], give_attempt_back=True, pause_seconds=pause)
             return False
         seconds = self._settings.progress_seconds
         if attempt.attempt < self._settings.max_attempts:
-            why = f"no progress for {seconds:g} s" if attempt.stalled else f"process ended with {_how(status)}"
-            states.release(session, lease, reason=why)
+            reason = f"no progress for {seconds:g} s" if attempt.stalled else f"process ended with {_how(status)}"
+            states.release(session, lease, reason=reason)
             return True
         error = _stalled(seconds, attempt.attempt) if attempt.stalled else _killed(status, attempt.attempt)
         states.fail(session, lease, error)
@@ -199,7 +200,7 @@ class JobSupervisor:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and all that it started."""
+    """Kill the process and everything that it started."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

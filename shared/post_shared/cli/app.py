@@ -1,7 +1,7 @@
-"""The ``post`` command. Each side adds its own verbs through the entry point group ``post.commands``.
+"""The ``post`` command. Each side adds its own commands through the entry point group ``post.commands``.
 
-Exit codes: 0 all went well, 1 POST says what went wrong, 2 the command line can't be understood, 130 Ctrl-C.
-Nothing here imports torch, so ``post --help`` answers at once.
+Exit codes: 0 success, 1 an error that POST reports, 2 an invalid command line, 130 Ctrl-C.
+Nothing here imports torch, so that ``post --help`` is fast.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ GROUP = "post.commands"
 DISTRIBUTION = "post-transfer"
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
-SPINS = "10000"
-"""Looks of a waiting OpenMP thread (``docs/results.md``): no slower alone, and not for ever beside another process."""
+SPIN_COUNT = "10000"
+"""Polls of a waiting OpenMP thread before it sleeps (``docs/results.md``): no slower for one process, and no long spins
+next to another."""
 
 _ABOUT = "POST: adapt a large language model that you don't own to data that you may not share."
 
 
 def build_app(sides: Iterable[EntryPoint] | None = None) -> typer.Typer:
-    """The app with the verbs of every installed side; a missing side is named in the help, with its cure."""
+    """The app with the commands of every installed side. The help names a missing side and how to install it."""
     app = typer.Typer(
         name="post",
         no_args_is_help=True,
@@ -43,35 +44,36 @@ def build_app(sides: Iterable[EntryPoint] | None = None) -> typer.Typer:
             side.load()(app)
         except ImportError as error:
             missing.append(
-                f"The {side.name} verbs are absent ({error}). Install them: pip install '{DISTRIBUTION}\\[{side.name}]'"
+                f"The {side.name} commands are missing ({error}). "
+                f"Install them: pip install '{DISTRIBUTION}\\[{side.name}]'"
             )
 
     @app.callback(help="\n\n".join([_ABOUT, *missing]))
     def start(
         version: bool = typer.Option(
-            False, "--version", help="Print the version and leave.", callback=_print_version, is_eager=True
+            False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
         ),
     ) -> None: ...
 
     return app
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"post {version(DISTRIBUTION)}")
         raise typer.Exit
 
 
 def print_error(error: PostError) -> None:
-    """One line on standard error: what went wrong and, for the server's log, which request it was."""
-    number = f" (request {error.request_id})" if error.request_id else ""
-    line = " ".join((error.detail + number).split())
-    plain = "".join(each if each.isprintable() else "\ufffd" for each in line)  # a server's text steers no terminal
+    """Print one line on standard error: the error and, to find it in the server's log, the request id."""
+    request = f" (request {error.request_id})" if error.request_id else ""
+    line = " ".join((error.detail + request).split())
+    plain = "".join(char if char.isprintable() else "\ufffd" for char in line)  # no control codes from a server
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/]: {escape(plain)}", highlight=False)
 
 
 def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line; return the exit code."""
     try:
         app(arguments, prog_name="post")
     except PostError as error:
@@ -84,22 +86,22 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("POST_DEBUG"):
             raise
-        print_error(PostError(f"{type(error).__name__}: {error} (this is a defect; POST_DEBUG=1 shows where)"))
+        print_error(PostError(f"{type(error).__name__}: {error} (this is a bug; POST_DEBUG=1 shows the traceback)"))
         return EXIT_ERROR
     return 0
 
 
-def give_way() -> None:
-    """Let a thread that waits for the others of its sum look for them shortly, then sleep: two processes that look for
-    long on the same cores keep each other from finishing. Call it before torch is loaded; what is set stays.
+def limit_spinning() -> None:
+    """Make a waiting OpenMP thread poll briefly, then sleep: two processes that spin on the same cores slow each other
+    down. Call it before torch is loaded; variables that are set already stay.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def main() -> None:
     """The console script."""
-    give_way()
+    limit_spinning()
     sys.exit(run(build_app()))
 
 

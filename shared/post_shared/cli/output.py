@@ -1,4 +1,4 @@
-"""What the verbs of both sides put on standard output: tables, and JSON for programs."""
+"""Standard output of the commands of both sides: tables, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _WIDE = 10_000
 
 
 def print_json(document: Any) -> None:
-    """One JSON document, one line, on standard output."""
+    """Print one JSON document on one line."""
     typer.echo(json.dumps(document, ensure_ascii=False, default=str))
 
 
 def plain_table(*columns: str) -> Table:
-    """A table without lines, to be filled with ``add_row``. In a narrow terminal its cells are folded, never cut."""
+    """A table without lines, to be filled with ``add_row``. In a narrow terminal, cells are wrapped, never cut."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(name, overflow="fold")
@@ -28,7 +28,7 @@ def plain_table(*columns: str) -> Table:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Where no terminal has a width, in a file or a pipe, every row is one line, however long."""
+    """Print a table. In a file or a pipe, which have no width, every row is one line, however long."""
     console = console or Console()
     if console.is_terminal:
         console.print(table)

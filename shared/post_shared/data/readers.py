@@ -1,4 +1,4 @@
-"""Named columns out of JSON Lines, CSV, TSV, Parquet and Hugging Face ``datasets``, row by row, and lines of text.
+"""Named columns from JSON Lines, CSV, TSV, Parquet and Hugging Face ``datasets``, row by row, and lines of text.
 
 Every error names the file and the line, and never quotes a text: the text may be private.
 """
@@ -28,22 +28,22 @@ FORMATS: dict[str, Format] = {
     ".txt": "txt",
 }
 MAX_LINE = 16 * 2**20
-"""Bytes: a longer line is no row of text."""
+"""Bytes; a longer line is refused."""
 
-Place = tuple[str, Mapping[str, Any]]
-"""Where a row stands, in words, and its columns."""
+LocatedRow = tuple[str, Mapping[str, Any]]
+"""Where a row is, for error messages, and its columns."""
 
 
 def read_columns(
     source: str | Path | Iterable[Mapping[str, Any]], label_column: str | None, format: Format | None
-) -> Iterator[Place]:
-    """The rows of a file, a ``datasets.Dataset`` or mappings; class labels that are numbers get their names."""
+) -> Iterator[LocatedRow]:
+    """The rows of a file, a ``datasets.Dataset`` or mappings; numeric class labels get their names."""
     if isinstance(source, str | Path):
         path = Path(source)
-        found = format or format_of(path)
-        if found not in _READERS:
+        kind = format or format_of(path)
+        if kind not in _READERS:
             raise DataInvalid(f"{path.name}: plain text has no rows; give .jsonl, .csv or .parquet")
-        return _READERS[found](path)
+        return _READERS[kind](path)
     if isinstance(source, Mapping):
         names = ", ".join(str(name) for name in source)
         raise DataInvalid(f"the data set has several splits; pass one of them: {names}")
@@ -51,15 +51,15 @@ def read_columns(
 
 
 def format_of(path: Path) -> Format:
-    """What a file holds, by its name."""
+    """The format of a file, from its name."""
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in FORMATS:
         raise DataInvalid(f"{path.name}: unknown kind of file; known are: {', '.join(FORMATS)} (and .gz of them)")
     return FORMATS[suffix]
 
 
-def _mappings(source: Iterable[Mapping[str, Any]], label_column: str | None) -> Iterator[Place]:
-    """Mappings, or a ``datasets.Dataset``, whose class labels are numbers with names."""
+def _mappings(source: Iterable[Mapping[str, Any]], label_column: str | None) -> Iterator[LocatedRow]:
+    """Mappings, or a ``datasets.Dataset``, whose class labels can be numbers with names."""
     feature = (getattr(source, "features", None) or {}).get(label_column)
     names: list[str] | None = getattr(feature, "names", None)
     for number, columns in enumerate(source, start=1):
@@ -68,12 +68,12 @@ def _mappings(source: Iterable[Mapping[str, Any]], label_column: str | None) -> 
             raise DataInvalid(f"{where}: expected named columns, found {kind_of(columns)}")
         value = None if names is None else columns.get(str(label_column))
         if names is not None and isinstance(value, Integral):
-            at = int(value)
-            columns = {**columns, str(label_column): names[at] if 0 <= at < len(names) else None}
+            index = int(value)
+            columns = {**columns, str(label_column): names[index] if 0 <= index < len(names) else None}
         yield where, columns
 
 
-def _jsonl(path: Path) -> Iterator[Place]:
+def _jsonl(path: Path) -> Iterator[LocatedRow]:
     for number, line in numbered_lines(path):
         if not line.strip():
             continue
@@ -81,14 +81,14 @@ def _jsonl(path: Path) -> Iterator[Place]:
         try:
             columns = json.loads(line)
         except (ValueError, RecursionError) as error:
-            at = f", character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise DataInvalid(f"{where}{at}: not a line of JSON") from error
+            column = f", character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataInvalid(f"{where}{column}: not a line of JSON") from error
         if not isinstance(columns, dict):
             raise DataInvalid(f'{where}: expected an object like {{"text": …, "label": …}}, found {kind_of(columns)}')
         yield where, columns
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[Place]:
+def _separated(path: Path, delimiter: str) -> Iterator[LocatedRow]:
     reader = csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
@@ -96,7 +96,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Place]:
             return
         twice = [a for a, b in pairwise(sorted(header)) if a == b]
         if twice:
-            raise DataInvalid(f"{path.name}, line 1: column {twice[0]!r} stands there twice")
+            raise DataInvalid(f"{path.name}, line 1: column {twice[0]!r} appears twice")
         for cells in reader:
             where = f"{path.name}, line {reader.line_num}"
             if not cells:
@@ -108,16 +108,16 @@ def _separated(path: Path, delimiter: str) -> Iterator[Place]:
         raise DataInvalid(f"{path.name}, line {reader.line_num}: {error}") from error
 
 
-def _csv(path: Path) -> Iterator[Place]:
+def _csv(path: Path) -> Iterator[LocatedRow]:
     return _separated(path, ",")
 
 
-def _tsv(path: Path) -> Iterator[Place]:
+def _tsv(path: Path) -> Iterator[LocatedRow]:
     return _separated(path, "\t")
 
 
-def _parquet(path: Path) -> Iterator[Place]:
-    import pyarrow as arrow  # slow to import, and only this kind of file needs it
+def _parquet(path: Path) -> Iterator[LocatedRow]:
+    import pyarrow as arrow  # slow to import, and only this format needs it
     import pyarrow.parquet as parquet
 
     try:
@@ -133,7 +133,7 @@ def _parquet(path: Path) -> Iterator[Place]:
         raise DataInvalid(f"{path.name}: not a Parquet file: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Place]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[LocatedRow]]] = {
     "jsonl": _jsonl,
     "csv": _csv,
     "tsv": _tsv,
@@ -145,7 +145,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Place]]] = {
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of UTF-8 text, line end kept, gzip undone."""
+    """Numbered lines of UTF-8 text, with their line ends; gzip is decompressed."""
     number = 0
     try:
         with _binary(path) as file:
@@ -159,7 +159,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     except FileNotFoundError as error:
         raise DataInvalid(f"{path}: there is no such file") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataInvalid(f"{path.name}, after line {number}: the gzip file is damaged or cut off") from error
+        raise DataInvalid(f"{path.name}, after line {number}: the gzip file is damaged or truncated") from error
     except OSError as error:
         raise DataInvalid(f"{path}: can't be read: {error.strerror or error}") from error
 
@@ -171,5 +171,5 @@ def _binary(path: Path) -> IO[bytes]:
 
 
 def kind_of(value: Any) -> str:
-    """A value's kind, to name in an error; never the value."""
+    """A value's type, to name in an error message; never the value."""
     return "nothing" if value is None else type(value).__name__

@@ -1,4 +1,4 @@
-"""Rows and corpora out of JSON Lines, CSV, Parquet and Hugging Face ``datasets``.
+"""Rows and corpora from JSON Lines, CSV, Parquet and Hugging Face ``datasets``.
 
 A data set becomes a list of :class:`Row`. Every error names the file, the line and the column, and never
 quotes a text: the text may be private.
@@ -25,7 +25,7 @@ class Row:
     text: str
     label: str | None = None
     user: str | None = None
-    """Who wrote it, for privacy per user; it never leaves this machine."""
+    """Who wrote it, for user-level privacy; it never leaves this machine."""
 
 
 def read_rows(
@@ -40,10 +40,10 @@ def read_rows(
     """All rows of a file (.jsonl, .csv, .tsv, .parquet; gzip is recognised), a ``datasets.Dataset``, or mappings.
 
     Args:
-        label_column: None leaves the labels unread. A column that isn't there gives rows without labels.
+        label_column: None ignores labels. If the column is missing, rows have no labels.
         user_column: if given, every row must name its user there.
         labels: if given, every row must have one of these labels.
-        format: what the file holds; by default its name tells.
+        format: the file's format; by default its name decides.
 
     Raises:
         DataInvalid: names the file, the line (or row) and the column.
@@ -73,7 +73,7 @@ def iter_rows(
     labels: Collection[str] | None = None,
     format: Format | None = None,
 ) -> Iterator[Row]:
-    """The rows of :func:`read_rows` one by one, for files that don't fit into memory."""
+    """The rows of :func:`read_rows` one by one, for files that don't fit in memory."""
     for where, columns in read_columns(source, label_column, format):
         text = _text(where, columns, text_column)
         label = _label(where, columns, label_column, labels)
@@ -81,22 +81,22 @@ def iter_rows(
 
 
 def read_corpus(source: str | Path, *, text_column: str = "text", format: Format | None = None) -> list[str]:
-    """The paragraphs of a text file (one a line, blank lines left out), or the texts of a file of rows.
+    """The paragraphs of a text file (one per line, without blank lines), or the texts of a file of rows.
 
     Raises:
-        DataInvalid: unreadable or empty; names the file and the line.
+        DataInvalid: the file is unreadable or empty; names the file and the line.
     """
     path = Path(source)
     if (format or format_of(path)) != "txt":
         return [row.text for row in read_rows(path, text_column=text_column, label_column=None, format=format)]
     paragraphs = list(iter_paragraphs(path))
     if not paragraphs:
-        raise DataInvalid(f"{path.name}: there is no text in it")
+        raise DataInvalid(f"{path.name}: it contains no text")
     return paragraphs
 
 
 def iter_paragraphs(source: str | Path) -> Iterator[str]:
-    """The lines of a text file that aren't blank, one by one."""
+    """The non-blank lines of a text file, one by one."""
     return (line.strip() for _, line in numbered_lines(Path(source)) if line.strip())
 
 
@@ -150,11 +150,11 @@ def _user(where: str, columns: Mapping[str, Any], column: str) -> str:
 
 
 def _check_unicode(where: str, column: str | None, text: str) -> None:
-    """JSON can spell half a character (a lone surrogate), which no tokenizer takes and no file can hold."""
+    """JSON can contain half a character (a lone surrogate), which no tokenizer accepts and no file can store."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataInvalid(f"{where}, column {column!r}: half a character at place {error.start + 1}") from error
+        raise DataInvalid(f"{where}, column {column!r}: lone surrogate at position {error.start + 1}") from error
 
 
 def _names(columns: Mapping[str, Any]) -> str:

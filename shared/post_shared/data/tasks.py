@@ -1,9 +1,9 @@
-"""A task: how a text becomes a question to a language model, and which words are the answers.
+"""A task: the template that turns a text into a question to a language model, and the words that answer it.
 
 Classification is text infilling: ``"{text}, it was"`` (a causal model predicts the next token) or
-``"{text}, it was {mask}"`` (a masked one fills the mask); several label words per class. A template that
-fits one kind is adapted to the other: a ``{mask}`` at the end is dropped or added. A generation task has
-no label words; its answers are free text.
+``"{text}, it was {mask}"`` (a masked model fills the mask), with one or more label words per class. A template for one
+kind of model is adapted to the other: a ``{mask}`` at the end is dropped or added. A generation task has no label
+words; its answers are free text.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_LABELS = 1000
 class Task:
     """A template and, for classification, the label words of each label.
 
-    ``description`` states the task in words; a prompt may start from it. It stays with the data owner:
-    :meth:`spec` leaves it out.
+    ``description`` states the task in words; a prompt may start from it. It stays with the data owner: :meth:`spec`
+    leaves it out.
     """
 
     template: str
@@ -41,9 +41,9 @@ class Task:
     def __post_init__(self) -> None:
         _check_template(self.template)
         if self.label_words is not None:
-            words = {label: tuple(dict.fromkeys(some)) for label, some in self.label_words.items()}
-            _check_label_words(words)
-            object.__setattr__(self, "label_words", words)
+            label_words = {label: tuple(dict.fromkeys(words)) for label, words in self.label_words.items()}
+            _check_label_words(label_words)
+            object.__setattr__(self, "label_words", label_words)
 
     @property
     def is_generation(self) -> bool:
@@ -51,14 +51,14 @@ class Task:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The labels in their fixed order: the order of all scores. Empty for generation."""
+        """The labels in their fixed order, which is the order of all scores. Empty for generation."""
         return tuple(self.label_words or ())
 
     def template_for(self, kind: str) -> str:
         """The template for a ``causal`` or ``masked`` model.
 
         Raises:
-            TaskInvalid: a causal model can't fill a mask in the middle; a masked one can't generate.
+            TaskInvalid: a causal model can't fill a mask in the middle, and a masked model can't generate.
         """
         if kind == "masked":
             if self.is_generation:
@@ -69,29 +69,29 @@ class Task:
         before, after = self.template.split(MASK)
         if after.strip(" ."):
             raise TaskInvalid(
-                f"the template {self.template!r} goes on after {MASK}; a causal model answers at the end, "
+                f"the template {self.template!r} continues after {MASK}; a causal model answers at the end, "
                 f"so move {MASK} there or leave it out"
             )
         return before.rstrip()
 
-    # --- forms ----------------------------------------------------------------------------------------
+    # --- conversions ----------------------------------------------------------------------------------
 
     def spec(self) -> TaskSpec:
         """What crosses the wire: template and label words, nothing else."""
-        words = None if self.label_words is None else {label: list(some) for label, some in self.label_words.items()}
+        words = None if self.label_words is None else {name: list(words) for name, words in self.label_words.items()}
         return TaskSpec(template=self.template, label_words=words)
 
     @classmethod
     def from_spec(cls, spec: TaskSpec) -> Task:
-        words = None if spec.label_words is None else {label: tuple(some) for label, some in spec.label_words.items()}
+        words = None if spec.label_words is None else {name: tuple(words) for name, words in spec.label_words.items()}
         return cls(template=spec.template, label_words=words)
 
     @classmethod
     def load(cls, path: str | Path) -> Task:
-        """Read a task from a JSON file with ``template``, ``label_words`` and, if wanted, ``description``.
+        """Read a task from a JSON file with ``template`` and, optionally, ``label_words`` and ``description``.
 
         Raises:
-            TaskInvalid: no such file, no JSON, unknown or missing members; the message names the file.
+            TaskInvalid: no such file, invalid JSON, unknown or missing members; the message names the file.
         """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -101,9 +101,13 @@ class Task:
 
     @classmethod
     def preset(cls, name: str) -> Task:
-        """One of the paper's tasks by name; see :func:`preset_names`."""
+        """One of the paper's tasks by name; see :func:`preset_names`.
+
+        Raises:
+            TaskInvalid: there is no such preset.
+        """
         if name not in preset_names():
-            raise TaskInvalid(f"there is no preset task {name!r}; there are: {', '.join(preset_names())}")
+            raise TaskInvalid(f"there is no preset task {name!r}; the presets are: {', '.join(preset_names())}")
         document = json.loads((files("post_shared.data") / "presets" / f"{name}.json").read_text(encoding="utf-8"))
         return cls._from_document(document, name)
 
@@ -113,7 +117,7 @@ class Task:
             raise TaskInvalid(f"{where}: a task is a JSON object with template and label_words")
         description = document.pop("description", "")
         if not isinstance(description, str):
-            raise TaskInvalid(f"{where}: description is a text")
+            raise TaskInvalid(f"{where}: description must be a string")
         try:
             task = cls.from_spec(TaskSpec.model_validate(document))
             return cls(task.template, task.label_words, description)
@@ -132,7 +136,7 @@ def preset_names() -> tuple[str, ...]:
 def _check_template(template: str) -> None:
     if template.count(TEXT) != 1:
         raise TaskInvalid(
-            f"the template {template!r} needs exactly one {TEXT}, where the text goes; for example '{TEXT}, it was'"
+            f"the template {template!r} needs exactly one {TEXT} where the text goes; for example '{TEXT}, it was'"
         )
     if template.count(MASK) > 1:
         raise TaskInvalid(f"the template {template!r} has more than one {MASK}")
@@ -140,15 +144,15 @@ def _check_template(template: str) -> None:
 
 def _check_label_words(words: Mapping[str, Sequence[str]]) -> None:
     if len(words) < 2:
-        raise TaskInvalid(f"a classification task has at least two labels, not {len(words)}: {list(words)}")
+        raise TaskInvalid(f"a classification task needs at least two labels, not {len(words)}: {list(words)}")
     if len(words) > MAX_LABELS:
         raise TaskInvalid(f"a task has at most {MAX_LABELS} labels, not {len(words)}")
-    owner: dict[str, str] = {}
-    for label, some in words.items():
+    used_by: dict[str, str] = {}
+    for label, candidates in words.items():
         if not label.strip():
             raise TaskInvalid("a label is empty")
-        if not some or any(not word.strip() for word in some):
+        if not candidates or any(not word.strip() for word in candidates):
             raise TaskInvalid(f"label {label!r} needs at least one label word, and none may be empty")
-        for word in some:
-            if owner.setdefault(word.strip(), label) != label:
-                raise TaskInvalid(f"{word!r} is a label word of both {owner[word.strip()]!r} and {label!r}")
+        for word in candidates:
+            if used_by.setdefault(word.strip(), label) != label:
+                raise TaskInvalid(f"{word!r} is a label word of both {used_by[word.strip()]!r} and {label!r}")

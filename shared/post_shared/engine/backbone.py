@@ -1,6 +1,6 @@
-"""A frozen Hugging Face language model: its facts, and one pass through it.
+"""A frozen Hugging Face language model: its properties, and one pass through it.
 
-No architecture is named here: what differs between families is asked of the configuration or of a signature.
+No architecture is named here: differences between families come from the configuration or a signature.
 Shapes: B rows, T tokens, l prompt vectors, L = l + T positions, d hidden size, V vocabulary.
 """
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, DynamicCache
 
-from post_shared.engine.gated_mlp import keep_less
+from post_shared.engine.gated_mlp import recompute_activations
 from post_shared.engine.kv_cache import can_keep_prefix
 from post_shared.engine.lm_head import Head
-from post_shared.engine.offload import device_of, devices_of, load_again, weights_of
+from post_shared.engine.offload import device_of, devices_of, reload_in_backward, weights_of
 from post_shared.errors import PromptMismatch
 
 Kind = Literal["causal", "masked"]
@@ -27,18 +27,18 @@ Kind = Literal["causal", "masked"]
 class Backbone:
     """A frozen language model in evaluation mode, with its tokenizer.
 
-    Gradients flow through it to a prompt. Its own weights get none; distillation turns that on for its student.
+    Gradients flow through it to a prompt. Its own weights get none; distillation enables them for its student.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.kind: Kind = kind_of(self.model.config)
-        load_again(self.model)
+        reload_in_backward(self.model)
         self._head = Head(self.model)
-        keep_less(self.model)
+        recompute_activations(self.model)
 
-    # --- facts ----------------------------------------------------------------------------------------
+    # --- properties -----------------------------------------------------------------------------------
 
     @property
     def config(self) -> Any:
@@ -62,7 +62,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """The device of the embeddings. Inputs and outputs are there, wherever the layers are."""
+        """The device of the embeddings, where inputs and outputs are, wherever the layers are."""
         return device_of(self.model.get_input_embeddings())
 
     @cached_property
@@ -85,12 +85,12 @@ class Backbone:
         return sum(p.nbytes for p in self.model.parameters())
 
     def weights(self) -> Iterator[Tensor]:
-        """Every distinct weight, one after the other, wherever it is kept."""
+        """Every distinct weight, one by one, wherever it is stored."""
         return weights_of(self.model)
 
     @cached_property
     def max_length(self) -> int:
-        """Positions that the model has, prompt included. A very large number if nothing limits them."""
+        """Positions of the model, prompt included; a very large number if there is no limit."""
         limit = getattr(self.config, "max_position_embeddings", None)
         if not isinstance(limit, int) or limit <= 0:
             return 1_000_000
@@ -105,7 +105,7 @@ class Backbone:
 
     @cached_property
     def keeps_prefix(self) -> bool:
-        """Whether a prompt can be run once and kept as keys and values. In a masked model the prompt sees the text."""
+        """Whether a prompt can be run once and kept as keys and values: not if it sees the text (masked models)."""
         return self.kind == "causal" and can_keep_prefix(self.body, self.config)
 
     # --- forward --------------------------------------------------------------------------------------
@@ -115,9 +115,9 @@ class Backbone:
         return self.model.get_input_embeddings()(token_ids.to(self.device))  # type: ignore[no-any-return]
 
     def hidden(self, token_ids: Tensor, attention_mask: Tensor | None = None, prompt: Tensor | None = None) -> Tensor:
-        """Last hidden states (B, l + T, d) of right-padded rows, with the prompt put before each row.
+        """Last hidden states (B, l + T, d) of right-padded rows, with the prompt prepended to each row.
 
-        ``prompt`` is (l, d), one for all rows, or (B, l, d), a different one per row.
+        ``prompt`` is (l, d), one for all rows, or (B, l, d), one per row.
         A causal model needs no mask here: no real position can see the padding on its right.
         """
         inputs = self.embed(token_ids)
@@ -136,26 +136,26 @@ class Backbone:
         return self._head(hidden, tokens)
 
     def cache_of(self, prompt: Tensor) -> DynamicCache:
-        """Keys and values of ``prompt``, (l, d) or (K, l, d), in every layer, as a cache of one row or of K."""
+        """Keys and values of ``prompt``, (l, d) or (K, l, d), in every layer, as a cache of one row or K rows."""
         self.check_width(prompt)
         inputs = prompt.reshape(-1, *prompt.shape[-2:]).to(self.device, self.dtype)
-        cache = DynamicCache()  # without the configuration: a sliding layer keeps all of the prompt, and masks it
+        cache = DynamicCache()  # without the configuration, so that a sliding layer keeps the whole prompt and masks it
         self.run_body(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
         return cache
 
     def last_hidden(self, **inputs: Any) -> Tensor:
-        """The body's last hidden states, brought back to the device of its inputs."""
+        """The body's last hidden states, moved to the device of its inputs."""
         return self.run_body(**inputs).last_hidden_state.to(self.device)  # type: ignore[no-any-return]
 
     def run_body(self, **inputs: Any) -> Any:
-        """The body's forward, without those inputs that its family doesn't know."""
+        """The body's forward, without the inputs that its family doesn't accept."""
         inputs.setdefault("use_cache", False)
         known = inspect.signature(self.body.forward).parameters
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
         return self.body(**{name: value for name, value in inputs.items() if takes_all or name in known})
 
     def check_width(self, prompt: Tensor) -> None:
-        """Raise :class:`PromptMismatch` if the prompt's vectors are not as wide as the model's."""
+        """Raise :class:`PromptMismatch` if the prompt's width isn't the model's hidden size."""
         if prompt.shape[-1] != self.hidden_size:
             raise PromptMismatch(
                 f"the prompt's vectors have width {prompt.shape[-1]}, the model's hidden size is {self.hidden_size}"

@@ -1,9 +1,8 @@
-"""Passes through a model that are recorded once as CUDA graphs and then replayed.
+"""Passes through a model that are captured once as CUDA graphs and then replayed.
 
-A step that trains a prompt is some thousands of small kernels: on a GPU the processor that launches them, not the
-arithmetic, sets its time. A CUDA graph launches them all at once. It is made for one shape and reads and writes the
-same memory each time, so shapes are made few (:data:`TOKENS`), and a pass whose way back is still to come keeps others
-from being replayed meanwhile: they run as they are.
+A step that trains a prompt launches thousands of small kernels, and on a GPU the launches, not the arithmetic, decide
+its time. A CUDA graph launches them all at once. It is captured for one shape and uses the same memory each time. So
+shapes are kept few (:data:`TOKENS`), and while a pass waits for its backward pass, other passes run eagerly.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from post_shared.engine.backbone import Backbone
 
 log = logging.getLogger("post.cuda_graphs")
 TOKENS = 16
-"""To a multiple of these, texts are padded."""
+"""Texts are padded to a multiple of this."""
 EAGER_RUNS = 1
-"""How often a shape is run as it is before it is recorded, which takes about as long as four steps."""
+"""How often a shape runs eagerly before it is captured, which takes about as long as four steps."""
 MAX_GRAPHS = 32
-"""Shapes that are recorded; more come only where parts are cut by memory, and a step is long then."""
+"""Limit on captured shapes. More occur only where memory limits the micro-batches, and steps are long then."""
 Run = Callable[..., Tensor]
-"""``run(prompt, *others)``: hidden states, and kernels alone, none of which depends on what a tensor holds."""
+"""``run(prompt, *others)`` -> hidden states. It only launches kernels, none of which depends on a tensor's values."""
 
 
 class CapturedPass(Protocol):
-    """A recorded pass: hidden states from a prompt and other tensors, and the prompt's gradient from theirs."""
+    """A captured pass: hidden states from a prompt and other tensors, and the prompt's gradient from theirs."""
 
     def forward(self, prompt: Tensor, others: Sequence[Tensor]) -> Tensor: ...
     def backward(self, gradient: Tensor) -> Tensor: ...
@@ -40,7 +39,7 @@ class CapturedPass(Protocol):
 
 @dataclass(frozen=True)
 class CapturePool:
-    """Where all passes of a graphs are recorded: one ``stream`` takes again what it gave back to ``pool``."""
+    """Memory ``handle`` and ``stream`` in which all passes of a model are captured, so that they reuse one pool."""
 
     handle: Any
     stream: torch.cuda.Stream
@@ -51,66 +50,68 @@ class CapturePool:
 
 
 class CudaPass:
-    """Two CUDA graphs, one for each way, in memory that the passes of a pool share: one is under way at a time."""
+    """Two CUDA graphs, forward and backward. The passes of a pool share its memory: one is in progress at a time."""
 
     def __init__(self, run: Run, prompt: Tensor, others: Sequence[Tensor], pool: CapturePool | None) -> None:
         assert pool is not None
-        self.run = run  # with the tensors that it reads besides
+        self.run = run  # keeps the other tensors that it reads alive
         self.prompt = prompt.detach().clone().requires_grad_()
-        self.others = [each.to(prompt.device, copy=True) for each in others]
-        self._forth, self._back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.others = [tensor.to(prompt.device, copy=True) for tensor in others]
+        self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.device(prompt.device), torch.enable_grad():
-            self._record(pool)
+            self._capture(pool)
 
-    def _record(self, pool: CapturePool) -> None:
-        here = torch.cuda.current_stream()
-        pool.stream.wait_stream(here)
-        with torch.cuda.stream(pool.stream):  # libraries make their workspaces now, not while recording
+    def _capture(self, pool: CapturePool) -> None:
+        current = torch.cuda.current_stream()
+        pool.stream.wait_stream(current)
+        with torch.cuda.stream(pool.stream):  # libraries allocate their workspaces now, not during capture
             self.run(self.prompt, *self.others).sum().backward()  # type: ignore[no-untyped-call]
-        here.wait_stream(pool.stream)
+        current.wait_stream(pool.stream)
         self.prompt.grad = None
-        with torch.cuda.graph(self._forth, pool=pool.handle, stream=pool.stream):
+        with torch.cuda.graph(self._forward_graph, pool=pool.handle, stream=pool.stream):
             self.hidden = self.run(self.prompt, *self.others)
-        self.above = torch.zeros_like(self.hidden)
-        with torch.cuda.graph(self._back, pool=pool.handle, stream=pool.stream):
-            (self.gradient,) = torch.autograd.grad(self.hidden, self.prompt, self.above)
+        self.hidden_gradient = torch.zeros_like(self.hidden)
+        with torch.cuda.graph(self._backward_graph, pool=pool.handle, stream=pool.stream):
+            (self.gradient,) = torch.autograd.grad(self.hidden, self.prompt, self.hidden_gradient)
         self.hidden = self.hidden.detach()
 
     def forward(self, prompt: Tensor, others: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
             self.prompt.copy_(prompt)
-        for mine, given in zip(self.others, others, strict=True):
-            mine.copy_(given)
-        self._forth.replay()
+        for own, new in zip(self.others, others, strict=True):
+            own.copy_(new)
+        self._forward_graph.replay()
         return self.hidden.clone()
 
     def backward(self, gradient: Tensor) -> Tensor:
-        self.above.copy_(gradient)
-        self._back.replay()
+        self.hidden_gradient.copy_(gradient)
+        self._backward_graph.replay()
         return self.gradient.clone()
 
 
 class _Pending:
-    """One pass forth whose way back may be to come."""
+    """A forward pass whose backward pass may still follow."""
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prompt: Tensor, graphs: CudaGraphs, made: CapturedPass, others: Sequence[Tensor]) -> Tensor:
-        ctx.graphs, ctx.made, ctx.pending = graphs, made, _Pending()
-        graphs.pending = weakref.ref(ctx.pending)  # closed by the way back, or when nobody can go it any more
-        return made.forward(prompt, others)
+    def forward(
+        ctx: Any, prompt: Tensor, graphs: CudaGraphs, captured: CapturedPass, others: Sequence[Tensor]
+    ) -> Tensor:
+        ctx.graphs, ctx.captured, ctx.pending = graphs, captured, _Pending()
+        graphs.pending = weakref.ref(ctx.pending)  # ends with the backward pass, or when autograd frees it
+        return captured.forward(prompt, others)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         if ctx.graphs.pending is None or ctx.graphs.pending() is not ctx.pending:
-            raise RuntimeError("a replayed pass can be gone back through once: what it keeps is gone")
+            raise RuntimeError("a replayed pass has one backward pass: its saved tensors were freed or overwritten")
         ctx.graphs.pending = None
-        return ctx.made.backward(gradients[0]), None, None, None
+        return ctx.captured.backward(gradients[0]), None, None, None
 
 
 class CudaGraphs:
-    """The passes of one model, by the shapes of what goes in."""
+    """The passes of one model, by the shapes of their inputs."""
 
     def __init__(
         self, capture: Callable[[Run, Tensor, Sequence[Tensor], CapturePool | None], CapturedPass] = CudaPass
@@ -118,28 +119,28 @@ class CudaGraphs:
         self.capture = capture
         self.made: dict[tuple[Any, ...], CapturedPass] = {}
         self.pending: weakref.ref[_Pending] | None = None
-        """The pass whose way back is to come, if there is one."""
+        """The pass that waits for its backward pass, if there is one."""
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._pool: CapturePool | None = None
         self._refused = False
 
     def __call__(self, run: Run, prompt: Tensor, *others: Tensor) -> Tensor:
-        """What ``run(prompt, *others)`` gives: run as it is, recorded, or replayed.
+        """The result of ``run(prompt, *others)``: eager, captured, or replayed.
 
-        Without gradients nothing is recorded, but what is there is replayed."""
-        shape = tuple((each.shape, each.dtype) for each in (prompt, *others))
-        back = torch.is_grad_enabled() and prompt.requires_grad
+        Without gradients nothing is captured, but a captured shape is replayed."""
+        shape = tuple((tensor.shape, tensor.dtype) for tensor in (prompt, *others))
+        differentiated = torch.is_grad_enabled() and prompt.requires_grad
         pending = self.pending is not None and self.pending() is not None
-        if back and not pending:
+        if differentiated and not pending:
             self._capture_if_known(shape, run, prompt, others)
         if pending or shape not in self.made:
             return self._eagerly(run, prompt, others)
-        if back:
+        if differentiated:
             return _Replayed.apply(prompt, self, self.made[shape], others)  # type: ignore[no-any-return,no-untyped-call]
         return self.made[shape].forward(prompt, others)
 
     def _capture_if_known(self, shape: tuple[Any, ...], run: Run, prompt: Tensor, others: Sequence[Tensor]) -> None:
-        """Record a shape that comes again; a model that can't be, or no memory for it, ends the recording of all."""
+        """Capture a shape that was seen before. The first failure (an operation, or memory) ends capturing for good."""
         self._seen[shape] += 1
         if self._refused or self._seen[shape] <= EAGER_RUNS or shape in self.made or len(self.made) == MAX_GRAPHS:
             return
@@ -153,7 +154,7 @@ class CudaGraphs:
             self._refuse(error)
 
     def _eagerly(self, run: Run, prompt: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """What was recorded gives way where memory ends."""
+        """If memory runs out, free the captured passes and try again."""
         try:
             return run(prompt, *others)
         except torch.OutOfMemoryError as error:
@@ -169,7 +170,7 @@ class CudaGraphs:
 
 
 def _renew_generator(device: torch.device) -> None:
-    """A recording that broke off leaves the GPU's random numbers waiting for its end: go on with them elsewhere."""
+    """A failed capture leaves the GPU's random generator waiting for its end: continue its sequence in a new state."""
     old = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     new = torch.Generator(device).manual_seed(old.initial_seed())
     new.set_offset(old.get_offset())
@@ -183,7 +184,7 @@ def can_capture(model: Backbone) -> bool:
 
 
 def up_to(count: int, multiple: int) -> int:
-    """The least multiple that is no less.
+    """``count``, rounded up to a multiple.
 
     >>> up_to(33, 16)
     48

@@ -1,8 +1,8 @@
-"""Gated feed-forward blocks that keep less for the way back.
+"""Gated feed-forward blocks that keep less for the backward pass.
 
-``down(act(gate(x)) * up(x))`` keeps three wide tensors for each position: the gate, its activation, and what it is
-multiplied with. The activation is cheap to compute again, so two are enough, which is a fifth less of all that a pass
-keeps. Values and gradients are the same to the last bit.
+``down(act(gate(x)) * up(x))`` keeps three wide tensors per position: the gate, its activation, and the factor that the
+activation is multiplied by. The activation is cheap to recompute, so two are enough: a fifth less of everything that a
+pass keeps. Values and gradients are bit-for-bit the same.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from post_shared.engine.offload import device_of
 
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
-"""What a block that is built like that has, in whatever family."""
+"""The members of such a block, in any model family."""
 
 
-def keep_less(model: nn.Module) -> None:
-    """Let every gated block of ``model`` compute its activation again on the way back."""
+def recompute_activations(model: nn.Module) -> None:
+    """Make every gated block of ``model`` recompute its activation in the backward pass."""
     plain: dict[type[nn.Module], bool] = {}
     for module in model.modules():
         if all(callable(getattr(module, name, None)) for name in PARTS):
@@ -32,14 +32,14 @@ def keep_less(model: nn.Module) -> None:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether the block does what :func:`_forward` does: tried on a few numbers."""
+    """Whether the block computes what :func:`_forward` computes, tested on a small sample."""
     weight: Any = getattr(module.gate_proj, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return False
-    taste = torch.linspace(-1.0, 1.0, weight.shape[1], device=device_of(module.gate_proj)).to(weight.dtype)[None, None]
+    sample = torch.linspace(-1.0, 1.0, weight.shape[1], device=device_of(module.gate_proj)).to(weight.dtype)[None, None]
     with torch.no_grad():
         try:
-            return torch.equal(module(taste), _forward(module, taste))
+            return torch.equal(module(sample), _forward(module, sample))
         except (RuntimeError, TypeError, ValueError):
             return False
 
@@ -49,7 +49,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
 
 
 class _Gate(torch.autograd.Function):
-    """``activation(gate) * up``, keeping the two alone."""
+    """``activation(gate) * up``, saving only ``gate`` and ``up``."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Any) -> Tensor:

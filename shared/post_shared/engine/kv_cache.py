@@ -1,6 +1,7 @@
-"""A prompt's key/value prefix: computed once, put before every text, in batches whose rows have different prompts.
+"""A prompt's key/value prefix: computed once and put before every text, also in batches with a prompt per row.
 
-Shapes: B rows, T tokens of text, l prompt vectors, L those of a batch's longest, h key/value heads, e their width.
+Shapes: B rows, T tokens of text, l prompt vectors, L those of the longest prompt in a batch, h key/value heads, e their
+width, S positions of a growing cache.
 """
 
 from __future__ import annotations
@@ -26,69 +27,72 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
-        return sum(each.nbytes for layer in self.layers for each in layer)
+        """Memory of the keys and values, in bytes."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
     def emptied(self) -> Prefix:
-        """That of no prompt, for rows without one among rows with one."""
+        """The prefix of no prompt, for batches in which only some rows have one."""
         return Prefix(tuple((keys[:0], values[:0]) for keys, values in self.layers), 0)
 
     @classmethod
     def of(cls, cache: DynamicCache) -> Prefix:
-        """What a pass over one prompt left in ``cache``: every layer (1, h, l, e) -> (l, h, e)."""
+        """The prefix from the ``cache`` of a pass over one prompt: every layer (1, h, l, e) -> (l, h, e)."""
         layers = [
-            tuple(each[0].transpose(0, 1).contiguous() for each in (layer.keys, layer.values)) for layer in cache.layers
+            tuple(states[0].transpose(0, 1).contiguous() for states in (layer.keys, layer.values))
+            for layer in cache.layers
         ]
         return cls(tuple(layers), layers[0][0].shape[0])
 
 
 def can_keep_prefix(body: nn.Module, config: Any) -> bool:
-    """Whether keys and values are all that a text sees of a prompt: attention in every layer, no recurrent state."""
+    """Whether a text sees nothing of a prompt but keys and values: attention in every layer, no recurrent state."""
     if "past_key_values" not in inspect.signature(body.forward).parameters:
         return False
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def behind(prefixes: Sequence[Prefix], tokens: int, device: torch.device, *, keep: bool = False) -> dict[str, Any]:
-    """What a body's forward takes so that row i of B rows with T = ``tokens`` stands behind ``prefixes[i]``.
+def inputs_behind(
+    prefixes: Sequence[Prefix], tokens: int, device: torch.device, *, growing: bool = False
+) -> dict[str, Any]:
+    """Arguments of a body's forward that put row i of B rows with T = ``tokens`` behind ``prefixes[i]``.
 
-    Shorter prefixes are padded on the left, hidden by the mask, and every row counts its positions from its own
-    prompt's end: each result is that of the row alone. With ``keep`` the cache goes on growing (generation).
+    Shorter prefixes are padded on the left and masked, and every row counts its positions from its own prompt's end:
+    each result equals that of the row alone. With ``growing``, the cache also stores the texts (generation).
     """
-    make = GrowingLayer if keep else _PassingLayer
-    parts = zip(*(prefix.layers for prefix in prefixes), strict=True)  # by layer, (keys, values) of each row
-    layers = [make([keys for keys, _ in rows], [values for _, values in rows]) for rows in parts]
+    layer_class = GrowingLayer if growing else _PassingLayer
+    by_layer = zip(*(prefix.layers for prefix in prefixes), strict=True)  # (keys, values) of each row
+    layers = [layer_class([keys for keys, _ in rows], [values for _, values in rows]) for rows in by_layer]
     lengths = torch.tensor([prefix.length for prefix in prefixes])  # (B,)
     return {
         "past_key_values": Cache(layers=layers),
         "use_cache": True,
-        **padded_on_the_left(lengths, int(lengths.max()), tokens, device),
+        **left_padding(lengths, int(lengths.max()), tokens, device),
     }
 
 
-def padded_on_the_left(lengths: Tensor, longest: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
-    """Mask (B, longest + T) and positions (B, T) of T new tokens behind B rows of ``lengths``; none when alike."""
+def left_padding(lengths: Tensor, longest: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """Mask (B, longest + T) and positions (B, T) of T new tokens behind B rows of ``lengths``; {} if none is padded."""
     if int(lengths.min()) == longest:
         return {}
-    place = torch.arange(longest + tokens)
+    positions = torch.arange(longest + tokens)
     return {
-        "attention_mask": (place >= longest - lengths[:, None]).long().to(device),
+        "attention_mask": (positions >= longest - lengths[:, None]).long().to(device),
         "position_ids": (lengths[:, None] + torch.arange(tokens)).to(device),
     }
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(rows: Sequence[Tensor]) -> Tensor:
     """Rows (l, h, e) of different l -> (B, h, L, e), padded on the left."""
-    return pad_sequence(list(parts), batch_first=True, padding_side="left").transpose(1, 2)
+    return pad_sequence(list(rows), batch_first=True, padding_side="left").transpose(1, 2)
 
 
 class RowsLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values of rows' prefixes, (B, h, L, e) each. Those of texts are put behind, and not kept."""
+    """One layer's keys and values of the rows' prefixes, (B, h, L, e) each. Those of texts are appended, not stored."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self._seen, self._length = (keys, values), int(keys.shape[-2])
+        self._states, self._length = (keys, values), int(keys.shape[-2])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -101,16 +105,16 @@ class RowsLayer(DynamicLayer):  # type: ignore[misc]
         return self._length
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
-        return self._seen
+        return self._states
 
 
 class _PassingLayer(RowsLayer):
-    """One layer's prefixes, joined when the layer runs and forgotten afterwards: one layer at a time is copied."""
+    """One layer's prefixes, joined when the layer runs and freed afterwards: only one layer is copied at a time."""
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         DynamicLayer.__init__(self)
         self._parts = (keys, values)
-        self._length = max(each.shape[0] for each in keys)
+        self._length = max(row.shape[0] for row in keys)
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
         keys, values = map(_joined, self._parts)
@@ -118,46 +122,46 @@ class _PassingLayer(RowsLayer):
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values, (B, h, S, e) with room for more: a step copies one position, not all before it."""
+    """One layer's keys and values, (B, h, S, e), with reserved space: a step copies one position, not all before it."""
 
-    _ROOM = 64
+    _RESERVED = 64
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
-        self._kept = (_joined(keys), _joined(values))
-        self._length = int(self._kept[0].shape[-2])
+        self._buffers = (_joined(keys), _joined(values))
+        self._length = int(self._buffers[0].shape[-2])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Add the new positions; keys and values of all."""
+        """Append the new positions; returns keys and values of all positions."""
         start, self._length = self._length, self._length + key_states.shape[-2]
-        if self._length > self._kept[0].shape[-2]:
-            more = self._length + self._ROOM - self._kept[0].shape[-2]
-            self._kept = (
-                nn.functional.pad(self._kept[0], (0, 0, 0, more)),
-                nn.functional.pad(self._kept[1], (0, 0, 0, more)),
+        if self._length > self._buffers[0].shape[-2]:
+            added = self._length + self._RESERVED - self._buffers[0].shape[-2]
+            self._buffers = (
+                nn.functional.pad(self._buffers[0], (0, 0, 0, added)),
+                nn.functional.pad(self._buffers[1], (0, 0, 0, added)),
             )
-        for kept, new in zip(self._kept, (key_states, value_states), strict=True):
-            kept[:, :, start : self._length] = new
-        return self._all()
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self._length] = new
+        return self._used()
 
     def get_seq_length(self) -> int:
         return self._length
 
-    def pick(self, rows: Tensor, places: Tensor) -> None:
-        """Keep of ``rows`` (B',) the positions ``places`` (B', S')."""
-        keys, values = (each.transpose(1, 2)[rows[:, None], places].transpose(1, 2) for each in self._all())
-        self._kept, self._length = (keys, values), int(places.shape[1])
+    def pick(self, rows: Tensor, positions: Tensor) -> None:
+        """Keep ``positions`` (B', S') of ``rows`` (B',)."""
+        keys, values = (states.transpose(1, 2)[rows[:, None], positions].transpose(1, 2) for states in self._used())
+        self._buffers, self._length = (keys, values), int(positions.shape[1])
 
     def append(self, other: GrowingLayer) -> None:
-        """Add the rows of ``other``, the shorter of the two padded on the left."""
+        """Append the rows of ``other``; the shorter of the two is padded on the left."""
         length = max(self._length, other._length)
         keys, values = (
-            torch.cat([nn.functional.pad(each, (0, 0, length - each.shape[-2], 0)) for each in both])
-            for both in zip(self._all(), other._all(), strict=True)
+            torch.cat([nn.functional.pad(states, (0, 0, length - states.shape[-2], 0)) for states in pair])
+            for pair in zip(self._used(), other._used(), strict=True)
         )
-        self._kept, self._length = (keys, values), length
+        self._buffers, self._length = (keys, values), length
 
-    def _all(self) -> tuple[Tensor, Tensor]:
-        return self._kept[0][:, :, : self._length], self._kept[1][:, :, : self._length]
+    def _used(self) -> tuple[Tensor, Tensor]:
+        return self._buffers[0][:, :, : self._length], self._buffers[1][:, :, : self._length]

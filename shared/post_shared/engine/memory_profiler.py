@@ -1,4 +1,4 @@
-"""How much memory tensors take while they live: exact, the same on every run, on any device."""
+"""How much memory live tensors take: exact, the same on every run, on any device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that operations make, while they live."""
+    """Counts the bytes of all live tensors that operations create."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -21,11 +21,11 @@ class TensorMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, torch.Tensor):
-                self._count(each.untyped_storage())
-        return made
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return output
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         name, size = storage._cdata, storage.nbytes()
@@ -41,9 +41,9 @@ class TensorMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes of tensors that ``work`` makes and that live at a time."""
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The peak of the bytes of live tensors that ``run`` creates."""
     with TensorMemory() as memory:
-        work()
+        run()
     peak: int = memory.peak
     return peak

@@ -1,1 +1,1 @@
-"""Files that strangers send: bytes are checked here before they become tensors."""
+"""Files from untrusted parties: bytes are checked here before they become tensors."""

@@ -1,7 +1,7 @@
-"""A model as a folder of files: its manifest, its hash, and the refusal of anything unsafe. Never imports torch.
+"""A model as a folder of files: its manifest, its hash, and checks that refuse unsafe folders. Never imports torch.
 
-The data owner doesn't trust the provider's model and the provider doesn't trust a model found somewhere. A
-folder may hold weights in safetensors, a tokenizer and configurations; nothing that runs code when loaded.
+The data owner doesn't trust the provider's model, and the provider doesn't trust a model from the internet. A folder
+may contain weights in safetensors, a tokenizer and configurations, but nothing that runs code when it is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from post_shared.schemas.models import ModelFile
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})
 WEIGHTS = ".safetensors"
 REFUSED_NAMES = frozenset({"adapter_config.json"})
-"""With it, transformers fetches a base model by name from elsewhere."""
+"""Such a file makes transformers fetch a base model by name."""
 REFUSED_MEMBERS = {
     "auto_map": "it names Python code to run",
     "custom_pipelines": "it names Python code to run",
@@ -28,9 +28,9 @@ REFUSED_MEMBERS = {
     "quantization_config": "POST takes plain weights only; convert the model first",
 }
 KERNEL_MEMBERS = ("attn_implementation", "experts_implementation")
-"""Members with such names, ``_attn_implementation_internal`` too, say which kernel computes a layer."""
+"""Members whose names contain these, such as ``_attn_implementation_internal``, select the kernel of a layer."""
 PLAIN_KERNELS = (None, "eager", "sdpa")
-"""Other kernels' names can make transformers fetch code."""
+"""Other kernel names can make transformers fetch code."""
 MAX_FILES = 2_000
 MAX_HEADER = 64 * 2**20
 MAX_TOTAL = 2**40
@@ -51,7 +51,7 @@ DIMENSIONS = {
     "max_position_embeddings": 2**27,
     "type_vocab_size": 2**16,
 }
-"""The largest sizes that a configuration may announce: a loader allocates by them."""
+"""Limits on the sizes in a configuration, since a loader allocates memory by them."""
 
 
 # --- manifest -----------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def manifest(folder: Path) -> list[ModelFile]:
     """Every file of the folder with its size and SHA-256, sorted by path.
 
     Raises:
-        ModelUnsafe: a path that isn't plain, or a link.
+        ModelUnsafe: a path isn't plain, or is a link.
     """
     return [
         ModelFile(path=path, size=(folder / path).stat().st_size, sha256=sha256_of(folder / path))
@@ -70,7 +70,7 @@ def manifest(folder: Path) -> list[ModelFile]:
 
 
 def model_hash(files: Sequence[ModelFile]) -> str:
-    """SHA-256 of the canonical JSON ``[{"path","sha256","size"}, …]``, sorted by path: the model's name."""
+    """SHA-256 of the canonical JSON ``[{"path","sha256","size"}, …]``, sorted by path: the model's identity."""
     entries = [{"path": file.path, "sha256": file.sha256, "size": file.size} for file in files]
     entries.sort(key=lambda entry: str(entry["path"]))
     canonical = json.dumps(entries, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -78,16 +78,16 @@ def model_hash(files: Sequence[ModelFile]) -> str:
 
 
 def verify(folder: Path, files: Sequence[ModelFile]) -> None:
-    """The folder holds exactly these files.
+    """Check that the folder contains exactly these files.
 
     Raises:
-        IntegrityError: names the first file that is missing, left over or different.
+        IntegrityError: names the first file that is missing, unexpected or different.
     """
     expected = {file.path: file for file in files}
-    found = set(_paths(folder))
-    for path in sorted(found ^ set(expected)):
-        what = "isn't in the manifest" if path in found else "is missing"
-        raise IntegrityError(f"{folder.name}: {path} {what}; pull the model again")
+    present = set(_paths(folder))
+    for path in sorted(present ^ set(expected)):
+        problem = "isn't in the manifest" if path in present else "is missing"
+        raise IntegrityError(f"{folder.name}: {path} {problem}; pull the model again")
     for path, file in sorted(expected.items()):
         size = (folder / path).stat().st_size
         if size != file.size or sha256_of(folder / path) != file.sha256:
@@ -104,20 +104,22 @@ def sha256_of(path: Path) -> str:
 
 
 def check_path(path: str) -> None:
-    """A path of a manifest, before it is used as a place on the disk: relative, plain and of a known kind.
+    """Check a path from a manifest before it is used on the disk: relative, plain and of a known file type.
 
     Raises:
-        ModelUnsafe: says what is wrong with it.
+        ModelUnsafe: names the problem.
     """
     parts = path.split("/")
     shown = repr(path[:80])
     if len(path) > 255 or not path.isascii() or not path.isprintable() or set(path) & set('\\:*?"<>|'):
-        raise ModelUnsafe(f'{shown} is no plain file name: only printable ASCII without \\ : * ? " < > | is taken')
+        raise ModelUnsafe(
+            f'{shown} is not a plain file name: only printable ASCII without \\ : * ? " < > | is accepted'
+        )
     if any(part in ("", ".", "..") or part[0] in ".~ -" or part[-1] in ". " for part in parts):
-        raise ModelUnsafe(f"{shown} leaves the model's folder or hides in it")
+        raise ModelUnsafe(f"{shown} leaves the model's folder or is hidden in it")
     if Path(parts[-1]).suffix not in SUFFIXES:
         raise ModelUnsafe(
-            f"{shown} is of a kind that POST doesn't load; a model is made of {', '.join(sorted(SUFFIXES))} files "
+            f"{shown} has a file type that POST doesn't load; a model consists of {', '.join(sorted(SUFFIXES))} files "
             "(save weights as safetensors: pickles can run code)"
         )
     if parts[-1] in REFUSED_NAMES:
@@ -125,7 +127,7 @@ def check_path(path: str) -> None:
 
 
 def check_safe(folder: Path, *, max_bytes: int = MAX_TOTAL) -> None:
-    """Nothing in the folder runs code, points outside or announces absurd sizes when it is loaded.
+    """Check that nothing in the folder runs code, points outside it or claims absurd sizes when it is loaded.
 
     Raises:
         ModelUnsafe: names the file and the reason.
@@ -135,32 +137,32 @@ def check_safe(folder: Path, *, max_bytes: int = MAX_TOTAL) -> None:
         size, suffix = (folder / path).stat().st_size, Path(path).suffix
         total += size
         if size > MAX_SIZE[suffix] or total > max_bytes:
-            raise ModelUnsafe(f"{path}: with {size} bytes it is larger than a model's file may be")
-        _CHECKS.get(suffix, _nothing)(folder, path)
+            raise ModelUnsafe(f"{path}: {size} bytes are larger than a model's file may be")
+        _CHECKS.get(suffix, _no_check)(folder, path)
     if "config.json" not in paths or not any(path.endswith(WEIGHTS) for path in paths):
         raise ModelUnsafe(f"{folder.name}: a model needs config.json and weights in .safetensors")
 
 
 def _paths(folder: Path) -> Iterator[str]:
-    """Relative paths, sorted; every one plain, none a link, not too many."""
+    """Relative paths, sorted; all plain, none a link, at most ``MAX_FILES``."""
     if not folder.is_dir():
         raise ModelUnsafe(f"{folder}: there is no such folder")
-    found: list[str] = []
-    for here, folders, files in os.walk(folder):
+    paths: list[str] = []
+    for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
-            place = Path(here, name)
-            path = place.relative_to(folder).as_posix()
-            if place.is_symlink() or not (place.is_dir() or place.is_file()):
-                raise ModelUnsafe(f"{path} is a link or no regular file")
-            if place.is_file():
+            file = Path(parent, name)
+            path = file.relative_to(folder).as_posix()
+            if file.is_symlink() or not (file.is_dir() or file.is_file()):
+                raise ModelUnsafe(f"{path} is a link or not a regular file")
+            if file.is_file():
                 check_path(path)
-                found.append(path)
-        if len(found) > MAX_FILES:
+                paths.append(path)
+        if len(paths) > MAX_FILES:
             raise ModelUnsafe(f"{folder.name}: more than {MAX_FILES} files")
-    return iter(sorted(found))
+    return iter(sorted(paths))
 
 
-def _nothing(folder: Path, path: str) -> None:
+def _no_check(folder: Path, path: str) -> None:
     return
 
 
@@ -171,7 +173,7 @@ def _check_weights(folder: Path, path: str) -> None:
             length = header_length(file.read(PREFIX), size, MAX_HEADER)
             parse_header(file.read(length), size - PREFIX - length)
         except HeaderInvalid as error:
-            raise ModelUnsafe(f"{path}: no valid safetensors file: {error}") from error
+            raise ModelUnsafe(f"{path}: not a valid safetensors file: {error}") from error
 
 
 def _check_json(folder: Path, path: str) -> None:
@@ -180,7 +182,7 @@ def _check_json(folder: Path, path: str) -> None:
     except (ValueError, RecursionError) as error:
         raise ModelUnsafe(f"{path}: not JSON") from error
     for name, value in _members(document):
-        # In a vocabulary such a word may be a token; then its value is a number.
+        # In a vocabulary, such a word may be a token, whose value is a number.
         if name in REFUSED_MEMBERS and type(value) is not int and value is not None:
             raise ModelUnsafe(f"{path}: {name!r} is refused: {REFUSED_MEMBERS[name]}")
         if any(member in name for member in KERNEL_MEMBERS) and not _plain_kernel(value):
@@ -198,7 +200,7 @@ def _plain_kernel(value: Any) -> bool:
 
 def _check_weight_map(folder: Path, path: str, value: Any) -> None:
     if not isinstance(value, dict):
-        raise ModelUnsafe(f"{path}: 'weight_map' is no object")
+        raise ModelUnsafe(f"{path}: 'weight_map' is not an object")
     for name in set(map(str, value.values())):
         check_path(name)
         if not (folder / path).parent.joinpath(name).is_file():
@@ -214,14 +216,14 @@ def _check_dimension(path: str, name: str, value: Any) -> None:
 
 def _members(document: Any) -> Iterator[tuple[str, Any]]:
     """Every named member of a JSON document, at any depth."""
-    rest = [document]
-    while rest:
-        value = rest.pop()
+    remaining = [document]
+    while remaining:
+        value = remaining.pop()
         if isinstance(value, dict):
             yield from value.items()
-            rest.extend(value.values())
+            remaining.extend(value.values())
         elif isinstance(value, list):
-            rest.extend(value)
+            remaining.extend(value)
 
 
 _CHECKS: dict[str, Callable[[Path, str], None]] = {WEIGHTS: _check_weights, ".json": _check_json}

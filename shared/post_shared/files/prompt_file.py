@@ -1,19 +1,19 @@
 """The prompt file: the only thing that leaves the data owner. Never imports torch.
 
-It is a safetensors file with exactly one tensor, ``prompt_embeddings``: float32 [length, width], so PEFT can
-read it as a prompt-tuning adapter, and these metadata, all texts:
+It is a safetensors file with exactly one tensor, ``prompt_embeddings``: float32 [length, width], so PEFT can read it as
+a prompt-tuning adapter. Its metadata are strings:
 
 ==============  ==========================================================================
 ``format``      ``post.prompt``
 ``version``     ``1``
 ``model_hash``  SHA-256 of the model that the prompt was tuned on
 ``task``        JSON: the template and, for classification, the label words
-``epsilon``     with differential privacy only: the ε that the data owner states
+``epsilon``     with differential privacy only: the ε that the data owner claims
 ``delta``       with differential privacy only: its δ
 ==============  ==========================================================================
 
-There is one way to write a given prompt, and a reader accepts no other: key order, spaces and digits can't
-carry anything out.
+A given prompt has exactly one encoding, and a reader accepts no other: key order, spaces and digits can't carry hidden
+information.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class PromptFile:
         _check_embeddings(self.embeddings)
         _check_hash(self.model_hash)
         _check_privacy(self.epsilon, self.delta)
-        kept = np.array(self.embeddings, dtype="<f4", order="C", copy=True)
-        object.__setattr__(self, "embeddings", kept)
+        copied = np.array(self.embeddings, dtype="<f4", order="C", copy=True)
+        object.__setattr__(self, "embeddings", copied)
 
     @property
     def length(self) -> int:
@@ -69,7 +69,7 @@ class PromptFile:
 
 
 def write_prompt(prompt: PromptFile) -> bytes:
-    """The bytes of a prompt file: the same for the same prompt, always.
+    """The bytes of a prompt file, always the same for the same prompt.
 
     Raises:
         PromptFileInvalid: the task is too long for the header.
@@ -79,18 +79,18 @@ def write_prompt(prompt: PromptFile) -> bytes:
     try:
         header = _json({"__metadata__": _metadata(prompt), TENSOR: tensor}).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PromptFileInvalid("the task holds characters that are no valid Unicode text") from error
-    header += b" " * (-len(header) % 8)  # the tensor starts at a multiple of eight
+        raise PromptFileInvalid("the task contains characters that aren't valid Unicode text") from error
+    header += b" " * (-len(header) % 8)  # aligns the tensor to eight bytes
     if len(header) > MAX_HEADER:
-        raise PromptFileInvalid(f"the task makes a header of {len(header)} bytes; at most {MAX_HEADER} are allowed")
+        raise PromptFileInvalid(f"the task needs a header of {len(header)} bytes; at most {MAX_HEADER} are allowed")
     return len(header).to_bytes(PREFIX, "little") + header + prompt.embeddings.tobytes()
 
 
 def read_prompt(data: bytes, *, max_bytes: int = MAX_BYTES) -> PromptFile:
-    """Read untrusted bytes. Size, header, names, shape and dtype are checked before a tensor is made of them.
+    """Read untrusted bytes. Size, header, names, shape and dtype are checked before a tensor is created.
 
     Raises:
-        PromptFileInvalid: says which check failed. Nothing else is ever raised.
+        PromptFileInvalid: names the failed check. Nothing else is ever raised.
     """
     if len(data) > max_bytes:
         raise PromptFileInvalid(f"{len(data)} bytes; a prompt file has at most {max_bytes}")
@@ -100,7 +100,7 @@ def read_prompt(data: bytes, *, max_bytes: int = MAX_BYTES) -> PromptFile:
     except HeaderInvalid as error:
         raise PromptFileInvalid(str(error)) from error
     shape = _shape(header)
-    metadata = _closed(header.metadata)
+    metadata = _checked_metadata(header.metadata)
     embeddings = np.frombuffer(data, dtype="<f4", offset=end).reshape(shape)
     prompt = PromptFile(
         embeddings=embeddings,
@@ -110,7 +110,7 @@ def read_prompt(data: bytes, *, max_bytes: int = MAX_BYTES) -> PromptFile:
         delta=_number(metadata, "delta"),
     )
     if write_prompt(prompt) != data:
-        raise PromptFileInvalid("it isn't written in the one form of a prompt file: order, spaces or digits differ")
+        raise PromptFileInvalid("it isn't in the one form of a prompt file: order, spaces or digits differ")
     return prompt
 
 
@@ -137,7 +137,7 @@ def _metadata(prompt: PromptFile) -> dict[str, str]:
 def _shape(header: Header) -> tuple[int, int]:
     names = [entry.name for entry in header.entries]
     if names != [TENSOR]:
-        raise PromptFileInvalid(f"it holds {len(names)} tensors; a prompt file holds one, {TENSOR!r}")
+        raise PromptFileInvalid(f"it contains {len(names)} tensors; a prompt file contains one, {TENSOR!r}")
     entry = header.entries[0]
     if entry.dtype != "F32":
         raise PromptFileInvalid(f"the tensor has dtype {entry.dtype}; it must be F32")
@@ -148,10 +148,10 @@ def _shape(header: Header) -> tuple[int, int]:
     return length, width
 
 
-def _closed(metadata: dict[str, str]) -> dict[str, str]:
+def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
     unknown = sorted(set(metadata) - REQUIRED - PRIVACY)
     if unknown:
-        raise PromptFileInvalid(f"unknown metadata {unknown[0][:40]!r}; only {sorted(REQUIRED | PRIVACY)} may be there")
+        raise PromptFileInvalid(f"unknown metadata {unknown[0][:40]!r}; only {sorted(REQUIRED | PRIVACY)} are allowed")
     missing = sorted(REQUIRED - set(metadata))
     if missing:
         raise PromptFileInvalid(f"the metadata {missing[0]!r} is missing")
@@ -165,13 +165,13 @@ def _closed(metadata: dict[str, str]) -> dict[str, str]:
 def _task(text: str) -> TaskSpec:
     try:
         document = json.loads(text)
-        form = TaskSpec.model_validate(document, strict=True)
-        Task.from_spec(form)
+        spec = TaskSpec.model_validate(document, strict=True)
+        Task.from_spec(spec)
     except InvalidInput as error:
         raise PromptFileInvalid(f"the task: {error.detail}") from error
     except (ValueError, RecursionError) as error:  # JSON and pydantic errors are ValueErrors
-        raise PromptFileInvalid("the task is no task form: a template and, if it classifies, label words") from error
-    return form
+        raise PromptFileInvalid("the task needs a template and, for classification, label words") from error
+    return spec
 
 
 def _number(metadata: dict[str, str], name: str) -> float | None:
@@ -197,12 +197,12 @@ def _check_embeddings(embeddings: NDArray[np.float32]) -> None:
         raise PromptFileInvalid(f"a prompt is float32 [length, width], not {embeddings.dtype} {embeddings.shape}")
     _check_shape(*embeddings.shape)
     if not np.isfinite(embeddings).all():
-        raise PromptFileInvalid("the prompt holds NaN or infinite numbers")
+        raise PromptFileInvalid("the prompt contains NaN or infinite values")
 
 
 def _check_hash(text: str) -> None:
     if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
-        raise PromptFileInvalid("model_hash is no SHA-256 in lower-case hexadecimal")
+        raise PromptFileInvalid("model_hash is not a SHA-256 in lower-case hexadecimal")
 
 
 def _check_privacy(epsilon: float | None, delta: float | None) -> None:

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read without trusting it and without reading a single weight.
+"""The header of an untrusted safetensors file, checked without reading any weights.
 
-A file is: eight bytes (little endian) with the length of the header, the header in JSON, the tensors. All of
-it is checked here before anyone allocates: the safetensors library then meets sound files only.
+A file consists of eight bytes (little endian) with the length of the header, the header in JSON, and the tensors. The
+header is checked completely before any memory is allocated, so the safetensors library only reads valid files.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MAX_DIMENSION = 2**40
 
 
 class HeaderInvalid(ValueError):
-    """What is wrong, in words. Callers turn it into their own error."""
+    """The problem, in words. Callers turn it into their own error."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as the header announces it; offsets count from the end of the header."""
+    """One tensor as the header describes it; offsets count from the end of the header."""
 
     name: str
     dtype: str
@@ -50,7 +50,7 @@ class Entry:
 @dataclass(frozen=True)
 class Header:
     entries: tuple[Entry, ...]
-    """In the order of their bytes."""
+    """Sorted by their offsets."""
     metadata: dict[str, str]
 
 
@@ -58,25 +58,27 @@ def header_length(prefix: bytes, total: int, limit: int) -> int:
     """The length of the header, from a file's first eight bytes, if it fits ``total`` bytes and ``limit``.
 
     Raises:
-        HeaderInvalid: cut off, or longer than the file or the limit.
+        HeaderInvalid: the file is truncated, or the header is longer than the file or the limit.
     """
     if len(prefix) < PREFIX:
         raise HeaderInvalid(f"the file has {len(prefix)} bytes; a safetensors file starts with {PREFIX}")
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > limit:
         raise HeaderInvalid(
-            f"it announces a header of {length} bytes, of which at most {limit} are allowed: is it a safetensors file?"
+            f"it announces a header of {length} bytes, but at most {limit} are allowed: is it a safetensors file?"
         )
     if length > total - PREFIX:
-        raise HeaderInvalid(f"it announces a header of {length} bytes, but only {total - PREFIX} follow: cut off?")
+        raise HeaderInvalid(
+            f"it announces a header of {length} bytes, but only {total - PREFIX} follow: is the file truncated?"
+        )
     return length
 
 
 def parse_header(header: bytes, data_bytes: int) -> Header:
-    """Check a whole header against the number of bytes that follow it.
+    """Parse a header and check it against the number of bytes that follow it.
 
     Raises:
-        HeaderInvalid: no JSON object, unknown members or dtypes, shapes that don't fit the offsets, gaps,
+        HeaderInvalid: not a JSON object, unknown members or dtypes, shapes that don't match the offsets, gaps,
             overlaps, or tensors that don't fill the data exactly.
     """
     try:
@@ -87,7 +89,7 @@ def parse_header(header: bytes, data_bytes: int) -> Header:
         raise HeaderInvalid("the header is not a JSON object")
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise HeaderInvalid("the metadata are not texts")
+        raise HeaderInvalid("the metadata must be strings")
     entries = sorted((_entry(name, value) for name, value in document.items()), key=lambda entry: entry.begin)
     end = 0
     for entry in entries:
@@ -95,20 +97,20 @@ def parse_header(header: bytes, data_bytes: int) -> Header:
             raise HeaderInvalid(f"tensor {entry.name!r} starts at byte {entry.begin}; expected {end}")
         end = entry.end
     if end != data_bytes:
-        raise HeaderInvalid(f"the tensors take {end} bytes, but {data_bytes} follow the header: cut off or too long")
+        raise HeaderInvalid(f"the tensors take {end} bytes, but {data_bytes} follow the header: truncated or too long")
     return Header(tuple(entries), metadata)
 
 
 def _entry(name: str, value: Any) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise HeaderInvalid(f"tensor {name!r} needs dtype, shape and data_offsets, nothing else")
+        raise HeaderInvalid(f"tensor {name!r} needs dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BYTES:
         raise HeaderInvalid(f"tensor {name!r} has the unknown dtype {str(dtype)[:20]!r}")
     if not _sizes(shape) or len(shape) > 8:
         raise HeaderInvalid(f"tensor {name!r} has an impossible shape")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * BYTES[dtype]:
-        raise HeaderInvalid(f"tensor {name!r}: the offsets don't fit shape and dtype")
+        raise HeaderInvalid(f"tensor {name!r}: the offsets don't match shape and dtype")
     return Entry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 

@@ -1,1 +1,1 @@
-"""Answers: classification, generation and evaluation."""
+"""Inference: classification, generation and evaluation."""

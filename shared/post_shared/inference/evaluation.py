@@ -1,8 +1,8 @@
-"""What a model makes of a task, with or without a prompt."""
+"""Evaluation of a model on a task, with or without a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +16,15 @@ from post_shared.inference.generation import continuations
 from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
 from post_shared.model.memory_plan import plan_pass
+from post_shared.training.progress import Progress, ProgressCallback
+
+CHUNK = 64
+"""Texts between two calls of a progress callback."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``accuracy`` is the share of right answers (exact match for generation); ``recall`` that of each label."""
+    """``accuracy`` is the share of correct answers (exact match for generation); ``recall`` is per label."""
 
     accuracy: float
     rows: int
@@ -35,17 +39,17 @@ def classify(
     *,
     max_length: int = 128,
 ) -> Tensor:
-    """Class probabilities (N, C), in the order of ``texts`` and of ``task.labels``, as they are served.
+    """Class probabilities (N, C), in the order of ``texts`` and of ``task.labels``, computed as in serving.
 
-    ``prompt`` is (l, d) or, cheaper in several calls, what was made ready of it.
+    ``prompt`` is (l, d) or, cheaper for several calls, a :class:`ServedPrompt`.
 
     Raises:
-        InvalidInput: the model's answers to this prompt are no numbers.
+        InvalidInput: the model's outputs are NaN or infinite.
     """
-    ready = prompt if isinstance(prompt, ServedPrompt) else ServedPrompt.of(model, task, prompt)
-    scores = [each.scores for each in classify_mixed(model, texts, [ready] * len(texts), max_length=max_length)]
+    served = prompt if isinstance(prompt, ServedPrompt) else ServedPrompt.of(model, task, prompt)
+    scores = [result.scores for result in classify_mixed(model, texts, [served] * len(texts), max_length=max_length)]
     if None in scores:
-        raise InvalidInput("the model's answers are no numbers; with a prompt of far too large ones, tune it again")
+        raise InvalidInput("the model's outputs are NaN or infinite; if the prompt has huge values, tune it again")
     return torch.tensor(scores).reshape(len(texts), len(task.labels))
 
 
@@ -59,7 +63,7 @@ def generate(
     max_length: int = 128,
     max_new_tokens: int = 16,
 ) -> list[str]:
-    """Free answers of a generation task, greedy, in the order of ``texts``.
+    """Greedy answers of a generation task, in the order of ``texts``.
 
     Raises:
         InvalidInput: the model can't generate.
@@ -69,13 +73,13 @@ def generate(
     reserved = max_new_tokens + (0 if prefix is None else prefix.length)
     encoded = encode_rows(model, task, texts, max_length, reserved=reserved)
     answers = [""] * len(texts)
-    each = max_length + reserved
-    cached = 2 * model.prefix(torch.zeros(1, model.hidden_size)).nbytes  # a position's keys and values, as they grow
-    fits = plan_pass(model, longest=each, kept=cached).positions // each
+    longest = max_length + reserved
+    cached = 2 * model.prefix(torch.zeros(1, model.hidden_size)).nbytes  # keys and values per position; growing copies
+    fits = plan_pass(model, longest=longest, kept=cached).positions // longest
     for batch in encoded.in_order_of_length(min(batch_size, fits)):
-        made = continuations(model, [encoded.rows[at].token_ids for at in batch.index], prefix, max_new_tokens)
-        for at, answer in zip(batch.index, made, strict=True):
-            answers[at] = answer
+        generated = continuations(model, [encoded.rows[i].token_ids for i in batch.index], prefix, max_new_tokens)
+        for i, answer in zip(batch.index, generated, strict=True):
+            answers[i] = answer
     return answers
 
 
@@ -86,46 +90,86 @@ def evaluate(
     prompt: Tensor | None = None,
     *,
     max_length: int = 128,
+    on_progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Accuracy over labelled rows; exact match (case and outer space aside) for a generation task.
+    """Accuracy over labelled rows; for a generation task, exact match up to case and outer whitespace.
+
+    With ``on_progress``, texts run in chunks, so that the evaluation can be followed and cancelled.
 
     Raises:
-        DataInvalid: a row without a label, or none at all.
-        TaskInvalid: a label that the task doesn't know.
+        DataInvalid: no rows, a row without a label, or a label that the task doesn't have.
+        InvalidInput: the model's outputs are NaN or infinite.
+        Cancelled: raised by ``on_progress``.
     """
     texts, labels = [row.text for row in rows], [row.label for row in rows]
     if not rows or None in labels:
-        raise DataInvalid("an evaluation needs labelled rows, at least one")
+        raise DataInvalid("an evaluation needs at least one row, and a label for each")
     if task.is_generation:
-        answers = generate(model, task, texts, prompt, max_length=max_length)
+        answers: list[str] = []
+        for chunk in _chunks(texts, on_progress):
+            answers += generate(model, task, chunk, prompt, max_length=max_length)
+            _report(on_progress, len(answers), len(texts))
         return Evaluation(exact_match(answers, [str(label) for label in labels]), len(rows))
     check_labels(task, rows)
-    scores = classify(model, task, texts, prompt, max_length=max_length)
-    return score(task, scores.argmax(-1).tolist(), [str(label) for label in labels])
+    predicted = guess_labels(model, task, texts, prompt, on_progress, max_length=max_length)
+    return score(task, predicted, [str(label) for label in labels])
+
+
+def guess_labels(
+    model: LanguageModel,
+    task: Task,
+    texts: Sequence[str],
+    prompt: Tensor | None = None,
+    on_progress: ProgressCallback | None = None,
+    *,
+    max_length: int = 128,
+) -> list[int]:
+    """Index of the most likely label of each text. ``on_progress`` as in :func:`evaluate`.
+
+    Raises:
+        InvalidInput: the model's outputs are NaN or infinite.
+    """
+    served = ServedPrompt.of(model, task, prompt)
+    predicted: list[int] = []
+    for chunk in _chunks(texts, on_progress):
+        predicted += classify(model, task, chunk, served, max_length=max_length).argmax(-1).tolist()
+        _report(on_progress, len(predicted), len(texts))
+    return predicted
+
+
+def _chunks(texts: Sequence[str], on_progress: ProgressCallback | None) -> Iterator[Sequence[str]]:
+    """Chunks of :data:`CHUNK` texts; all at once without ``on_progress``: larger batches have less padding."""
+    size = max(1, len(texts)) if on_progress is None else CHUNK
+    return (texts[start : start + size] for start in range(0, len(texts), size))
+
+
+def _report(on_progress: ProgressCallback | None, done: int, total: int) -> None:
+    if on_progress is not None:
+        on_progress(Progress(done, total, "evaluate"))
 
 
 def score(task: Task, predicted: Sequence[int], labels: Sequence[str]) -> Evaluation:
     """Accuracy and recall of predicted label indices against label names."""
-    right = [task.labels[guess] == label for guess, label in zip(predicted, labels, strict=True)]
+    correct = [task.labels[guess] == label for guess, label in zip(predicted, labels, strict=True)]
     recall = {}
     for name in task.labels:
-        hits = [hit for hit, label in zip(right, labels, strict=True) if label == name]
+        hits = [hit for hit, label in zip(correct, labels, strict=True) if label == name]
         if hits:
             recall[name] = sum(hits) / len(hits)
-    return Evaluation(sum(right) / len(right), len(right), recall)
+    return Evaluation(sum(correct) / len(correct), len(correct), recall)
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of answers that equal what was expected, case and outer space aside."""
+    """Share of answers that equal the expected ones, up to case and outer whitespace."""
     same = [a.strip().casefold() == e.strip().casefold() for a, e in zip(answers, expected, strict=True)]
     return sum(same) / len(same)
 
 
 def check_labels(task: Task, rows: Sequence[Row]) -> None:
-    """Raise :class:`DataInvalid` when a label of ``rows`` isn't the task's."""
+    """Raise :class:`DataInvalid` if a label of ``rows`` isn't one of the task's."""
     unknown = sorted({str(row.label) for row in rows} - set(task.labels))
     if unknown:
         raise DataInvalid(
-            f"the data has labels that the task doesn't know: {', '.join(unknown[:10])}; "
+            f"the data has labels that the task doesn't have: {', '.join(unknown[:10])}; "
             f"the task's labels are: {', '.join(task.labels)}"
         )

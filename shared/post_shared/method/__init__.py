@@ -1,1 +1,1 @@
-"""THE PAPER, in its order: losses, distillation, tuning, transfer, audit."""
+"""The paper's method, in its order: losses, distillation, tuning, transfer, audit."""

@@ -1,7 +1,7 @@
 """The paper's losses (Eq. 1-6) as pure functions. Shapes: P answer positions, V vocabulary, d hidden width.
 
-Every loss that takes logits gives one value per position; means are taken by the callers, so that the same
-function serves a batch mean and per-example gradients.
+Every loss that takes logits returns one value per position. Callers take the mean, so that the same function serves
+batch means and per-example gradients.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from post_shared.data.batches import OPEN
+from post_shared.data.batches import IGNORE_INDEX
 
 DISTILLATION_WEIGHTS = (5.0, 2.0, 1.0)
 """(α_ce, α_lm, α_cos), Table 8."""
@@ -32,11 +32,11 @@ def softened_cross_entropy(teacher: Tensor, student: Tensor, temperature: float 
 
 
 def language_model_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """L_lm of Eq. 1: the model's own objective at the predicted positions; 0 where it is :data:`OPEN`.
+    """L_lm of Eq. 1: the model's own objective at the predicted positions; 0 where the token is :data:`IGNORE_INDEX`.
 
     (P, V), (P,) -> (P,).
     """
-    return functional.cross_entropy(logits, tokens, reduction="none", ignore_index=OPEN)
+    return functional.cross_entropy(logits, tokens, reduction="none", ignore_index=IGNORE_INDEX)
 
 
 def cosine_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -55,22 +55,21 @@ def distillation_loss(
     return ce * cross_entropy + lm * language_model + cos * cosine
 
 
-def imitation_loss(target: Tensor, student: Tensor, temperature: float = 2.0) -> Tensor:
-    """L1, Eq. 4: KL of Φt(p_t + x) from Φs(p_s + x), the prompted student being right.
+def imitation_loss(target: Tensor, log_student: Tensor, temperature: float = 2.0) -> Tensor:
+    """L1, Eq. 4: KL(Φs(p_s + x) || Φt(p_t + x)); the prompted student is the reference. (P, V), (P, V) -> (P,).
 
-    ``target`` are logits. ``student`` is constant and given as log-probabilities, softened once by :func:`soften`:
-    (P, V), (P, V) -> (P,).
+    ``target`` holds logits. ``log_student`` is constant: log-probabilities, softened once by :func:`soften`.
     """
-    return divergence(student, soften(target, temperature))
+    return divergence(log_student, soften(target, temperature))
 
 
-def shift_loss(target: Tensor, target_plain: Tensor, student_shift: Tensor, temperature: float = 2.0) -> Tensor:
-    """L2, Eq. 5: KL between the *changes* that the prompts make, each a difference of logits, softened.
+def shift_loss(target: Tensor, target_plain: Tensor, log_student_shift: Tensor, temperature: float = 2.0) -> Tensor:
+    """L2, Eq. 5: KL between the *changes* that the prompts make: differences of logits, softened. (P, V) each -> (P,).
 
-    ``target`` are the logits Φt(p_t + x), ``target_plain`` the logits Φt(x). ``student_shift`` is constant and given
-    as log-probabilities: Φs(p_s + x) - Φs(x), softened once by :func:`soften`. (P, V) each -> (P,).
+    ``target`` holds the logits Φt(p_t + x), ``target_plain`` the logits Φt(x). ``log_student_shift`` is constant:
+    log-probabilities of Φs(p_s + x) - Φs(x), softened once by :func:`soften`.
     """
-    return divergence(student_shift, soften(target - target_plain, temperature))
+    return divergence(log_student_shift, soften(target - target_plain, temperature))
 
 
 def transfer_loss(imitation: Tensor, shift: Tensor, alpha: float) -> Tensor:
@@ -79,10 +78,10 @@ def transfer_loss(imitation: Tensor, shift: Tensor, alpha: float) -> Tensor:
 
 
 def alpha_heuristic(zero_shot: float, prompted_student: float, random_guess: float) -> float:
-    """Eq. 6: α̃ = min((ZS - RG) / (C - RG), 1), kept within [0, 1].
+    """Eq. 6: α̃ = min((ZS - RG) / (C - RG), 1), clamped to [0, 1].
 
-    ``zero_shot`` is ZS, Φt's accuracy without a prompt; ``prompted_student`` is C, that of Φs with its prompt;
-    ``random_guess`` is RG, that of guessing. A student no better than guessing teaches nothing to imitate: α = 1.
+    Accuracies: ``zero_shot`` (ZS) of Φt without a prompt, ``prompted_student`` (C) of Φs with its prompt, and
+    ``random_guess`` (RG). A student no better than guessing offers nothing to imitate: α = 1.
     """
     if prompted_student <= random_guess:
         return 1.0
@@ -90,13 +89,13 @@ def alpha_heuristic(zero_shot: float, prompted_student: float, random_guess: flo
 
 
 def label_word_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of class scores (Table 9's mean over label words) against labels. (B, C), (B,) -> (B,)."""
+    """Cross-entropy of class scores (means over label words, Table 9) against labels. (B, C), (B,) -> (B,)."""
     return functional.cross_entropy(scores, labels, reduction="none")
 
 
-def answer_loss(logits: Tensor, tokens: Tensor, rows: Tensor, count: int) -> Tensor:
+def answer_loss(logits: Tensor, tokens: Tensor, rows: Tensor, batch_size: int) -> Tensor:
     """Teacher-forced loss of generation (§5.3): the mean over each row's answer tokens. (P, V), (P,), (P,) -> (B,)."""
-    each = language_model_loss(logits, tokens)  # (P,)
-    total = torch.zeros(count, device=each.device).index_add(0, rows, each)
-    number = torch.zeros(count, device=each.device).index_add(0, rows, torch.ones_like(each))
-    return total / number.clamp_min(1.0)
+    losses = language_model_loss(logits, tokens)  # (P,)
+    total = torch.zeros(batch_size, device=losses.device).index_add(0, rows, losses)
+    count = torch.zeros(batch_size, device=losses.device).index_add(0, rows, torch.ones_like(losses))
+    return total / count.clamp_min(1.0)

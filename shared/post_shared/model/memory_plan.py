@@ -1,8 +1,8 @@
-"""A memory plan: what a step that trains a prompt will take, or a pass that answers, said before it is made.
+"""A memory plan: what a training step of a prompt, or an inference pass, will take, known before it runs.
 
-Nearly all of a step's memory are activations that the pass backward needs, those of a pass that answers one layer's.
-Both grow with the positions that run at a time. What one position takes is measured on the model itself, so a plan
-holds for any architecture.
+Nearly all memory of a step holds activations for the backward pass; an inference pass holds those of one layer. Both
+grow with the number of positions that run at a time. The memory of one position is measured on the model itself, so a
+plan holds for any architecture.
 """
 
 from __future__ import annotations
@@ -21,68 +21,71 @@ from torch import Tensor
 
 from post_shared.data.batches import Batch
 from post_shared.engine.memory_profiler import peak_bytes
-from post_shared.engine.offload import watched
+from post_shared.engine.offload import observe_saved
 from post_shared.errors import OutOfMemory
 from post_shared.model.language_model import LanguageModel
 
-TASTE = 16
-"""Positions of the pass that is measured."""
+SAMPLE_POSITIONS = 16
+"""Positions of the measured pass."""
 SHARE = 0.6
-"""Of the free memory that a step may take; the rest is for what isn't counted."""
-TWICE = 2
-"""Steps that hold memory at a time where passes are replayed: what is recorded keeps it, beside one that isn't."""
+"""Share of the free memory that a step may take; the rest is for memory that isn't counted."""
+GRAPH_STEPS = 2
+"""Steps that hold memory at a time with CUDA graphs: captured passes keep theirs while another runs eagerly."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How many positions (texts with their prompts) run at a time, and what they take, in bytes."""
+    """Positions (texts with their prompts) that run at a time, and their memory, in bytes."""
 
     positions: int
     per_position: int
     free: int
-    copied: float = 0.0
-    """What each text of a packed row keeps of its prompt (keys and values), in positions for each of its vectors."""
+    prompt_copy: float = 0.0
+    """Memory that a text of a packed row keeps per prompt vector (its keys and values), in positions."""
 
     @property
     def bytes(self) -> int:
         return self.positions * self.per_position
 
     def cut(self, length: int, *, packed: bool = False) -> Callable[[Batch], list[Batch]]:
-        """How to cut a batch so that each part fits, behind a prompt of ``length`` vectors that runs for each row or,
-        with ``packed``, once for all rows of a part."""
+        """A function that splits a batch into micro-batches that fit, behind a prompt of ``length`` vectors that runs
+        once per row or, with ``packed``, once per micro-batch."""
         if packed:
-            return lambda batch: filled(batch, self.positions - length, each=ceil(length * self.copied))
+            return lambda batch: filled(batch, self.positions - length, per_row=ceil(length * self.prompt_copy))
         return lambda batch: batch.split(len(batch), tokens=self.positions, reserved=length)
 
 
-def filled(batch: Batch, tokens: int, *, each: int = 0) -> list[Batch]:
-    """Micro-batches of at most ``tokens``, padding not counted but ``each`` for every row, or of one row; together the
-    same rows. In the order of their lengths they are cut into as few as can be, of which the largest is as small as can
-    be: it sets the peak."""
-    lengths = [batch.encoded.length(row) + each for row in batch.index]
-    places = sorted(range(len(lengths)), key=lengths.__getitem__)
+def filled(batch: Batch, tokens: int, *, per_row: int = 0) -> list[Batch]:
+    """Split a batch into micro-batches of at most ``tokens`` tokens each, or of one row.
 
-    def parts(most: int) -> list[list[int]]:
-        found: list[list[int]] = []
-        reserved = -1
-        for at in places:
-            if lengths[at] > reserved:
-                found.append([])
-                reserved = most
-            found[-1].append(at)
-            reserved -= lengths[at]
-        return found
+    Padding isn't counted, but ``per_row`` tokens are added to every row. Rows are sorted by length and cut into as few
+    micro-batches as possible, the largest of which is as small as possible, because it decides the peak memory.
+    """
+    lengths = [batch.encoded.length(row) + per_row for row in batch.index]
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+
+    def parts(limit: int) -> list[list[int]]:
+        result: list[list[int]] = []
+        remaining = -1
+        for row in by_length:
+            if lengths[row] > remaining:
+                result.append([])
+                remaining = limit
+            result[-1].append(row)
+            remaining -= lengths[row]
+        return result
 
     fewest = len(parts(tokens))
-    least = bisect_left(range(tokens), -fewest, key=lambda most: -len(parts(most)))
-    return [batch.part(some) for some in parts(least)]
+    smallest_limit = bisect_left(range(tokens), -fewest, key=lambda limit: -len(parts(limit)))
+    return [batch.part(rows) for rows in parts(smallest_limit)]
 
 
-def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) -> MemoryPlan:
-    """The largest micro-batch that fits the free memory and, where that is given, ``most`` bytes.
+def plan_step(model: LanguageModel, *, longest: int, max_bytes: int | None = None) -> MemoryPlan:
+    """The largest micro-batch that fits the free memory and, if given, ``max_bytes`` bytes.
 
-    ``longest`` is what a single text takes with its prompt: that much is run whatever ``most`` says.
+    ``longest`` counts the positions of the longest text with its prompt: at least that many run, whatever
+    ``max_bytes`` is.
 
     Raises:
         OutOfMemory: not even one text fits.
@@ -92,26 +95,26 @@ def plan_step(model: LanguageModel, *, longest: int, most: int | None = None) ->
     if fits < longest:
         raise OutOfMemory(
             f"a step on one text with its prompt ({longest} positions) takes about {longest * per_position / 1e6:.0f} "
-            f"MB for the pass backward, and {free / 1e6:.0f} MB are free on {model.device}; use shorter texts "
+            f"MB for the backward pass, and {free / 1e6:.0f} MB are free on {model.device}; use shorter texts "
             "(max_length), a shorter prompt, or a machine with more memory"
         )
     if model.device.type == "cuda" and model.packs:
-        fits = max(longest, fits // TWICE)
-    wanted = fits if most is None else max(longest, most // per_position)
-    copied = model.prefix(torch.zeros(1, model.hidden_size)).nbytes / per_position if model.packs else 0.0
-    return MemoryPlan(min(fits, wanted), per_position, free, copied)
+        fits = max(longest, fits // GRAPH_STEPS)
+    wanted = fits if max_bytes is None else max(longest, max_bytes // per_position)
+    prompt_copy = model.prefix(torch.zeros(1, model.hidden_size)).nbytes / per_position if model.packs else 0.0
+    return MemoryPlan(min(fits, wanted), per_position, free, prompt_copy)
 
 
 def runs_prompt_once(model: LanguageModel, longest: int) -> bool:
-    """Whether texts of up to ``longest`` positions, prompt included, share one run of their prompt in a step, so that
-    :meth:`MemoryPlan.cut` may count it once. A GPU may run it for each."""
+    """Whether texts of up to ``longest`` positions, prompt included, share one run of their prompt, so that
+    :meth:`MemoryPlan.cut` may count it once. A GPU may run it once per text."""
     return longest <= model.packs and model.device.type != "cuda"
 
 
 def plan_pass(model: LanguageModel, *, longest: int, kept: int = 0) -> MemoryPlan:
-    """The most positions that a pass without gradients can run at a time in the free memory.
+    """The number of positions that an inference pass can run at a time in the free memory.
 
-    ``longest`` is what a single text takes with its prompt; ``kept`` what is kept of each position, in bytes.
+    ``longest`` counts the positions of the longest text with its prompt; ``kept`` are bytes stored per position.
 
     Raises:
         OutOfMemory: not even one text fits.
@@ -131,14 +134,15 @@ _held: WeakKeyDictionary[LanguageModel, int] = WeakKeyDictionary()
 
 @torch.no_grad()
 def held_per_position(model: LanguageModel) -> int:
-    """Bytes that a pass without gradients holds at its peak, for each position: measured on a few, once for a model."""
+    """Peak bytes per position of an inference pass: measured on a few positions, once per model."""
     if model in _held:
         return _held[model]
 
     def peak(positions: int) -> int:
         return peak_bytes(lambda: model.hidden(torch.zeros(1, positions, dtype=torch.long)))
 
-    _held[model] = max(1, (peak(2 * TASTE) - peak(TASTE)) // TASTE)  # without what is there however many run
+    # The difference leaves out memory that doesn't grow with the positions.
+    _held[model] = max(1, (peak(2 * SAMPLE_POSITIONS) - peak(SAMPLE_POSITIONS)) // SAMPLE_POSITIONS)
     return _held[model]
 
 
@@ -146,18 +150,18 @@ _saved: WeakKeyDictionary[LanguageModel, int] = WeakKeyDictionary()
 
 
 def saved_per_position(model: LanguageModel) -> int:
-    """Bytes that a pass keeps for the way back, for each position: measured on a few of them, once for a model."""
+    """Bytes per position that a pass keeps for the backward pass: measured on a few positions, once per model."""
     if model in _saved:
         return _saved[model]
-    prompt = torch.zeros(TASTE, model.hidden_size, device=model.device, requires_grad=True)
+    prompt = torch.zeros(SAMPLE_POSITIONS, model.hidden_size, device=model.device, requires_grad=True)
     token = torch.zeros(1, 1, dtype=torch.long)
     kept = kept_bytes(lambda: model.hidden(token, prompt=prompt), model.model.parameters())
-    _saved[model] = max(1, kept // (TASTE + 1))
+    _saved[model] = max(1, kept // (SAMPLE_POSITIONS + 1))
     return _saved[model]
 
 
-def kept_bytes(work: Callable[[], object], weights: Iterable[Tensor]) -> int:
-    """Bytes of the tensors that ``work`` keeps for the way back; ``weights``, which are there anyway, not counted."""
+def kept_bytes(run: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes of the tensors that ``run`` keeps for the backward pass, not counting ``weights``, which exist anyway."""
     known = {weight.untyped_storage().data_ptr() for weight in weights}
     kept: dict[int, int] = {}
 
@@ -168,18 +172,18 @@ def kept_bytes(work: Callable[[], object], weights: Iterable[Tensor]) -> int:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with torch.enable_grad(), hooks, watched(keep):
-        made = work()
-    del made  # until here nothing that was kept was freed, so nothing was counted twice
+    with torch.enable_grad(), hooks, observe_saved(keep):
+        output = run()
+    del output  # until here no kept tensor was freed, so none was counted twice
     return sum(kept.values())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free there: the GPU's, or this machine's within the limit of its control group."""
+    """Free memory of the GPU, or of this machine within the limit of its control group."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no limit, or none that can be read
+    with suppress(OSError, ValueError):  # no limit, or an unreadable one
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return max(free, 0)

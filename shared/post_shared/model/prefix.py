@@ -1,4 +1,4 @@
-"""Prompts and rows as keys and values: what serving keeps of a prompt, and what generation grows."""
+"""Prompts and rows as keys and values: the prefix that serving caches, and the growing cache of generation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from post_shared.engine.kv_cache import Prefix
-from post_shared.engine.shared_prefix import PrefixRows, SharedPrefix
 
-__all__ = ["Prefix", "PrefixRows", "RowCache", "SharedPrefix"]
+__all__ = ["Prefix", "RowCache"]
 
 
 class RowCache:
-    """Keys and values of rows under way, padded on the left: all rows continue at the same place."""
+    """Keys and values of rows being generated, padded on the left so that all rows continue at the same position."""
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
@@ -24,17 +23,17 @@ class RowCache:
         """Positions of the longest row."""
         return int(self.cache.get_seq_length())
 
-    def keep(self, rows: Tensor, places: Tensor) -> None:
-        """Keep of ``rows`` (B',) the positions ``places`` (B', S')."""
+    def keep(self, rows: Tensor, positions: Tensor) -> None:
+        """Keep ``positions`` (B', S') of ``rows`` (B',)."""
         for layer in self.cache.layers:
-            layer.pick(rows, places)
+            layer.pick(rows, positions)
 
     def append(self, other: RowCache) -> None:
         """Add the rows of ``other``."""
-        for mine, more in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.append(more)
+        for layer, added in zip(self.cache.layers, other.cache.layers, strict=True):
+            layer.append(added)
 
     @staticmethod
     def last(count: int, length: int, rows: int) -> Tensor:
-        """The last ``count`` of ``length`` places, for each of ``rows`` rows: (rows, count)."""
+        """The last ``count`` of ``length`` positions, for each of ``rows`` rows: (rows, count)."""
         return torch.arange(length - count, length).expand(rows, -1)

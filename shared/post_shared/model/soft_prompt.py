@@ -1,4 +1,4 @@
-"""A soft prompt: l embedding vectors that are put before the text."""
+"""A soft prompt: l embedding vectors that are prepended to the text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from post_shared.model.language_model import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class SoftPrompt:
-    """``embeddings`` is float32 (l, d), on the CPU: the form in which a prompt is kept and sent."""
+    """``embeddings`` is float32 (l, d), on the CPU: the form in which a prompt is stored and sent."""
 
     embeddings: Tensor
 
@@ -21,9 +21,9 @@ class SoftPrompt:
         if self.embeddings.dim() != 2 or 0 in self.embeddings.shape:
             raise InvalidInput(f"a prompt is a matrix [length, width], not {tuple(self.embeddings.shape)}")
         if not torch.isfinite(self.embeddings).all():
-            raise InvalidInput("the prompt holds NaN or infinite numbers; tune with a lower learning rate")
-        kept = self.embeddings.detach().to("cpu", torch.float32).contiguous()
-        object.__setattr__(self, "embeddings", kept)
+            raise InvalidInput("the prompt contains NaN or infinite values; tune with a lower learning rate")
+        plain = self.embeddings.detach().to("cpu", torch.float32).contiguous()
+        object.__setattr__(self, "embeddings", plain)
 
     @property
     def length(self) -> int:
@@ -35,8 +35,7 @@ class SoftPrompt:
 
     @classmethod
     def from_text(cls, model: LanguageModel, text: str, length: int) -> SoftPrompt:
-        """The embeddings of ``text``, cut to ``length`` vectors or repeated so that it ends whole: a prompt that starts
-        by stating the task.
+        """The embeddings of ``text``, such as an instruction, truncated to ``length`` vectors or repeated from the end.
 
         Raises:
             InvalidInput: the text has no tokens, or ``length`` isn't positive.
@@ -50,7 +49,7 @@ class SoftPrompt:
 
     @classmethod
     def random(cls, model: LanguageModel, length: int, seed: int = 0) -> SoftPrompt:
-        """The embeddings of ``length`` tokens drawn at random from the vocabulary."""
+        """The embeddings of ``length`` random tokens of the vocabulary."""
         _check_length(length)
         generator = torch.Generator().manual_seed(seed)
         return cls(model.embed(torch.randint(model.vocabulary, (length,), generator=generator)))

@@ -1,4 +1,4 @@
-"""The label words of a task as tokens of one model, and the class scores that they give."""
+"""The label words of a task as tokens of one model, and class scores from their logits."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ class LabelWords:
     weights: Tensor
     """(C, K): 1/n where token k is one of the n words of class c, else 0."""
 
-    def scores(self, chosen: Tensor) -> Tensor:
-        """Class scores of logits at :attr:`token_ids`, the mean over each class's words (Table 9): (B, K) -> (B, C)."""
-        return chosen @ self.weights.to(chosen.device).T
+    def scores(self, logits: Tensor) -> Tensor:
+        """Class scores from logits at :attr:`token_ids`, the mean over a class's words (Table 9): (B, K) -> (B, C)."""
+        return logits @ self.weights.to(logits.device).T
 
     def of(self, logits: Tensor) -> Tensor:
-        """Class scores of logits over the vocabulary: (B, V) -> (B, C)."""
+        """Class scores from logits over the vocabulary: (B, V) -> (B, C)."""
         return self.scores(logits[:, self.token_ids.to(logits.device)])
 
 
 def label_words(model: LanguageModel, task: Task) -> LabelWords:
-    """Find each label word's token, as it stands after the template.
+    """Find the token of each label word, as it follows the template.
 
-    A word that this model's tokenizer cuts into several tokens, or doesn't know, is left out, as long as each label
-    keeps another one: a task can name many words and still fit many models. A student has the target's tokenizer, so
-    both sides leave out the same.
+    A word that this model's tokenizer splits into several tokens, or doesn't know, is left out as long as its label
+    has another one, so a task with several words per label fits many models. A student has the target's tokenizer, so
+    both sides leave out the same words.
 
     Raises:
-        TaskInvalid: a label keeps no word, or shares a token with another label.
+        TaskInvalid: a label has no usable word, or shares a token with another label.
     """
     words = task.label_words or {}
-    owner: dict[int, tuple[str, str]] = {}
+    used_by: dict[int, tuple[str, str]] = {}
     columns: list[list[int]] = []
-    for label, some in words.items():
+    for label, candidates in words.items():
         column: list[int] = []
         refused: list[TaskInvalid] = []
-        for word in some:
+        for word in candidates:
             try:
                 token = _single_token(model, label, word)
             except TaskInvalid as error:
                 refused.append(error)
                 continue
-            other = owner.setdefault(token, (label, word))
+            other = used_by.setdefault(token, (label, word))
             if other[0] != label:
                 raise TaskInvalid(
-                    f"label words {other[1]!r} ({other[0]}) and {word!r} ({label}) are the same token of this "
-                    "model's tokenizer, so the classes can't be told apart; choose another word"
+                    f"label words {other[1]!r} ({other[0]}) and {word!r} ({label}) are the same token in this "
+                    "model's tokenizer, so the classes can't be distinguished; choose another word"
                 )
             if token not in column:
                 column.append(token)
         if not column:
             raise refused[0]
         columns.append(column)
-    tokens = list(owner)
+    tokens = list(used_by)
     weights = torch.zeros(len(columns), len(tokens))
     for row, column in enumerate(columns):
         for token in column:
@@ -76,11 +76,11 @@ def _single_token(model: LanguageModel, label: str, word: str) -> int:
     tokenizer: Any = model.tokenizer
     ids = tokenizer(" " + word.strip(), add_special_tokens=False).input_ids
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    if len(ids) == 2 and not tokenizer.decode([ids[0]]).strip():  # some tokenizers set the space apart
+    if len(ids) == 2 and not tokenizer.decode([ids[0]]).strip():  # some tokenizers make the space a token
         ids = tokenizer(word.strip(), add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise TaskInvalid(
-            f"label word {word!r} of label {label!r} takes {len(ids)} tokens {pieces} of this model's tokenizer; "
+            f"label word {word!r} of label {label!r} takes {len(ids)} tokens {pieces} in this model's tokenizer; "
             "at least one of the label's words must be a single token: choose a shorter or more common word"
         )
     if ids[0] == tokenizer.unk_token_id:

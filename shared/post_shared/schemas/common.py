@@ -1,4 +1,4 @@
-"""The documents that cross the wire under ``/v1``, one class each. Never imports torch."""
+"""Base classes and types of the documents under ``/v1``. Never imports torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class Document(BaseModel):
-    """Base of all documents: unknown members are refused, so a typing error can't pass as a default."""
+    """Base of all documents. Unknown members are refused, so that a misspelt one isn't silently ignored."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Options(Document):
-    """Base of the settings of one piece of work: frozen, and never wrong.
+    """Base of the settings of one operation: frozen, and always valid.
 
     API, command line and library share them. The API embeds them in its ``…Create`` bodies.
     """
@@ -34,18 +34,18 @@ class Options(Document):
     def __init__(self, /, **values: Any) -> None:
         """
         Raises:
-            InvalidInput: a value that can't be, or an unknown name.
+            InvalidInput: an invalid value or an unknown name.
         """
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise InvalidInput(first_error(error.errors())) from error
 
-    # In an API body, pydantic validates by itself and reports every error with its place.
+    # In an API body, pydantic validates without calling it and reports every error with its location.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, checked again."""
+        """A copy with some values changed, validated again."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
 
@@ -55,7 +55,7 @@ class Role(StrEnum):
 
 
 class Page(Document, Generic[T]):
-    """One page of a list; pass ``next_cursor`` as ``?cursor=`` for the next one."""
+    """One page of a list; pass ``next_cursor`` as ``?cursor=`` to get the next one."""
 
     items: list[T]
     next_cursor: str | None = None

@@ -1,4 +1,4 @@
-"""The documents of ``/v1/completions``, in the shape that OpenAI's clients send and read. Never imports torch."""
+"""The documents of ``/v1/completions``, compatible with OpenAI's clients. Never imports torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from post_shared.schemas.common import Document
 
-MOST_ROWS = 128
+MAX_ROWS = 128
 """Prompts times ``n`` in one request."""
-MOST_LOGPROBS = 5
+MAX_LOGPROBS = 5
 
 
-def _texts(given: Any) -> Any:
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given, list) and any(not isinstance(each, str) for each in given):
+def _texts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and any(not isinstance(item, str) for item in value):
         raise ValueError("give texts, not token ids")
-    return given
+    return value
 
 
-def _listed(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 Text = Annotated[str, Field(min_length=1, max_length=20_000)]
@@ -35,29 +35,31 @@ class StreamOptions(Document):
 
 
 class CompletionCreate(Document):
-    """Go on with texts, by a target model through a soft prompt or without one.
+    """Continue texts with a target model, with or without a soft prompt.
 
-    What the shape has and this server can't do is refused, not ignored.
+    Parameters of OpenAI's API that this server doesn't support are refused, not ignored.
     """
 
     model: str = Field(
         min_length=1, max_length=130, description="'<target model>:<soft prompt>', or '<target model>' without one."
     )
     prompt: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=Text | list[Text])] = Field(
-        min_length=1, max_length=MOST_ROWS, description="A text or several, as they are: no template is applied."
+        min_length=1, max_length=MAX_ROWS, description="One text or several, used as they are: no template is applied."
     )
     max_tokens: int = Field(default=16, ge=1, le=4096)
-    temperature: float = Field(default=1.0, ge=0, le=2, description="0: always the likeliest token.")
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0: always the most likely token.")
     top_p: float = Field(default=1.0, ge=0, le=1)
-    n: int = Field(default=1, ge=1, le=MOST_ROWS, description="Answers to each text.")
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1, description="The same seed draws the same.")
-    stop: Annotated[list[Stop], BeforeValidator(_listed, json_schema_input_type=Stop | list[Stop])] | None = Field(
-        default=None, max_length=4, description="A text ends before the first of these."
+    n: int = Field(default=1, ge=1, le=MAX_ROWS, description="Number of answers per text.")
+    seed: int | None = Field(
+        default=None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same answers."
     )
-    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS, description="Needs the scope 'scores'.")
+    stop: Annotated[list[Stop], BeforeValidator(_as_list, json_schema_input_type=Stop | list[Stop])] | None = Field(
+        default=None, max_length=4, description="An answer ends before the first of these strings."
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, description="Needs the scope 'scores'.")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(default=None, max_length=512, description="Has no effect, and is not kept.")
+    user: str | None = Field(default=None, max_length=512, description="Has no effect and is not stored.")
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
     best_of: int | None = None
@@ -67,19 +69,19 @@ class CompletionCreate(Document):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if len(self.prompt) * self.n > MOST_ROWS:
-            raise ValueError(f"{len(self.prompt)} texts times n = {self.n} are more than {MOST_ROWS} answers")
+        if len(self.prompt) * self.n > MAX_ROWS:
+            raise ValueError(f"{len(self.prompt)} texts times n = {self.n} are more than {MAX_ROWS} answers")
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of other than n is not possible here; ask for more with n and choose yourself")
+            raise ValueError("best_of must equal n; request more answers with n and choose among them")
         if self.presence_penalty or self.frequency_penalty or self.logit_bias:
-            raise ValueError("presence_penalty, frequency_penalty and logit_bias are not possible here; leave them out")
+            raise ValueError("presence_penalty, frequency_penalty and logit_bias are not supported; leave them out")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream")
+            raise ValueError("stream_options needs stream = true")
         return self
 
 
 class Logprobs(Document):
-    """One entry for each token. ``text_offset`` counts characters from the answer's beginning."""
+    """One entry per token. ``text_offset`` counts characters from the start of the answer."""
 
     tokens: list[str] = Field(default_factory=list)
     token_logprobs: list[float] = Field(default_factory=list)
@@ -88,7 +90,7 @@ class Logprobs(Document):
 
 
 class Choice(Document):
-    """The answer number ``index % n`` to the text number ``index // n``; in a stream, a piece of it."""
+    """Answer ``index % n`` to text ``index // n``; in a stream, a piece of it."""
 
     index: int
     text: str
@@ -97,7 +99,7 @@ class Choice(Document):
 
 
 class Usage(Document):
-    """Tokens. The soft prompt's vectors are not counted."""
+    """Token counts. The soft prompt's vectors are not counted."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -105,7 +107,7 @@ class Usage(Document):
 
 
 class Completion(Document):
-    """A whole completion, or one event of a stream, whose last one has no choices but ``usage`` if it was asked for."""
+    """A completion, or one event of a stream. The last event has no choices and, if requested, ``usage``."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"

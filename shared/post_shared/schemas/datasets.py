@@ -14,11 +14,11 @@ class DatasetKind(StrEnum):
     ROWS = "rows"
     """JSON Lines with ``text`` and, if labelled, ``label``."""
     CORPUS = "corpus"
-    """Plain text, one paragraph a line."""
+    """Plain text, one paragraph per line."""
 
 
 class Dataset(Document):
-    """Public data at the provider. Private data never becomes one."""
+    """A public dataset at the provider. Private data is never uploaded."""
 
     id: str
     name: Name
@@ -26,7 +26,7 @@ class Dataset(Document):
     rows: int
     labels: list[str] | None = Field(
         default=None,
-        description="The labels found, sorted; null when unlabelled, empty when too many to list (free answers).",
+        description="Sorted labels of the data; null if unlabelled, empty if there are too many (free answers).",
     )
     licence: str | None = None
     sha256: Sha256

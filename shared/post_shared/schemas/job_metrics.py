@@ -1,4 +1,4 @@
-"""What a job measured, as series: the document of ``/v1/jobs/{job}/metrics``. Never imports torch."""
+"""The metrics of a job as time series: the document of ``/v1/jobs/{job}/metrics``. Never imports torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from post_shared.schemas.common import Document
 
 
 class MetricPoint(Document):
-    """One value of a series. ``sequence`` is that of the event in which it came."""
+    """One value of a series. ``sequence`` is the number of the event that reported it."""
 
     sequence: int
     at: datetime
@@ -20,8 +20,8 @@ class MetricPoint(Document):
 
 
 class JobMetrics(Document):
-    """The series of a job, oldest point first; of a long job, one page of them."""
+    """The metrics of a job, oldest point first; for a long job, one page of them."""
 
     job_id: str
-    series: dict[str, list[MetricPoint]] = Field(description="Name -> points, such as 'loss'.")
+    series: dict[str, list[MetricPoint]] = Field(description="Name of the metric, such as 'loss' -> its points.")
     next_cursor: str | None = None

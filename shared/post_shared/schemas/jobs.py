@@ -35,14 +35,15 @@ class Job(Document):
     id: str
     kind: JobKind
     state: JobState
-    priority: int = Field(default=0, description="The provider's to give; the higher come first.")
+    priority: int = Field(default=0, description="Set by the provider; jobs with a higher priority start first.")
     attempt: int
     progress: float = Field(ge=0, le=1)
     stage: str | None = None
-    metrics: dict[str, float] = Field(default_factory=dict, description="The latest value of each series.")
-    request: dict[str, Any] = Field(description="The document that created the job.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="The latest value of each metric.")
+    request: dict[str, Any] = Field(description="The request that created the job.")
     result: dict[str, Any] | None = Field(
-        default=None, description="distil: model_id, layers; transfer: prompt_id; evaluate: accuracy; report: itself."
+        default=None,
+        description="distil: model_id, layers; transfer: prompt_id; evaluate: accuracy; report: the report.",
     )
     error: Problem | None = None
     created_at: datetime
@@ -51,7 +52,7 @@ class Job(Document):
 
 
 class JobEvent(Document):
-    """One line of a job's history. ``sequence`` grows by one within a job, from 1."""
+    """One entry of a job's history. ``sequence`` counts up from 1 within a job."""
 
     sequence: int
     at: datetime

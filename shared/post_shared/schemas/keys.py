@@ -1,4 +1,4 @@
-"""What an API key is allowed, and what its provider sees of it."""
+"""API keys: their scopes, and the document that shows a key to the provider."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from post_shared.schemas.common import Document, Role
 
 
 class Scope(StrEnum):
-    """What a key may be used for. A key has those of its role, or some of them."""
+    """What a key may be used for. A key has all scopes of its role, or some of them."""
 
     READ = "read"
-    """See models, datasets, its own prompts and jobs (a provider: everyone's), and pull students."""
+    """Read models, datasets, its own prompts and jobs (a provider: everyone's), and download students."""
     TRANSFER = "transfer"
-    """Push and delete prompts; transfer and evaluate."""
+    """Upload and delete prompts; transfer and evaluate."""
     PREDICT = "predict"
-    """Ask a target model."""
+    """Get predictions from a target model."""
     SCORES = "scores"
-    """Get the labels' probabilities with the answers, which tell more about a prompt than the label alone."""
+    """Also get the label probabilities, which reveal more about a prompt than the labels alone."""
     PROVIDE = "provide"
-    """Add public data, distil, report (provider)."""
+    """Add public data, distil, create reports (provider)."""
 
 
 SCOPES: dict[Role, tuple[Scope, ...]] = {
     Role.PROVIDER: tuple(Scope),
     Role.OWNER: (Scope.READ, Scope.TRANSFER, Scope.PREDICT, Scope.SCORES),
 }
-"""All that a role may."""
+"""The scopes of each role."""
 
 
 class ApiKey(Document):
@@ -44,6 +44,10 @@ class ApiKey(Document):
     rotated_at: datetime | None = None
     last_used_at: datetime | None = None
     revoked_at: datetime | None = None
-    requests_per_minute: int | None = Field(default=None, description="Null: the server's setting; 0: no limit.")
-    running_jobs: int | None = Field(default=None, description="As above: jobs that run at a time.")
-    job_priority: int = Field(default=0, description="Of the jobs that it orders; the higher come first.")
+    requests_per_minute: int | None = Field(default=None, description="Null: the server's default; 0: no limit.")
+    running_jobs: int | None = Field(
+        default=None, description="Limit on jobs that run at a time. Null: the server's default; 0: no limit."
+    )
+    job_priority: int = Field(
+        default=0, description="Priority of the key's jobs; jobs with a higher priority start first."
+    )

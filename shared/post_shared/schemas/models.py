@@ -20,7 +20,7 @@ class Model(Document):
     id: str
     name: Name
     role: ModelRole
-    hash: Sha256 = Field(description="SHA-256 over the manifest; a prompt names its model by it.")
+    hash: Sha256 = Field(description="SHA-256 of the manifest; a prompt refers to its model by this hash.")
     kind: Literal["causal", "masked"]
     architecture: str
     layers: int
@@ -28,7 +28,7 @@ class Model(Document):
     vocabulary: int
     parameters: int
     size_bytes: int
-    target_id: str | None = Field(default=None, description="For a student: the target model it came from.")
+    target_id: str | None = Field(default=None, description="For a student: the target model it was distilled from.")
     created_at: datetime
 
 

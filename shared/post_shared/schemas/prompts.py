@@ -28,5 +28,7 @@ class Prompt(Document):
     delta: float | None = None
     sha256: Sha256
     size_bytes: int
-    source_id: str | None = Field(default=None, description="For a target prompt: the source prompt it came from.")
+    source_id: str | None = Field(
+        default=None, description="For a target prompt: the source prompt it was transferred from."
+    )
     created_at: datetime

@@ -1,4 +1,4 @@
-"""The documents of a trade-off report: what a student can do and what it leaks. Never imports torch."""
+"""The documents of a trade-off report: a student's accuracy and its leakage. Never imports torch."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ Datasets = Annotated[list[Reference], Field(min_length=1, max_length=20)]
 
 
 class ReportTask(Document):
-    """A public labelled dataset and how its texts become questions."""
+    """A public labelled dataset and the task for its texts."""
 
     dataset: Reference
-    task: TaskSpec = Field(description="With label words; its labels are the dataset's.")
+    task: TaskSpec = Field(description="A classification task with the dataset's labels.")
 
 
 class ReportCreate(Document):
     """Compare a student with its target model: size, distillation loss, accuracy, leakage of training text."""
 
-    student: Reference = Field(description="Id or name of the student; the target is the model that it came from.")
-    tasks: list[ReportTask] = Field(min_length=1, max_length=20, description="Each is split into two parts by rows.")
+    student: Reference = Field(description="Id or name of the student; the target is the model it was distilled from.")
+    tasks: list[ReportTask] = Field(
+        min_length=1, max_length=20, description="The rows of each are split into two parts."
+    )
     members: Datasets = Field(description="Datasets of text that the models were trained on.")
-    non_members: Datasets = Field(description="Datasets of text of the same kind that they never saw.")
-    tune_rows: int = Field(default=1000, ge=2, le=2**24, description="Rows of a task to tune on, at most.")
-    test_rows: int = Field(default=400, ge=1, le=2**24, description="Rows of a task held out, at most half of it.")
-    texts: int = Field(default=500, ge=1, le=2**24, description="Members, and non-members, to attack, at most.")
+    non_members: Datasets = Field(description="Datasets of similar text that the models never saw.")
+    tune_rows: int = Field(default=1000, ge=2, le=2**24, description="Maximum rows per task to tune on.")
+    test_rows: int = Field(
+        default=400, ge=1, le=2**24, description="Maximum rows per task to test on, and at most half of its rows."
+    )
+    texts: int = Field(
+        default=500, ge=1, le=2**24, description="Maximum texts to attack, of members and of non-members."
+    )
     tuning: TuneOptions = Field(default=PLAIN, description="How the prompts of the tasks are tuned.")
     seed: Seed = 0
 
 
 class Figures(Document):
-    """Base of the parts of a report, which never change."""
+    """Base of the parts of a report, which are immutable."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class Estimate(Figures):
-    """A figure and its interval by bootstrap, of 95 % in a report."""
+    """A value with its bootstrap confidence interval (95 % in a report)."""
 
     value: float
     low: float
@@ -59,7 +65,7 @@ class ModelSize(Figures):
 
 
 class RecordedLoss(Figures):
-    """What the distillation job said last. ``losses`` has ``ce``, ``lm``, ``cos`` and their weighted sum ``loss``."""
+    """The last losses of the distillation job: ``ce``, ``lm``, ``cos`` and their weighted sum ``loss``."""
 
     job_id: str
     corpus: list[str]
@@ -67,7 +73,7 @@ class RecordedLoss(Figures):
 
 
 class MeasuredLoss(Figures):
-    """The terms of Eq. 1, each a mean over the tokens of text that the student was not distilled on."""
+    """The terms of Eq. 1, each a mean over tokens of text that the student was not distilled on."""
 
     ce: float
     lm: float
@@ -81,34 +87,34 @@ class TaskFigures(Figures):
     dataset: str
     tune_rows: int
     test_rows: int
-    majority: float = Field(description="Share of the most frequent label: what guessing it always would reach.")
+    majority: float = Field(description="Accuracy of always predicting the most frequent label.")
     target_zero_shot: Estimate
     target_tuned: Estimate
     student_zero_shot: Estimate
     student_tuned: Estimate
-    gap: Estimate = Field(description="Tuned target less tuned student: what an owner gains by coming to the target.")
-    gap_zero_shot: Estimate = Field(description="Target without a prompt less tuned student.")
+    gap: Estimate = Field(description="Tuned target minus tuned student: what an owner gains by using the target.")
+    gap_zero_shot: Estimate = Field(description="Target without a prompt minus tuned student.")
 
 
 class Attack(Figures):
-    """How well a score tells members from non-members: 0.5 and 0.01 are guessing."""
+    """How well a score separates members from non-members. Guessing gives AUC 0.5 and TPR 0.01."""
 
     auc: Estimate
-    tpr: Estimate = Field(description="True positive rate where at most 1 % of the non-members are taken for members.")
+    tpr: Estimate = Field(description="True positive rate at a false positive rate of at most 1 %.")
 
 
 class Leakage(Figures):
-    """One score, on both models and the same texts."""
+    """One score on both models, on the same texts."""
 
     score: Literal["min_k", "min_k_plus"] = Field(description="Min-K% or Min-K%++.")
-    share: float = Field(description="Share of a text's least likely tokens that the score is the mean of.")
+    share: float = Field(description="Share of a text's tokens, the least likely ones, over which the score is a mean.")
     target: Attack
     student: Attack
-    auc_drop: Estimate = Field(description="The target's AUC less the student's.")
+    auc_drop: Estimate = Field(description="The target's AUC minus the student's.")
 
 
 class TradeOffReport(Figures):
-    """Everything about one student; see ``docs/explanation-report.md`` for how to read it."""
+    """All results about one student; ``docs/explanation-report.md`` explains them."""
 
     job_id: str
     made_at: datetime
@@ -116,10 +122,12 @@ class TradeOffReport(Figures):
     student: ModelSize
     parameter_share: float = Field(description="The student's parameters as a share of the target's.")
     byte_share: float
-    recorded_loss: RecordedLoss | None = Field(description="Null when no distillation job here made the student.")
+    recorded_loss: RecordedLoss | None = Field(
+        description="Null if the student wasn't made by a distillation job of this server."
+    )
     measured_loss: MeasuredLoss
     tasks: list[TaskFigures]
-    members: int = Field(description="Texts attacked.")
+    members: int = Field(description="Number of member texts attacked.")
     non_members: int
     leakage: list[Leakage]
     request: ReportCreate

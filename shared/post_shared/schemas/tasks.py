@@ -8,9 +8,11 @@ from post_shared.schemas.common import Document
 
 
 class TaskSpec(Document):
-    """What a prompt is for: a template with label words, or free answers. See :class:`post_shared.data.tasks.Task`."""
+    """The task of a prompt: a template with label words (classification) or without (generation)."""
 
-    template: str = Field(max_length=2_000, description="The text with a {text} slot, and {mask} for masked models.")
+    template: str = Field(
+        max_length=2_000, description="Text with a {text} slot and, for masked models, a {mask} slot."
+    )
     label_words: dict[str, list[str]] | None = Field(
         default=None, description="Label -> label words. Absent for generation tasks."
     )

@@ -12,23 +12,25 @@ from post_shared.schemas.common import Options, Seed
 class TuneOptions(Options):
     """How to tune a prompt (method §2). ``learning_rate`` falls linearly to 0."""
 
-    num_virtual_tokens: int = Field(default=20, ge=1, le=1000, description="Vectors in the prompt; the paper has 100.")
+    num_virtual_tokens: int = Field(default=20, ge=1, le=1000, description="Vectors in the prompt; the paper uses 100.")
     steps: int = Field(default=200, ge=1, le=100_000)
-    batch_size: int = Field(default=32, ge=1, le=2**20, description="Rows in a step; with DP, on average.")
-    learning_rate: float = Field(default=0.02, gt=0, description="On a small student it matters more than all else.")
-    max_length: int = Field(default=128, ge=1, le=2**24, description="Tokens of a text; the rest is cut.")
+    batch_size: int = Field(default=32, ge=1, le=2**20, description="Rows per step; with DP, on average.")
+    learning_rate: float = Field(default=0.02, gt=0, description="The most important setting for a small student.")
+    max_length: int = Field(
+        default=128, ge=1, le=2**24, description="Maximum tokens per text; longer texts are truncated."
+    )
     seed: Seed = 0
     prompt_init: Literal["instruction", "random"] = Field(
         default="instruction",
-        description="The embeddings of a text that states the task, or random rows of the vocabulary.",
+        description="Start from the embeddings of an instruction that states the task, or of random tokens.",
     )
     average_iterates: bool = Field(
-        default=False, description="Keep the average of the second half's iterates, not the last one."
+        default=False, description="Use the average of the iterates of the second half of the run, not the last one."
     )
 
 
 PLAIN = TuneOptions()
 """Defaults without differential privacy."""
 PRIVATE = TuneOptions(steps=80, batch_size=64, learning_rate=0.015)
-"""Defaults with differential privacy. The noise of a step is shared by its batch, so fewer, larger batches carry less
-of it for about the same number of rows seen."""
+"""Defaults with differential privacy. A step adds its noise once per batch, so fewer, larger batches add less noise for
+about the same number of rows."""

@@ -1,4 +1,4 @@
-"""Documents about the inside of a dataset and about uploads in parts. Never imports torch."""
+"""The documents of uploads in parts. Never imports torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LicenceName = Annotated[
 
 
 class UploadCreate(Document):
-    """Begin the upload of a dataset in parts (provider)."""
+    """Start the upload of a dataset in parts (provider)."""
 
     name: Name
     kind: DatasetKind
@@ -31,21 +31,23 @@ class UploadPart(Document):
 
 
 class Upload(Document):
-    """A dataset of which the parts are still coming. It is forgotten a day after it was begun."""
+    """A dataset whose parts are being uploaded. It is deleted at ``expires_at``."""
 
     id: str
     name: Name
     kind: DatasetKind
     licence: str | None = None
-    parts: list[UploadPart] = Field(description="Those that are here, by number.")
-    part_bytes: int = Field(description="Largest part.")
-    most_parts: int
-    total_bytes: int = Field(description="Largest sum of all parts.")
+    parts: list[UploadPart] = Field(description="The parts received so far, by number.")
+    part_bytes: int = Field(description="Maximum size of a part.")
+    most_parts: int = Field(description="Maximum number of parts.")
+    total_bytes: int = Field(description="Maximum size of all parts together.")
     created_at: datetime
     expires_at: datetime
 
 
 class UploadFinish(Document):
-    """Make the dataset of the parts 1, 2, 3 …"""
+    """Create the dataset from the parts 1, 2, 3 …"""
 
-    sha256: Sha256 | None = Field(None, description="Of all parts together; another one is refused.")
+    sha256: Sha256 | None = Field(
+        None, description="Expected SHA-256 of all parts together; if it differs, the upload is refused."
+    )

@@ -1,1 +1,1 @@
-"""The one training loop, with its optimizer, schedule, checkpoints and processes."""
+"""The training loop, with its optimizer, schedule, checkpoints and process group."""

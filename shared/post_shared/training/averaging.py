@@ -1,4 +1,4 @@
-"""The average of a prompt's iterates in the place of the last one: steadier where the steps are noisy."""
+"""The average of a prompt's iterates instead of the last one: less noise where the steps are noisy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from post_shared.training.optimizer import Loss, PromptOptimizer
 
 
 class Averaged:
-    """An optimizer that also adds up its iterates from step ``since`` on; :attr:`average` is their mean (l, d).
+    """An optimizer that also sums its iterates from step ``since`` on; :attr:`average` is their mean (l, d).
 
-    Every iterate counts the same, whatever its loss. With differential privacy this costs nothing: the accountant
-    counts each iterate as if it were published. Picking the best one by a private score would not be free.
+    All iterates have equal weight, whatever their loss. With differential privacy the average is free: the accountant
+    counts every iterate as published. Choosing the best one by a private score would not be free.
     """
 
     def __init__(self, optimizer: PromptOptimizer, since: int) -> None:

@@ -23,7 +23,7 @@ log = logging.getLogger("post.training")
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short name for "the same work": equal for equal configurations, texts and tensors."""
+    """A run id: a digest that is equal for equal configurations, texts and tensors."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -40,51 +40,51 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _sample(weights: Iterable[Tensor]) -> str:
-    """A sample of each weight tells models apart; reading all of them takes minutes."""
+    """A digest of a sample of each weight: enough to distinguish models, while reading all weights takes minutes."""
     samples = [weight.flatten()[:256] for weight in weights]
     return fingerprint(*samples, [str(sample.dtype) for sample in samples])
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One resumable state in ``folder``; a state with another ``work`` fingerprint is not ours and is ignored."""
+    """One resumable state in ``folder``; the state of a run with another ``run_id`` is ignored."""
 
     folder: Path
     run_id: str
     every_seconds: float = 60.0
     writes: bool = True
-    """False for those that only read what another process keeps."""
+    """False in processes that only read what the leader writes."""
     keeps_end: bool = False
-    """Whether the state after the last step is kept too, so that a finished part is not repeated."""
+    """Whether the state after the last step is saved too, so that a finished stage is not repeated."""
 
     @property
     def path(self) -> Path:
         return self.folder / "checkpoint.safetensors"
 
     def save(self, step: int, seconds: float, tensors: Mapping[str, Tensor]) -> None:
-        """Written aside, flushed, then renamed: a kill at any moment leaves the old state or the new one."""
+        """Write to a temporary file, flush, rename: a kill at any moment leaves the old state or the new one."""
         if not self.writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f"checkpoint.{os.getpid()}.part"
+        partial = self.folder / f"checkpoint.{os.getpid()}.part"
         header = {"run_id": self.run_id, "step": str(step), "seconds": repr(seconds)}
         try:
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, aside, header)
-            with aside.open("rb+") as file:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial, header)
+            with partial.open("rb+") as file:
                 os.fsync(file.fileno())
-            aside.replace(self.path)
+            partial.replace(self.path)
         finally:
-            aside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def try_to_save(self, step: int, seconds: float, tensors: Mapping[str, Tensor]) -> None:
-        """As :meth:`save`, but a full disk ends no work: what was kept before stays, and the log says so."""
+        """Like :meth:`save`, but a full disk only logs a warning: training continues and the previous state stays."""
         try:
             self.save(step, seconds, tensors)
         except (OSError, SafetensorError) as error:
-            log.warning("no checkpoint kept at step %d: %s", step, error)
+            log.warning("no checkpoint saved at step %d: %s", step, error)
 
     def load(self) -> tuple[int, float, dict[str, Tensor]] | None:
-        """(steps done, seconds spent, tensors), or None where there is nothing to go on from."""
+        """(steps done, seconds spent, tensors), or None if there is no state to resume from."""
         if not self.begun():
             return None
         try:
@@ -95,7 +95,7 @@ class Checkpoint:
             return None
 
     def begun(self) -> bool:
-        """Whether there is a state of this work to go on from."""
+        """Whether there is a state of this run to resume from."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 return (file.metadata() or {}).get("run_id") == self.run_id

@@ -1,4 +1,4 @@
-"""Several processes that work together on one job: one leads, the others follow."""
+"""A group of processes that work on one job: rank 0 leads, the others follow."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, distributed
 
 _END = -1
 
-_PATIENCE = timedelta(days=1)
-"""Followers wait this long for the next step: the leader may search or save meanwhile. They die with it anyway."""
+_TIMEOUT = timedelta(days=1)
+"""How long followers wait for the next step: the leader may search or save meanwhile. They end with it anyway."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process's place among those that work together. Tensors go through ``device``."""
+    """This process's rank in the group. Collective operations use tensors on ``device``."""
 
     rank: int = 0
     size: int = 1
@@ -26,8 +26,8 @@ class Group:
 
     @classmethod
     def join(cls, *, cpu: bool = False) -> Group:
-        """Meet the other processes, as ``accelerate launch`` or :func:`followers` named them in the environment."""
-        state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        """Join the group that ``accelerate launch`` or the leader's launcher describes in the environment."""
+        state = PartialState(cpu=cpu, timeout=_TIMEOUT)
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
@@ -36,58 +36,58 @@ class Group:
 
     # --- the leader's side ------------------------------------------------------------------------------
 
-    def call(self, step: int) -> None:
-        """All work on ``step`` now."""
+    def announce(self, step: int) -> None:
+        """Start ``step`` on all followers."""
         if self.size > 1:
-            self.tell([step])
+            self.send([step])
 
     def end(self) -> None:
-        """Let the followers go. A leader that fails says nothing: whoever started the processes ends them."""
-        self.call(_END)
+        """Let the followers return. A leader that fails doesn't call this: the launcher ends the processes."""
+        self.announce(_END)
 
     # --- the followers' side ----------------------------------------------------------------------------
 
-    def called(self) -> int | None:
-        """The step to work on, or None at the end."""
-        step = self.told(1)[0]
+    def next_step(self) -> int | None:
+        """The step that the leader announces, or None at the end."""
+        step = self.receive(1)[0]
         return None if step == _END else step
 
     # --- both -------------------------------------------------------------------------------------------
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """The leader's values become everyone's, in place."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the leader's values to all processes, in place."""
         for tensor in tensors if self.size > 1 else ():
-            held = tensor.detach().to(self.device)
-            distributed.broadcast(held, src=0)
-            if not self.leads and held.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(held)
+            value = tensor.detach().to(self.device)
+            distributed.broadcast(value, src=0)
+            if not self.leads and value.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(value)
 
-    def add(self, tensors: Iterable[Tensor]) -> None:
-        """The sum over all processes comes to be the leader's, in place."""
+    def reduce(self, tensors: Iterable[Tensor]) -> None:
+        """Sum over all processes, in the leader's tensors, in place."""
         for tensor in tensors if self.size > 1 else ():
-            held = tensor.detach().to(self.device)
-            distributed.reduce(held, dst=0)
-            if self.leads and held.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(held)
+            value = tensor.detach().to(self.device)
+            distributed.reduce(value, dst=0)
+            if self.leads and value.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(value)
 
-    def sum(self, tensors: Iterable[Tensor]) -> None:
-        """The sum over all processes comes to be everyone's, in place; the tensors are on the group's device."""
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
+        """Sum over all processes, in the tensors of each, in place; they are on the group's device."""
         for tensor in tensors if self.size > 1 else ():
             distributed.all_reduce(tensor.detach())
 
-    def least(self, number: int) -> int:
-        """The smallest of the processes' numbers."""
-        held = torch.tensor(number, device=self.device)
+    def min(self, number: int) -> int:
+        """The minimum of the processes' numbers."""
+        value = torch.tensor(number, device=self.device)
         if self.size > 1:
-            distributed.all_reduce(held, distributed.ReduceOp.MIN)
-        return int(held)
+            distributed.all_reduce(value, distributed.ReduceOp.MIN)
+        return int(value)
 
-    def tell(self, numbers: Sequence[int]) -> None:
-        """The leader's numbers, which the others get by :meth:`told`."""
+    def send(self, numbers: Sequence[int]) -> None:
+        """Send the leader's numbers to the followers, who call :meth:`receive`."""
         distributed.broadcast(torch.tensor(list(numbers), device=self.device), src=0)
 
-    def told(self, count: int) -> list[int]:
-        """The ``count`` numbers that the leader tells."""
+    def receive(self, count: int) -> list[int]:
+        """The ``count`` numbers that the leader sends."""
         numbers = torch.empty(count, dtype=torch.int64, device=self.device)
         distributed.broadcast(numbers, src=0)
         return [int(number) for number in numbers]

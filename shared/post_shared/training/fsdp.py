@@ -1,7 +1,7 @@
-"""A target that is shared out to several processes, each on a GPU of its own (FSDP), and the prompt that they train.
+"""A target sharded over several processes, each on its own GPU (FSDP), and the optimizer of the prompt that they train.
 
-Each holds its share of every layer, and gathers a layer's whole weights for the moment in which it runs them, on the
-way back too. The prompt is everyone's: each process takes its share of a batch's rows, and all make the same step.
+Each process holds a shard of every layer and gathers the whole weights while the layer runs, forward and backward. The
+prompt is replicated: each process computes gradients for its share of a batch's rows, and all make the same step.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from post_shared.training.optimizer import Loss, PromptAdam
 
 
 def shard(model: LanguageModel, group: Group) -> LanguageModel:
-    """Share the layers of ``model``, which was loaded on the CPU, out to the processes of ``group``, in place.
+    """Shard the layers of ``model``, which was loaded on the CPU, over the processes of ``group``, in place.
 
-    All of them call this, and from then on run the same passes: one that is alone in a pass waits forever.
+    All of them call this and from then on run the same passes: a pass that one process runs alone never ends.
 
     Raises:
         InvalidInput: the model doesn't keep its layers in one list.
     """
-    saved_per_position(model)  # remembered: of a shared model, gathered weights would be counted
+    saved_per_position(model)  # cached now: in a sharded model, gathered weights would be counted too
     mesh = init_device_mesh(group.device.type, (group.size,))
     for layer in getattr(*layers_of(model)):
         fully_shard(layer, mesh=mesh)
-    model.model.to(group.device)  # embeddings and head are everyone's
+    model.model.to(group.device)  # embeddings and head are replicated
     return model
 
 
 class SharedAdam(PromptAdam):
-    """:class:`PromptAdam` on a prompt that all processes of a group hold, with the mean over all rows of a batch."""
+    """:class:`PromptAdam` on a prompt that is replicated over a group; losses are the mean over all rows of a batch."""
 
     def __init__(
         self, prompt: nn.Parameter, learning_rate: float, split: Callable[[Batch], list[Batch]], group: Group
     ) -> None:
-        """``split`` is the same in every process."""
+        """``split`` must be the same in every process."""
         super().__init__(prompt, learning_rate, split)
         self.group = group
 
@@ -51,14 +51,14 @@ class SharedAdam(PromptAdam):
         self.optimizer.zero_grad()
         ranks = range(self.group.size)
         shares = [self.split(batch.part(range(rank, len(batch), self.group.size))) for rank in ranks]
-        mine, sums = shares[self.group.rank], torch.zeros(2, device=self.prompt.device)
-        for at in range(max(map(len, shares))):  # all run as many passes: without rows, a process repeats one in vain
-            part, weight = (mine[at], 1.0) if at < len(mine) else (batch.part([0]), 0.0)
+        own, sums = shares[self.group.rank], torch.zeros(2, device=self.prompt.device)
+        for index in range(max(map(len, shares))):  # all run the same number of passes: one without rows repeats a row
+            part, weight = (own[index], 1.0) if index < len(own) else (batch.part([0]), 0.0)
             losses = loss(self.prompt, part)
             (weight * losses.sum()).backward()  # type: ignore[no-untyped-call]
             sums += weight * torch.stack([losses.detach().sum(), torch.tensor(float(len(losses)), device=sums.device)])
         gradient = torch.zeros_like(self.prompt) if self.prompt.grad is None else self.prompt.grad
-        self.group.sum([gradient, sums])
+        self.group.all_reduce([gradient, sums])
         self.prompt.grad = gradient / sums[1]
         self.optimizer.step()
         return float(sums[0] / sums[1])

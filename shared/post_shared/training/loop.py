@@ -1,7 +1,7 @@
-"""The one training loop: tuning, transfer and distillation all run in :func:`run_steps`.
+"""The training loop: tuning, transfer and distillation all run in :func:`run_steps`.
 
-It reports progress, keeps checkpoints (safetensors with a JSON header, replaced atomically) and resumes from
-them. Cancelling is raising :class:`~post_shared.errors.Cancelled` from the reporter: the state is kept first.
+It reports progress, saves checkpoints and resumes from them. To cancel, raise :class:`~post_shared.errors.Cancelled` in
+the progress callback: the state is saved first.
 """
 
 from __future__ import annotations
@@ -19,14 +19,6 @@ from post_shared.training.optimizer import Loss, PromptOptimizer, Trainable
 from post_shared.training.progress import Progress, ProgressCallback, ignore
 from post_shared.training.schedule import Clock, warm_then_linear
 
-# --- what is trained ----------------------------------------------------------------------------------
-
-
-# --- checkpoints --------------------------------------------------------------------------------------
-
-
-# --- the loop -----------------------------------------------------------------------------------------
-
 
 def run_steps(
     update: Callable[[Clock], Mapping[str, float]],
@@ -41,15 +33,19 @@ def run_steps(
 ) -> int:
     """Call ``update(clock)`` until the steps or the time are used up; returns the steps done.
 
-    ``update`` makes one step and returns its metrics. A reporter that raises stops the work; with a
-    ``checkpoint`` nothing is lost, and the next call with the same fingerprint goes on from there.
+    ``update`` makes one step and returns its metrics. With a ``checkpoint``, a call with the same run id resumes from
+    the saved state.
+
+    Raises:
+        InvalidInput: a metric is NaN or infinite, or neither ``steps`` nor ``seconds`` is given.
+        Cancelled: raised by ``on_progress``; the state is saved first.
     """
-    found = checkpoint.load() if checkpoint else None
+    resumed = checkpoint.load() if checkpoint else None
     clock = Clock(steps, seconds)
-    if found:
-        clock = Clock(steps, seconds, spent=found[1], step=found[0])
-        trained.load_state(found[2])
-    saved = time.monotonic()
+    if resumed:
+        clock = Clock(steps, seconds, spent=resumed[1], step=resumed[0])
+        trained.load_state(resumed[2])
+    last_saved = time.monotonic()
     try:
         while clock.done < 1.0 and not converged():
             metrics = update(clock)
@@ -59,14 +55,14 @@ def run_steps(
                     f"{stage}: {dict(metrics)} at step {clock.step} is not finite; lower the learning rate"
                 )
             on_progress(Progress(clock.step, clock.expected_steps, stage, metrics))
-            if checkpoint and time.monotonic() - saved >= checkpoint.every_seconds:
+            if checkpoint and time.monotonic() - last_saved >= checkpoint.every_seconds:
                 checkpoint.try_to_save(clock.step, clock.elapsed, trained.state())
-                saved = time.monotonic()
-    except Cancelled:  # raised by the reporter, so between two steps: the state is whole
+                last_saved = time.monotonic()
+    except Cancelled:  # raised by on_progress, so between two steps: the state is consistent
         if checkpoint:
             checkpoint.try_to_save(clock.step, clock.elapsed, trained.state())
         raise
-    if checkpoint and checkpoint.keeps_end and (found is None or found[0] < clock.step):
+    if checkpoint and checkpoint.keeps_end and (resumed is None or resumed[0] < clock.step):
         checkpoint.try_to_save(clock.step, clock.elapsed, trained.state())
     return clock.step
 
@@ -81,22 +77,26 @@ def train_prompt(
     stage: str,
     on_progress: ProgressCallback = ignore,
     checkpoint: Checkpoint | None = None,
-    also: Callable[[int], Mapping[str, float]] = lambda step: {},
+    extra_metrics: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> Tensor:
     """Train a prompt with ``learning_rate`` falling linearly to 0; returns it, (l, d).
 
-    ``batches(step)`` gives the batch of a step; ``also(step)`` further metrics to report, such as ε spent.
+    ``batches(step)`` returns the batch of a step, ``extra_metrics(step)`` more metrics to report, such as the ε spent.
+    The reported loss is the mean of the last 20 steps.
+
+    Raises:
+        As :func:`run_steps`.
     """
-    smooth: list[float] = []
+    recent: list[float] = []
 
     def update(clock: Clock) -> dict[str, float]:
         optimizer.set_learning_rate(learning_rate * warm_then_linear(clock.step / steps))
         value = optimizer.update(loss, batches(clock.step))
         if value is not None:  # an empty Poisson batch has no loss
-            smooth.append(value)
-            del smooth[:-20]
-        mean = {"loss": sum(smooth) / len(smooth)} if smooth else {}
-        return mean | dict(also(clock.step + 1))
+            recent.append(value)
+            del recent[:-20]
+        mean = {"loss": sum(recent) / len(recent)} if recent else {}
+        return mean | dict(extra_metrics(clock.step + 1))
 
     run_steps(update, optimizer, steps=steps, stage=stage, on_progress=on_progress, checkpoint=checkpoint)
     return optimizer.prompt.detach()

@@ -1,4 +1,4 @@
-"""What is trained, and the optimizer that moves a prompt."""
+"""The protocols of what is trained, and Adam on a prompt."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from post_shared.data.batches import Batch
-from post_shared.model.language_model import Prompt
 
-Loss = Callable[[Prompt, Batch], Tensor]
+Loss = Callable[[Tensor, Batch], Tensor]
 """``loss(prompt, batch) -> (B,)``: one value per row; the prompt is (l, d) or, one for each row, (B, l, d)."""
 
 Split = Callable[[Batch], list[Batch]]
-"""Cuts a batch into what runs at a time."""
+"""Splits a batch into micro-batches."""
 
 
 class Trainable(Protocol):
-    """Anything with weights and an optimizer whose state can be kept as tensors."""
+    """Weights and an optimizer whose state can be saved as tensors."""
 
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
@@ -27,13 +26,13 @@ class Trainable(Protocol):
 
 @runtime_checkable
 class HasBackward(Protocol):
-    """A loss that keeps something to go back through once, after all parts of a step."""
+    """A loss with a backward pass of its own, run once after all micro-batches of a step."""
 
     def backward(self) -> None: ...
 
 
 class PromptOptimizer(Trainable, Protocol):
-    """Moves a prompt by one step on one batch: plainly (:class:`PromptAdam`) or with differential privacy."""
+    """Makes one step of a prompt on one batch: without (:class:`PromptAdam`) or with differential privacy."""
 
     prompt: nn.Parameter
 
@@ -41,18 +40,18 @@ class PromptOptimizer(Trainable, Protocol):
     def set_learning_rate(self, learning_rate: float) -> None: ...
 
 
-def whole(batch: Batch) -> list[Batch]:
-    """One pass for all rows."""
+def unsplit(batch: Batch) -> list[Batch]:
+    """One micro-batch of all rows."""
     return [batch]
 
 
 class PromptAdam:
     """Adam on a prompt (l, d) and on nothing else, with the mean of the rows' losses.
 
-    ``split`` cuts a batch into what runs at a time: memory depends on it, the result doesn't.
+    ``split`` makes the micro-batches: memory depends on them, the result doesn't.
     """
 
-    def __init__(self, prompt: nn.Parameter, learning_rate: float, split: Split = whole) -> None:
+    def __init__(self, prompt: nn.Parameter, learning_rate: float, split: Split = unsplit) -> None:
         self.prompt, self.split = prompt, split
         self.optimizer = torch.optim.Adam([prompt], lr=learning_rate)
 
@@ -90,15 +89,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as named tensors: ``optimizer.<parameter>.<entry>``."""
     entries = optimizer.state_dict()["state"].items()
-    return {f"optimizer.{at}.{name}": torch.as_tensor(value) for at, some in entries for name, value in some.items()}
+    return {f"optimizer.{i}.{name}": torch.as_tensor(value) for i, entry in entries for name, value in entry.items()}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The reverse of :func:`optimizer_state`."""
+    """The inverse of :func:`optimizer_state`."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
-            _, at, entry = name.split(".", 2)
-            state.setdefault(int(at), {})[entry] = value.clone()
+            _, index, entry = name.split(".", 2)
+            state.setdefault(int(index), {})[entry] = value.clone()
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

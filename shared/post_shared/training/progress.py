@@ -1,4 +1,4 @@
-"""Progress of long work, and the callback that is told of it."""
+"""The progress of a job, and the callback that receives it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """Where long work stands. ``metrics`` are the latest values (loss and the like)."""
+    """``step`` of ``steps`` in ``stage``; ``metrics`` are the latest values (loss and the like)."""
 
     step: int
     steps: int
@@ -17,7 +17,7 @@ class Progress:
 
 
 def ignore(_: Progress) -> None:
-    """The reporter for those who don't want to know."""
+    """A callback that does nothing."""
 
 
 ProgressCallback = Callable[[Progress], None]

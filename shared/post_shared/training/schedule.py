@@ -1,4 +1,4 @@
-"""How far long work is, and how large its steps are then."""
+"""The learning rate schedule, and the clock of a training that is limited by steps, time or both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from post_shared.errors import InvalidInput
 
 
 def warm_then_linear(done: float, warm: float = 0.0) -> float:
-    """Factor of the learning rate after the share ``done`` of the work: up to 1 over ``warm``, then down to 0."""
+    """Learning rate factor after the share ``done`` of training: linear warm-up to 1 over ``warm``, then down to 0."""
     if done < warm:
         return done / warm
     return max(0.0, (1.0 - done) / (1.0 - warm))
@@ -17,7 +17,7 @@ def warm_then_linear(done: float, warm: float = 0.0) -> float:
 
 @dataclass
 class Clock:
-    """Share of the work done, by steps or by time, whichever is further."""
+    """How much of the training is done, by steps or by time (seconds), whichever is further."""
 
     steps: int | None
     seconds: float | None
@@ -26,12 +26,12 @@ class Clock:
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
-            raise InvalidInput("say how long to train: steps, minutes or both")
-        self._since = time.monotonic() - self.spent
+            raise InvalidInput("how long to train isn't set: give steps, minutes or both")
+        self._start = time.monotonic() - self.spent
 
     @property
     def elapsed(self) -> float:
-        return time.monotonic() - self._since
+        return time.monotonic() - self._start
 
     @property
     def done(self) -> float:
@@ -41,7 +41,7 @@ class Clock:
 
     @property
     def expected_steps(self) -> int:
-        """The steps in all: known, or projected from the pace so far."""
+        """The total number of steps: as given, or extrapolated from the pace so far."""
         if self.done <= 0 or (self.steps and not self.seconds):
             return self.steps or 1
         return max(self.step, round(self.step / self.done))

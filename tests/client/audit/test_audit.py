@@ -1,4 +1,4 @@
-"""A whole audit, from rows to figures, and ``post audit``."""
+"""The full audit, from rows to figures, and ``post audit``."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TASK = Task.preset("sst2")
 WORD = WORDS.split()
 ROWS = [Row(f"{text} {WORD[at % len(WORD)]} {WORD[at // 4]}", label)
         for at, (text, label) in enumerate(zip(TEXTS * 5, LABELS * 5, strict=True))]  # fmt: skip
-LEARNT_BY_HEART = TuneOptions(num_virtual_tokens=8, steps=30, batch_size=20, learning_rate=0.1)
+MEMORISING = TuneOptions(num_virtual_tokens=8, steps=30, batch_size=20, learning_rate=0.1)
 
 
 def noisy_labels() -> list[Row]:
-    """Labels that nothing but learning them by heart gets right."""
+    """Labels that can only be memorised."""
     labels = [row.label for row in ROWS]
     return [Row(row.text, label) for row, label in zip(ROWS, labels[3:] + labels[:3], strict=True)]
 
@@ -44,8 +44,8 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_lira_finds_the_rows_of_prompts_that_learn_by_heart_and_fewer_with_dp() -> None:
-    arms = [Arm(LEARNT_BY_HEART, None), Arm(LEARNT_BY_HEART, PrivacyConfig(epsilon=1))]
+def test_lira_finds_memorised_rows_and_fewer_with_dp() -> None:
+    arms = [Arm(MEMORISING, None), Arm(MEMORISING, PrivacyConfig(epsilon=1))]
     report = audit(tiny_model(layers=2), TASK, noisy_labels(), arms, AuditConfig(shadows=8, canaries=0))
     plain, private = report.attacks["without DP"][0], report.attacks["ε = 1"][0]
     assert plain.p_value < 0.02
@@ -54,14 +54,14 @@ def test_lira_finds_the_rows_of_prompts_that_learn_by_heart_and_fewer_with_dp() 
     assert not report.findings
 
 
-def test_the_report_says_the_same_in_json_table_and_picture() -> None:
+def test_the_report_agrees_in_json_table_and_figure() -> None:
     config = TuneOptions(num_virtual_tokens=4, steps=3, batch_size=6)
     arms = [Arm(config, None), Arm(config, PrivacyConfig(epsilon=8))]
     stages: set[str] = set()
     report = audit(
         tiny_model(layers=2), TASK, ROWS, arms, AuditConfig(shadows=4), on_progress=lambda each: stages.add(each.stage)
     )
-    assert {"shadow prompts ε = 8", "scores ε = 8", "canaries", "scores"} <= stages, "all long work shows where it is"
+    assert {"shadow prompts ε = 8", "scores ε = 8", "canaries", "scores"} <= stages, "every long stage reports progress"
     document, table = json.loads(to_json(report)), to_markdown(report)
     assert [(each["arm"], each["variant"]) for each in document["lira"]] == [
         ("without DP", "online"), ("without DP", "offline"), ("ε = 8", "online"), ("ε = 8", "offline"),
@@ -73,7 +73,7 @@ def test_the_report_says_the_same_in_json_table_and_picture() -> None:
     assert all(each["claimed"] == 8 and each["evidence"]["canaries"] == 20 for each in document["one_run"])
     assert "PRIVATE" in table
     assert "PRIVATE" in document["private"]
-    assert not any(row.text in to_json(report) for row in ROWS), "figures, no rows"
+    assert not any(row.text in to_json(report) for row in ROWS), "figures but no rows"
     assert to_picture(report).startswith(b"\x89PNG")
 
 
@@ -91,24 +91,24 @@ def options(student: Path, data: Path) -> list[object]:
     return ["audit", "--student", student, "--data", data, "--task", "sst2", "--shadows", 4, *small]
 
 
-def test_post_audit_prints_a_table_keeps_json_and_picture_and_sends_nothing(
+def test_post_audit_prints_a_table_writes_json_and_figure_and_sends_nothing(
     student: Path, data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("an audit connects to nothing")
+        raise AssertionError("an audit must not open connections")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    figures, picture = tmp_path / "a.json", tmp_path / "a.png"
-    assert post(*options(student, data), "--json", figures, "--plot", picture) == 0
+    figures, plot = tmp_path / "a.json", tmp_path / "a.png"
+    assert post(*options(student, data), "--json", figures, "--plot", plot) == 0
     printed = capsys.readouterr().out
     assert "PRIVATE" in printed
     assert len(re.findall(r"^\| (without DP|ε = 8), ", printed, re.M)) == 4
     assert len(json.loads(figures.read_text("utf-8"))["one_run"]) == 2
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert {path.stat().st_mode & 0o077 for path in (figures, picture)} == {0}, "for their owner's eyes"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert {path.stat().st_mode & 0o077 for path in (figures, plot)} == {0}, "readable by their owner only"
 
 
-def test_either_side_alone(student: Path, data: Path, capsys: Captured) -> None:
+def test_either_arm_alone(student: Path, data: Path, capsys: Captured) -> None:
     assert post(*options(student, data), "--no-dp") == 0
     assert "ε = 8" not in capsys.readouterr().out
     assert post(*options(student, data), "--no-plain", "--shadows", 0, "--canaries", 12) == 0
@@ -127,12 +127,12 @@ def test_either_side_alone(student: Path, data: Path, capsys: Captured) -> None:
         ("--shadows", -1),
     ],
 )
-def test_options_that_do_not_fit_are_refused(student: Path, data: Path, more: tuple[object, ...]) -> None:
+def test_options_that_conflict_are_refused(student: Path, data: Path, more: tuple[object, ...]) -> None:
     assert post(*options(student, data), *more) == 2
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (("--shadows", 3), "LiRA needs"),
         (("--canaries", 21), "canaries for 40 rows"),
@@ -142,27 +142,29 @@ def test_options_that_do_not_fit_are_refused(student: Path, data: Path, more: tu
         (("--json", "."), "folder"),
     ],
 )
-def test_bad_input_is_named(student: Path, data: Path, capsys: Captured, more: tuple[object, ...], says: str) -> None:
+def test_bad_input_is_explained(
+    student: Path, data: Path, capsys: Captured, more: tuple[object, ...], message: str
+) -> None:
     assert post(*options(student, data), *more) == 1
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_between_two_steps_and_says_how_to_go_on(
+def test_ctrl_c_stops_between_two_steps_and_says_how_to_resume(
     student: Path, data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "stop_gently", lambda: nullcontext(lambda: True))
-    assert post(*options(student, data), "--checkpoint", tmp_path / "kept") == 130
-    assert "goes on from" in capsys.readouterr().err
-    assert (tmp_path / "kept" / "plain" / "shadows" / "0" / "checkpoint.safetensors").exists()
+    assert post(*options(student, data), "--checkpoint", tmp_path / "state") == 130
+    assert "resumes from" in capsys.readouterr().err
+    assert (tmp_path / "state" / "plain" / "shadows" / "0" / "checkpoint.safetensors").exists()
     assert post(*options(student, data)) == 130
-    assert "nothing was kept" in capsys.readouterr().err
+    assert "nothing was saved" in capsys.readouterr().err
 
 
-def test_an_audit_that_is_killed_goes_on(student: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_a_killed_audit_resumes(student: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
     """kill -9 after the plain shadow prompts: they aren't tuned again."""
-    kept = tmp_path / "kept"
-    arguments = [str(each) for each in (*options(student, data), "--canaries", 0, "--checkpoint", kept)]
-    plain = kept / "plain" / "shadows" / "0" / "checkpoint.safetensors"
+    state = tmp_path / "state"
+    arguments = [str(each) for each in (*options(student, data), "--canaries", 0, "--checkpoint", state)]
+    plain = state / "plain" / "shadows" / "0" / "checkpoint.safetensors"
     code = "import sys; from post_shared.cli.app import build_app, run; sys.exit(run(build_app(), sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL)
     while process.poll() is None and not plain.exists():

@@ -1,4 +1,4 @@
-"""LiRA and its ROC curves: limits, and that nothing is found where nothing is."""
+"""LiRA and its ROC curves: limiting cases, and no leak found where there is none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from post_shared.method.audit.roc import Ranking
 
 
 def leaking(shift: float, *, prompts: int = 16, rows: int = 200, seed: int = 0):  # type: ignore[no-untyped-def]
-    """Confidences with a level for each row, to which a prompt that saw the row adds ``shift`` standard deviations."""
+    """Confidences around a level for each row, plus ``shift`` standard deviations where the prompt saw the row."""
     generator = np.random.default_rng(seed)
     members = random_halves(prompts, rows, seed + 1)
     return 3 * generator.normal(size=rows) + generator.normal(size=members.shape) + shift * members, members
@@ -42,7 +42,7 @@ def test_true_positives_at_few_false_alarms() -> None:
     members = np.array([True] * 4 + [False] * 100)
     scores = np.concatenate([[9.0, 8.0, 5.0, -1.0], [6.0, 4.0], np.zeros(98)])
     curve = Ranking(scores, members).curve()
-    assert curve.at(0.001) == 0.5, "two members stand above every other row"
+    assert curve.at(0.001) == 0.5, "two members rank above every other row"
     assert curve.at(0.01) == 0.75, "one false alarm in 100 is allowed"
 
 
@@ -59,9 +59,9 @@ def test_a_weight_of_two_is_the_row_twice() -> None:
 # --- LiRA ---------------------------------------------------------------------------------------------
 
 
-def test_likelihood_ratios_equal_a_loop_that_leaves_the_target_out() -> None:
+def test_likelihood_ratios_equal_a_leave_one_out_loop() -> None:
     confidences, members = leaking(1.0, prompts=6, rows=12)
-    found = likelihood_ratios(confidences, members)
+    ratios = likelihood_ratios(confidences, members)
     for k in range(6):
         others = [o for o in range(6) if o != k]
         sides = {}
@@ -72,10 +72,10 @@ def test_likelihood_ratios_equal_a_loop_that_leaves_the_target_out() -> None:
             sides[side] = ([np.mean(g) if g else np.nan for g in groups], np.sqrt(spread / freedom))
         for i in range(12):
             like = {side: norm.logpdf(confidences[k, i], mean[i], spread) for side, (mean, spread) in sides.items()}
-            np.testing.assert_allclose(found["online"][k, i], like[True] - like[False], atol=1e-8)
-            if np.isfinite(found["offline"][k, i]):
+            np.testing.assert_allclose(ratios["online"][k, i], like[True] - like[False], atol=1e-8)
+            if np.isfinite(ratios["offline"][k, i]):
                 z = (confidences[k, i] - sides[False][0][i]) / sides[False][1]
-                np.testing.assert_allclose(found["offline"][k, i], z, atol=1e-8)
+                np.testing.assert_allclose(ratios["offline"][k, i], z, atol=1e-8)
 
 
 @pytest.mark.parametrize("variant", ["online", "offline"])
@@ -92,8 +92,8 @@ def test_a_leak_is_found_and_its_size_too(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["online", "offline"])
-def test_where_nothing_leaks_the_auc_is_a_half(variant: str) -> None:
-    """Over many draws: balanced halves, or a target that helps to fit its own Gaussians, would show as a bias here."""
+def test_without_a_leak_the_auc_is_one_half(variant: str) -> None:
+    """Averaged over many draws: if the target helped to fit its own Gaussians, it would show as a bias here."""
     aucs = []
     for seed in range(60):
         confidences, members = leaking(0.0, prompts=8, rows=100, seed=seed)
@@ -104,7 +104,7 @@ def test_where_nothing_leaks_the_auc_is_a_half(variant: str) -> None:
     assert np.std(aucs) < 0.05
 
 
-def test_chance_covers_a_run_without_a_leak() -> None:
+def test_the_chance_interval_covers_runs_without_a_leak() -> None:
     inside = 0
     for seed in range(10):
         confidences, members = leaking(0.0, prompts=8, rows=60, seed=seed)
@@ -113,12 +113,12 @@ def test_chance_covers_a_run_without_a_leak() -> None:
     assert inside >= 7
 
 
-def test_confidences_that_do_not_differ_tell_nothing() -> None:
+def test_equal_confidences_reveal_nothing() -> None:
     members = random_halves(8, 20, seed=0)
     assert attack(np.ones((8, 20)), members, "online").auc.value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("shape", [(3, 100), (8, 7)])
-def test_too_little_to_attack_with_is_refused(shape: tuple[int, int]) -> None:
+def test_too_few_prompts_or_rows_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(InvalidInput, match="LiRA needs"):
         attack(np.zeros(shape), random_halves(*shape, seed=0), "online")

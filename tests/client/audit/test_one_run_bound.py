@@ -1,4 +1,4 @@
-"""The bound of the one-run audit: hand-checked numbers, limits, and that it stays below the truth."""
+"""The bound of the one-run audit: numbers checked by hand, limiting cases, and that it stays below the true ε."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_limits(canaries: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(("canaries", "guesses", "right", "delta"), [(5, 6, 1, 0.0), (5, 5, 6, 0.0), (5, 5, 1, 1.0)])
-def test_counts_that_cannot_be_are_refused(canaries: int, guesses: int, right: int, delta: float) -> None:
+def test_impossible_counts_are_refused(canaries: int, guesses: int, right: int, delta: float) -> None:
     with pytest.raises(InvalidInput):
         p_value(canaries, guesses, right, 1.0, delta)
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 4.0])
 def test_randomised_response_is_never_refuted_more_often_than_promised(epsilon: float) -> None:
-    """Every canary answers truly with probability e^ε / (1 + e^ε): exactly ε-private, and the worst that is."""
+    """Every canary answers truthfully with probability e^ε / (1 + e^ε): exactly ε-private, and the worst case."""
     generator = np.random.default_rng(0)
     chance, trials, canaries = 1 / (1 + math.exp(-epsilon)), 300, 300
     bounds = []
@@ -59,7 +59,7 @@ def test_randomised_response_is_never_refuted_more_often_than_promised(epsilon: 
     wrong = sum(bound > epsilon for bound in bounds)
     assert wrong <= 0.05 * trials
     if epsilon >= 1:
-        assert np.median(bounds) > 0.4 * epsilon, "and it is no empty bound"
+        assert np.median(bounds) > 0.4 * epsilon, "the bound isn't vacuous"
 
 
 def test_scores_of_a_gaussian_mechanism_are_not_refuted_but_of_one_with_a_quarter_of_the_noise_are() -> None:
@@ -71,14 +71,14 @@ def test_scores_of_a_gaussian_mechanism_are_not_refuted_but_of_one_with_a_quarte
     assert evidence(4 * included / sigma + noise, included, delta=1e-6).epsilon > 1.0
 
 
-def test_with_few_canaries_no_run_however_bad_is_refuted() -> None:
+def test_few_canaries_can_not_refute_any_run() -> None:
     assert strongest(8, delta=1e-5) < 1.0
     assert strongest(30, delta=1e-5) > 1.0
-    every = [strongest(canaries, delta=1e-5) for canaries in (10, 100, 1000)]
-    assert every == sorted(every)
+    bounds = [strongest(canaries, delta=1e-5) for canaries in (10, 100, 1000)]
+    assert bounds == sorted(bounds)
 
 
-def test_scores_that_say_nothing_prove_nothing() -> None:
+def test_uninformative_scores_prove_nothing() -> None:
     included = np.random.default_rng(2).random(500) < 0.5
     assert evidence(np.zeros(500), included, delta=1e-5).epsilon < 0.5
     with pytest.raises(InvalidInput):

@@ -1,4 +1,4 @@
-"""The one-run audit finds what is wrong with a run, and nothing where nothing is wrong."""
+"""The one-run audit refutes faulty runs and doesn't refute sound ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def findings(privacy: PrivacyConfig = CLAIM, **options: object) -> list[Finding]
 
 
 def finding_of_128_canaries() -> Finding:
-    """Of gradient canaries in a run drawn anew. Of 64, some batches see too few for a bound above 1."""
+    """The finding of 128 gradient canaries in a run with fresh randomness; 64 can be too few for a bound above 1."""
     config = TuneOptions(num_virtual_tokens=8, steps=30, batch_size=24)
     _, gradient = audit_in_one_run(tiny_model(layers=2), TASK, MORE_ROWS, config, CLAIM)
     assert gradient.evidence.canaries == 128
@@ -69,21 +69,21 @@ def test_a_run_that_does_not_clip_is_refuted(monkeypatch: pytest.MonkeyPatch) ->
     assert finding_of_128_canaries().refuted
 
 
-def test_several_runs_at_once_have_coins_of_their_own() -> None:
-    found = findings(runs=3, canaries=20)
-    assert [each.kind for each in found] == ["data"] * 3 + ["gradient"] * 3
+def test_several_runs_at_once_include_different_canaries() -> None:
+    results = findings(runs=3, canaries=20)
+    assert [each.kind for each in results] == ["data"] * 3 + ["gradient"] * 3
     included = DataCanaries.choose(TASK, ROWS, 20, 3, seed=0).included
     assert len(np.unique(included, axis=0)) == 3
 
 
 def test_data_canaries_have_wrong_labels_and_leave_the_other_rows_alone() -> None:
-    chosen = DataCanaries.choose(TASK, ROWS, 50, 4, seed=1)
-    different = [at for at, row in enumerate(chosen.rows) if row != ROWS[at]]
-    assert different == chosen.places.tolist()
-    assert all(chosen.rows[at].text == ROWS[at].text for at in different)
-    members = chosen.members()
-    assert members[:, [at for at in range(len(ROWS)) if at not in different]].all()
-    assert 0.3 < members[:, chosen.places].mean() < 0.7
+    canaries = DataCanaries.choose(TASK, ROWS, 50, 4, seed=1)
+    different = [index for index, row in enumerate(canaries.rows) if row != ROWS[index]]
+    assert different == canaries.indices.tolist()
+    assert all(canaries.rows[index].text == ROWS[index].text for index in different)
+    members = canaries.members()
+    assert members[:, [index for index in range(len(ROWS)) if index not in different]].all()
+    assert 0.3 < members[:, canaries.indices].mean() < 0.7
 
 
 @pytest.mark.parametrize("canaries", [0, 65])
@@ -99,13 +99,13 @@ def test_more_canaries_than_directions_are_refused() -> None:
         )
 
 
-def test_a_killed_audit_goes_on_with_what_it_has_seen(tmp_path: Path) -> None:
+def test_a_killed_audit_resumes_with_its_scores(tmp_path: Path) -> None:
     seeded = PrivacyConfig(epsilon=1.0, delta=1e-5, seed=2)
     undisturbed = findings(seeded)
 
     def stop(progress: Progress) -> None:
         if progress.step == 20:
-            raise Cancelled("enough")
+            raise Cancelled("stopped by the test")
 
     with pytest.raises(Cancelled):
         findings(seeded, on_progress=stop, checkpoint=tmp_path)
@@ -118,7 +118,7 @@ CLIP, RUNS, DELTA = 1e-4, 200_000, 1e-6
 
 
 def hooked_sums() -> tuple[Tensor, Tensor, DPOptimizer]:
-    """Clipped sums of one step of the pairing on a row, and on that row with another one beside it."""
+    """Clipped sums of one step of PEFT with Opacus's hooks on a row, and on that row together with another one."""
     torch.manual_seed(0)
     model = tiny_model("llama", layers=2)
     encoded = encode_rows(model, TASK, ["a superb film"] * 2, labels=["positive", "negative"])
@@ -135,7 +135,7 @@ def hooked_sums() -> tuple[Tensor, Tensor, DPOptimizer]:
     )
 
     def clipped(weights: list[float]) -> Tensor:
-        """The second row weighs more than the first: a canary may have any gradient."""
+        """The second row has a larger weight than the first: a canary may have any gradient."""
         batch = encoded.batch(range(len(weights)))
         optimizer.zero_grad()
         logits = hooked(input_ids=batch.token_ids, attention_mask=batch.attention_mask).logits
@@ -152,35 +152,36 @@ def own_sums() -> tuple[Tensor, Tensor]:
     """The same rows through POST's own step."""
     model = tiny_model("llama", layers=2)
     encoded = encode_rows(model, TASK, ["a superb film"] * 2, labels=["positive", "negative"])
-    loss, found = tuning_objective(model, TASK), []
+    loss, sums = tuning_objective(model, TASK), []
     for rows in ([0], [0, 1]):
         optimizer = PromptDPSGD(
             nn.Parameter(torch.randn(1, 32, generator=torch.Generator().manual_seed(0))), 0.0, noise_multiplier=0.0,
-            max_grad_norm=CLIP, expected_batch_size=1, micro_batch_size=8, randomness=SeededRandomness(0),
+            max_grad_norm=CLIP, expected_batch_size=1, randomness=SeededRandomness(0),
         )  # fmt: skip
         optimizer.update(lambda prompt, batch: loss(prompt, batch) * 1000, encoded.batch(rows))
-        found.append(optimizer.summed_gradient.float())
-    return found[0], found[1]
+        sums.append(optimizer.summed_gradient.float())
+    return sums[0], sums[1]
 
 
-def bound_of(without: Tensor, beside: Tensor, optimizer: DPOptimizer) -> float:
-    """Runs of one step on data sets of their own, each with a canary or without: together as private as one of them.
+def bound_of(without: Tensor, together: Tensor, optimizer: DPOptimizer) -> float:
+    """The bound from many one-step runs on disjoint data sets, each with or without a canary: together as private as
+    one of them.
 
-    The noise is added by Opacus's optimizer, to the sums of all runs on top of each other.
+    Opacus's optimizer adds the noise, to the stacked sums of all runs.
     """
     included = np.random.default_rng(0).random(RUNS) < 0.5
     stack = nn.Parameter(torch.zeros(RUNS, *without.shape))
     optimizer.param_groups[0]["params"][:] = [stack]
     stack.grad_sample = torch.zeros(1, *stack.shape)  # type: ignore[attr-defined]
-    stack.summed_grad = torch.where(torch.tensor(included)[:, None, None], beside, without)  # type: ignore[attr-defined]
+    stack.summed_grad = torch.where(torch.tensor(included)[:, None, None], together, without)  # type: ignore[attr-defined]
     torch.manual_seed(1)
     optimizer.add_noise()
     assert stack.grad is not None
-    scores = (stack.grad * (beside - without)).sum((1, 2))
+    scores = (stack.grad * (together - without)).sum((1, 2))
     return evidence(scores.double().numpy(), included, DELTA).epsilon
 
 
 def test_the_audit_refutes_peft_with_opacus_hooks_and_not_post() -> None:
-    without, beside, optimizer = hooked_sums()
-    assert bound_of(without, beside, optimizer) > 1.0
+    without, together, optimizer = hooked_sums()
+    assert bound_of(without, together, optimizer) > 1.0
     assert bound_of(*own_sums(), optimizer) < 1.0

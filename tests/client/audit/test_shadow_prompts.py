@@ -1,4 +1,4 @@
-"""Shadow prompts are the prompts that `tune` would have made."""
+"""Shadow prompts equal the prompts that `tune` makes from the same rows."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_shadow_prompts_are_the_prompts_that_tune_makes(
 ) -> None:
     model = tiny_model(family, layers=2)
     members = random_halves(3, len(ROWS), seed=5)
-    many = tune_shadows(model, TASK, ROWS, members, CONFIG, privacy=privacy, public=public).prompts
-    for k, own in enumerate(members):
-        rows = [row for row, chosen in zip(ROWS, own, strict=True) if chosen]
+    prompts = tune_shadows(model, TASK, ROWS, members, CONFIG, privacy=privacy, public=public).prompts
+    for k, included in enumerate(members):
+        rows = [row for row, is_member in zip(ROWS, included, strict=True) if is_member]
         config = TuneOptions(**vars(CONFIG) | {"seed": CONFIG.seed + k})
         budget = privacy and PrivacyConfig(**vars(privacy) | {"seed": 11 + k})
         single = tune(model, TASK, rows, config, privacy=budget, public=public).prompt.embeddings
-        torch.testing.assert_close(many[k], single, rtol=0, atol=0)
-    assert float((many[0] - many[1]).abs().max()) > 0.01, "different rows, different prompts"
+        torch.testing.assert_close(prompts[k], single, rtol=0, atol=0)
+    assert float((prompts[0] - prompts[1]).abs().max()) > 0.01, "different rows, different prompts"
 
 
 def test_halves_are_halves_and_independent_of_each_other() -> None:
@@ -52,21 +52,21 @@ def test_halves_are_halves_and_independent_of_each_other() -> None:
     assert set(members.sum(1)) == {20}
     assert len(np.unique(members, axis=0)) == 400
     others = members[1:].mean(0)
-    assert abs(np.corrcoef(members[0], others)[0, 1]) < 0.6, "which others have a row says nothing about this one"
+    assert abs(np.corrcoef(members[0], others)[0, 1]) < 0.6, "other prompts' members reveal nothing about this prompt's"
 
 
 @pytest.mark.parametrize("privacy", [None, PrivacyConfig(epsilon=8, batch_size=6, steps=5)], ids=["plain", "private"])
-def test_a_cancelled_run_goes_on_and_a_finished_one_is_kept(tmp_path: Path, privacy: PrivacyConfig | None) -> None:
+def test_a_cancelled_run_resumes_and_a_finished_one_is_kept(tmp_path: Path, privacy: PrivacyConfig | None) -> None:
     members = random_halves(3, len(ROWS), seed=5)
-    seen: list[int] = []
+    steps: list[int] = []
 
     def stop(progress: Progress) -> None:
-        seen.append(progress.step)
-        if seen == [1, 2, 3]:
-            raise Cancelled("enough")
+        steps.append(progress.step)
+        if steps == [1, 2, 3]:
+            raise Cancelled("stopped by the test")
 
     def run() -> torch.Tensor:
-        folder = tmp_path / "kept"
+        folder = tmp_path / "state"
         return tune_shadows(
             tiny_model(layers=2), TASK, ROWS, members, CONFIG, privacy=privacy, on_progress=stop, checkpoint=folder
         ).prompts
@@ -74,33 +74,35 @@ def test_a_cancelled_run_goes_on_and_a_finished_one_is_kept(tmp_path: Path, priv
     with pytest.raises(Cancelled):
         run()
     first = run()
-    assert seen == list(range(1, 16)), "three prompts of five steps"
+    assert steps == list(range(1, 16)), "three prompts of five steps"
     assert torch.equal(run(), first), "nothing is tuned again"
-    assert seen == list(range(1, 16))
+    assert steps == list(range(1, 16))
     if privacy is None:
         undisturbed = tune_shadows(tiny_model(layers=2), TASK, ROWS, members, CONFIG, privacy=None).prompts
         torch.testing.assert_close(first, undisturbed, rtol=0, atol=0)
 
 
-def test_confidences_are_the_logits_of_the_probability_of_the_rows_own_label() -> None:
+def test_confidences_are_logits_of_the_own_labels_probability() -> None:
     model = tiny_model(layers=2)
     prompts = torch.randn(2, 4, model.hidden_size, generator=torch.Generator().manual_seed(0))
-    found = confidences(model, TASK, ROWS, prompts, CONFIG)
+    computed = confidences(model, TASK, ROWS, prompts, CONFIG)
     for k, prompt in enumerate(prompts):
-        every = classify(model, TASK, [row.text for row in ROWS], prompt).double()
-        own = every[range(len(ROWS)), [TASK.labels.index(str(row.label)) for row in ROWS]].numpy()
-        np.testing.assert_allclose(found[k], np.log(own) - np.log1p(-own), atol=2e-3)
+        probabilities = classify(model, TASK, [row.text for row in ROWS], prompt).double()
+        own = probabilities[range(len(ROWS)), [TASK.labels.index(str(row.label)) for row in ROWS]].numpy()
+        np.testing.assert_allclose(computed[k], np.log(own) - np.log1p(-own), atol=2e-3)
 
 
-def test_rows_of_which_no_prompt_may_learn_move_nothing() -> None:
-    """A row that is in no half may have any label: the prompts stay the same."""
+def test_rows_that_no_prompt_uses_have_no_effect() -> None:
+    """A row in none of the halves may have any label: the prompts stay the same."""
     members: Members = random_halves(2, len(ROWS), seed=1)
     members[:, 7] = False
     other = list(ROWS)
     other[7] = Row(ROWS[7].text, "positive")
     assert ROWS[7].label == "negative"
-    made = [tune_shadows(tiny_model(layers=2), TASK, rows, members, CONFIG, privacy=PRIVATE) for rows in (ROWS, other)]
-    assert torch.equal(made[0].prompts, made[1].prompts)
+    first, second = (
+        tune_shadows(tiny_model(layers=2), TASK, rows, members, CONFIG, privacy=PRIVATE) for rows in (ROWS, other)
+    )
+    assert torch.equal(first.prompts, second.prompts)
 
 
 def test_a_generation_task_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""``post tune`` with its ledger, ``post ledger`` and ``post accountant``: what is charged, refused and said."""
+"""``post tune`` with its ledger, ``post ledger`` and ``post accountant``: charges, refusals and output."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def tune(student: Path, data: Path, *more: object) -> int:
 def ledger(capsys: Captured, *arguments: object) -> list[dict[str, object]]:
     capsys.readouterr()
     assert post("ledger", *arguments, "--json") == 0
-    found: list[dict[str, object]] = json.loads(capsys.readouterr().out)
-    return found
+    accounts: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return accounts
 
 
-def test_a_cap_below_what_is_spent_says_so_once(student: Path, data: Path, capsys: Captured) -> None:
+def test_a_cap_below_the_spent_budget_is_explained_once(student: Path, data: Path, capsys: Captured) -> None:
     assert tune(student, data, "--no-dp") == 0
     capsys.readouterr()
     assert tune(student, data, "--epsilon", 3, "--epsilon-cap", 4, "--force") == 1
@@ -58,13 +58,13 @@ def test_a_cap_below_what_is_spent_says_so_once(student: Path, data: Path, capsy
 
 def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path, capsys: Captured) -> None:
     assert tune(student, data, "--epsilon", 3, "--epsilon-cap", 4, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["run"] == {"id": 1, "resumed": False}
-    assert told["spent"]["epsilon"] == told["statement"]["epsilon_spent"] <= 3
+    result = json.loads(capsys.readouterr().out)
+    assert result["run"] == {"id": 1, "resumed": False}
+    assert result["spent"]["epsilon"] == result["statement"]["epsilon_spent"] <= 3
     assert post("push", data.parent / "p", "--dry-run", data.parent / "request") == 0
     prompt = (data.parent / "p").read_bytes()
-    assert tune(student, data, "--epsilon", 3) == 1, "it would be written over"
-    assert "p is there already" in capsys.readouterr().err
+    assert tune(student, data, "--epsilon", 3) == 1, "the prompt would be overwritten"
+    assert "p already exists" in capsys.readouterr().err
     assert (data.parent / "p").read_bytes() == prompt
     assert len(ledger(capsys)[0]["runs"]) == 1, "nothing was charged"  # type: ignore[arg-type]
     assert tune(student, data, "--epsilon", 3, "--force") == 0
@@ -79,7 +79,7 @@ def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path
         assert tune(student, data, *options, "--force") == 1
         refusal = capsys.readouterr().err
         assert "the cap is 4" in refusal
-        assert "0:00:" not in refusal, "no bar for what never began"
+        assert "0:00:" not in refusal, "no progress bar for a refused run"
     assert (data.parent / "p").read_bytes() == before
     assert ledger(capsys, "--data", data, "--epsilon-cap", 50)[0]["epsilon_cap"] == 50
     assert tune(student, data, "--epsilon", 3, "--force") == 0
@@ -88,17 +88,17 @@ def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path
     assert post("ledger", "--epsilon-cap", 5) == 2
 
 
-def test_a_statement_without_its_prompt_is_in_nobodys_way(
+def test_a_statement_without_its_prompt_does_not_block_a_retry(
     student: Path, data: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: bytes) -> None:
+    def write_until_full(path: Path, content: bytes) -> None:
         if path.name == "p":
             raise InvalidInput(f"{path}: can't write: no space")
         path.write_bytes(content)
 
     statement = data.parent / "s.json"
     with monkeypatch.context() as patched:
-        patched.setattr(import_module("post_client.cli.tune"), "write_file", full)
+        patched.setattr(import_module("post_client.cli.tune"), "write_file", write_until_full)
         assert tune(student, data, "--statement", statement) == 1
     assert not statement.exists()
     capsys.readouterr()
@@ -106,26 +106,26 @@ def test_a_statement_without_its_prompt_is_in_nobodys_way(
     assert json.loads(capsys.readouterr().out)["run"] == {"id": 1, "resumed": True}
     (data.parent / "p").unlink()
     assert tune(student, data, "--statement", statement) == 1
-    assert "s.json is there already" in capsys.readouterr().err
+    assert "s.json already exists" in capsys.readouterr().err
 
 
 def test_epsilon_noise_and_what_a_second_run_would_add(student: Path, data: Path, capsys: Captured) -> None:
     assert post("accountant", "--units", 1000, "--epsilon", 4, "--steps", 50, "--batch-size", 20, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert 3.9 < found["epsilon"] <= 4
-    numbers = ("--noise", found["noise_multiplier"], "--steps", 50, "--batch-size", 20)
-    assert post("accountant", "--units", 1000, *numbers, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["epsilon"] == pytest.approx(found["epsilon"], rel=1e-3)
+    figures = json.loads(capsys.readouterr().out)
+    assert 3.9 < figures["epsilon"] <= 4
+    options = ("--noise", figures["noise_multiplier"], "--steps", 50, "--batch-size", 20)
+    assert post("accountant", "--units", 1000, *options, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] == pytest.approx(figures["epsilon"], rel=1e-3)
     assert tune(student, data, "--epsilon", 3) == 0
     capsys.readouterr()
     second = ("accountant", "--data", data, "--noise", 1.5, "--steps", 10, "--batch-size", 8)
     assert post(*second, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    figures = json.loads(capsys.readouterr().out)
     first = PrivacyPlan.make(PrivacyConfig(epsilon=3), 32, batch_size=4, steps=3).mechanism
     assert first is not None
     both = compose([first, Mechanism(1.5, 0.25, 10)], 1e-5).epsilon
-    assert told["spent_with_this_run"] == pytest.approx(both, abs=1e-4)
-    assert told["runs_so_far"] == 1
+    assert figures["spent_with_this_run"] == pytest.approx(both, abs=1e-4)
+    assert figures["runs_so_far"] == 1
     assert len(ledger(capsys)[0]["runs"]) == 1  # type: ignore[arg-type]
     assert post(*second) == 0
     assert "spent with this run" in capsys.readouterr().out
@@ -135,17 +135,17 @@ def test_epsilon_noise_and_what_a_second_run_would_add(student: Path, data: Path
         assert post("accountant", "--units", 10, *wrong) == 1
 
 
-def test_a_student_that_changed_since_it_was_pulled_costs_nothing(
+def test_a_student_changed_since_it_was_pulled_is_refused_at_no_cost(
     student: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    pulled, mine = student_hash(student), tmp_path / "mine"
-    shutil.copytree(student, mine)
-    assert tune(mine, data, "--hash", pulled) == 0
-    weights = bytearray((mine / "model.safetensors").read_bytes())
+    pulled_hash, copy = student_hash(student), tmp_path / "copy"
+    shutil.copytree(student, copy)
+    assert tune(copy, data, "--hash", pulled_hash) == 0
+    weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
-    (mine / "model.safetensors").write_bytes(weights)
+    (copy / "model.safetensors").write_bytes(weights)
     capsys.readouterr()
-    assert tune(mine, data, "--hash", pulled, "--force") == 1
+    assert tune(copy, data, "--hash", pulled_hash, "--force") == 1
     assert "it was changed since" in capsys.readouterr().err
     (account,) = ledger(capsys)
     assert len(account["runs"]) == 1  # type: ignore[arg-type]
@@ -155,9 +155,9 @@ def test_users_and_trials(student: Path, data: Path, tmp_path: Path, capsys: Cap
     public = _write(tmp_path / "public.jsonl", 3, " in public")
     more = ("--user-column", "who", "--trials", 2, "--public", public, "--average-iterates", "--delta", 1e-3)
     assert tune(student, data, *more, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["statement"]["unit"].startswith("one user")
-    assert told["statement"]["trials"] == len(told["trials"]) == 2
+    result = json.loads(capsys.readouterr().out)
+    assert result["statement"]["unit"].startswith("one user")
+    assert result["statement"]["trials"] == len(result["trials"]) == 2
     (account,) = ledger(capsys, "--data", data, "--user-column", "who")
     assert (account["unit"], account["units"], account["rows"]) == ("user", 4, 32)
     assert b"user 1" not in (tmp_path / "p").read_bytes()
@@ -169,26 +169,26 @@ def test_users_and_trials(student: Path, data: Path, tmp_path: Path, capsys: Cap
 
 @pytest.fixture
 def at_step_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
-    """Does something after the second step of tuning."""
+    """Runs a function after the second step of tuning."""
 
-    def arrange(deed: Callable[[], None]) -> None:
+    def arrange(action: Callable[[], None]) -> None:
         from post_client.privacy import PromptDPSGD
 
-        made, update = [], PromptDPSGD.update
+        losses, update = [], PromptDPSGD.update
 
-        def watched(self: PromptDPSGD, *arguments: object) -> float | None:
-            value = update(self, *arguments)  # type: ignore[arg-type]
-            made.append(value)
-            if len(made) == 2:
-                deed()
-            return value
+        def update_and_act(self: PromptDPSGD, *arguments: object) -> float | None:
+            loss = update(self, *arguments)  # type: ignore[arg-type]
+            losses.append(loss)
+            if len(losses) == 2:
+                action()
+            return loss
 
-        monkeypatch.setattr(PromptDPSGD, "update", watched)
+        monkeypatch.setattr(PromptDPSGD, "update", update_and_act)
 
     return arrange
 
 
-def test_ctrl_c_keeps_the_charge_and_the_same_command_goes_on(
+def test_ctrl_c_keeps_the_charge_and_the_same_command_resumes(
     student: Path, data: Path, capsys: Captured, at_step_two: Callable[[Callable[[], None]], None]
 ) -> None:
     at_step_two(lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -201,14 +201,14 @@ def test_ctrl_c_keeps_the_charge_and_the_same_command_goes_on(
     assert [each["state"] for each in ledger(capsys)[0]["runs"]] == ["finished"]  # type: ignore[attr-defined]
 
 
-def test_a_disk_that_fills_in_mid_run_costs_no_budget_twice(
+def test_a_disk_that_fills_during_a_run_costs_no_budget_twice(
     student: Path, data: Path, capsys: Captured, at_step_two: Callable[[Callable[[], None]], None]
 ) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step_two(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard)))
     try:
-        code = tune(student, data, "--checkpoint", data.parent / "kept")
+        code = tune(student, data, "--checkpoint", data.parent / "state")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1
@@ -217,13 +217,13 @@ def test_a_disk_that_fills_in_mid_run_costs_no_budget_twice(
     assert "at no further cost" in " ".join(shown.split())
     (account,) = ledger(capsys)
     assert [each["state"] for each in account["runs"]] == ["interrupted"]  # type: ignore[attr-defined]
-    assert tune(student, data, "--checkpoint", data.parent / "kept") == 0
+    assert tune(student, data, "--checkpoint", data.parent / "state") == 0
     assert ledger(capsys)[0]["spent"] == account["spent"]
     assert (data.parent / "p").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (("--ledger", "/proc/ledger.db"), "/proc/ledger.db"),
         (("--epsilon", 0), "epsilon"),
@@ -233,13 +233,13 @@ def test_a_disk_that_fills_in_mid_run_costs_no_budget_twice(
         (("--label-column", "who"), "label"),
     ],
 )
-def test_what_can_not_be_accounted_for_is_not_trained(
-    options: tuple[object, ...], says: str, student: Path, data: Path, capsys: Captured, own_ledger: Path
+def test_runs_that_can_not_be_accounted_for_are_not_trained(
+    options: tuple[object, ...], message: str, student: Path, data: Path, capsys: Captured, own_ledger: Path
 ) -> None:
     assert tune(student, data, *options) == 1
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(shown) == 1
-    assert says in shown[0]
+    assert message in shown[0]
     assert not (data.parent / "p").exists()
     assert ledger(capsys) == []
 
@@ -249,10 +249,10 @@ def test_an_empty_file_one_class_and_long_texts(student: Path, tmp_path: Path, c
     (tmp_path / "one.jsonl").write_text('{"text": "a", "label": "positive"}\n' * 20)
     (tmp_path / "single.jsonl").write_text('{"text": "a", "label": "positive"}')
     wrong = (("empty.jsonl", "no rows"), ("one.jsonl", "all 20 rows have"), ("single.jsonl", "the only row has"))
-    for name, says in wrong:
+    for name, message in wrong:
         assert tune(student, tmp_path / name) == 1
-        assert f"{name}: {says}" in capsys.readouterr().err.replace("there are ", "")
+        assert f"{name}: {message}" in capsys.readouterr().err.replace("there are ", "")
     rows = [{"text": "film " * 500, "label": label} for label in LABELS] * 3
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert tune(student, tmp_path / "long.jsonl", "--max-length", 32) == 0, "a long text is cut, at its end"
+    assert tune(student, tmp_path / "long.jsonl", "--max-length", 32) == 0, "long texts are truncated"
     assert len(ledger(capsys)) == 1

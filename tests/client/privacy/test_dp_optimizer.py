@@ -16,18 +16,23 @@ from opacus.optimizers import DPOptimizer
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from post_client.privacy import PrivacyConfig, PrivacyPlan, PromptDPSGD, Randomness, SecureRandomness, SeededRandomness
-from post_client.tuning.tune import tune, tuning_objective
+from post_client.privacy import (
+    PrivacyConfig,
+    PrivacyPlan,
+    PromptDPSGD,
+    Randomness,
+    SecureRandomness,
+    SeededRandomness,
+    dp_optimizer,
+)
+from post_client.tuning.tune import tuning_objective
 from post_shared.data.batches import Batch, EncodedRows
-from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
-from post_shared.engine import shared_prefix
 from post_shared.errors import InvalidInput
 from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
-from post_shared.schemas.tuning import TuneOptions
 from post_shared.training.optimizer import Loss, PromptAdam
-from tests.models import CAUSAL, LABELS, TEXTS, tiny_model
+from tests.models import CAUSAL, LABELS, MASKED, TEXTS, tiny_model
 
 TASK = Task("{text}, it was", {"positive": ("good", "great"), "negative": ("bad", "terrible")})
 LENGTH, WIDTH, CLIP = 3, 32, 0.05
@@ -61,10 +66,8 @@ def private(
     noise: float = 0.0,
     clip: float = CLIP,
     expected: float = 8.0,
-    micro: int = 64,
     randomness: Randomness | None = None,
     learning_rate: float = 0.01,
-    student: LanguageModel | None = None,
 ) -> PromptDPSGD:
     return PromptDPSGD(
         start(),
@@ -72,49 +75,56 @@ def private(
         noise_multiplier=noise,
         max_grad_norm=clip,
         expected_batch_size=expected,
-        micro_batch_size=micro,
         randomness=randomness or SeededRandomness(0),
-        student=student,
     )
 
 
-def clipped_sum(rows: list[int], *, once: bool = True, **options: float) -> Tensor:
+def clipped_sum(rows: list[int], *, clip: float = CLIP) -> Tensor:
     """The sum of clipped gradients that a step on these rows makes, before noise."""
-    model, encoded, loss = setting()
-    optimizer = private(student=model if once else None, **options)  # type: ignore[arg-type]
+    _, encoded, loss = setting()
+    optimizer = private(clip=clip)
     optimizer.update(loss, encoded.batch(rows))
     return optimizer.summed_gradient
-
-
-def row_gradients(optimizer: PromptDPSGD, loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Losses (B,) and gradients (B, l, d) in the order of the batch."""
-    found = list(optimizer.per_row_gradients(loss, batch))
-    at = [[row for some in found for row in some.rows].index(row) for row in batch.index]
-    return torch.cat([some.losses for some in found])[at], torch.cat([some.gradients for some in found])[at]
 
 
 # --- per-row gradients --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("together", [1024, 12, 1])
-@pytest.mark.parametrize(
-    ("family", "once"), [*((family, True) for family in CAUSAL), ("llama", False), ("roberta", False)]
-)
-def test_per_row_gradients_equal_a_loop_over_single_rows(
-    family: str, together: int, monkeypatch: pytest.MonkeyPatch, *, once: bool
-) -> None:
-    monkeypatch.setattr(shared_prefix, "POSITIONS", together)
-    model, encoded, loss = setting(family)
+@pytest.mark.parametrize("family", [*CAUSAL, *MASKED])
+def test_per_row_gradients_equal_a_loop_over_single_rows(family: str) -> None:
+    _, encoded, loss = setting(family)
     rows = [5, 0, 9, 1, 2, 8, 3, 6]
-    optimizer = private(micro=4, student=model if family != "llama" or once else None)
-    assert (optimizer.student is not None) == once
-    losses, gradients = row_gradients(optimizer, loss, encoded.batch(rows))
-    for at, row in enumerate(rows):
+    found = list(private().row_gradients(loss, encoded.batch(rows)))
+    assert [each.row for each in found] == rows
+    for each in found:
         prompt = start()
-        alone = loss(prompt, encoded.batch([row])).sum()
+        alone = loss(prompt, encoded.batch([each.row])).sum()
         (gradient,) = torch.autograd.grad(alone, prompt)
-        torch.testing.assert_close(gradients[at], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
-        torch.testing.assert_close(losses[at], alone.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(each.gradient, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        torch.testing.assert_close(each.loss, alone.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *MASKED])
+def test_a_rows_gradient_is_the_same_bits_whichever_rows_share_the_step(family: str) -> None:
+    _, encoded, loss = setting(family)
+    alone = {row: next(private().row_gradients(loss, encoded.batch([row]))).gradient for row in range(16)}
+    generator = np.random.default_rng(0)
+    for _ in range(8):
+        rows = generator.choice(16, generator.integers(2, 9), replace=False).tolist()
+        for each in private().row_gradients(loss, encoded.batch(rows)):
+            assert torch.equal(each.gradient, alone[each.row])
+
+
+def test_a_row_runs_alone_in_its_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape of a pass says nothing of other rows."""
+    model, encoded, loss = setting()
+    shapes: list[tuple[int, int]] = []
+    monkeypatch.setattr(model, "run_body", watched(model.run_body, shapes))
+    private().update(loss, encoded.batch(range(32)))
+    assert shapes == [(1, LENGTH + encoded.length(row)) for row in range(32)]
+    shapes.clear()
+    private().update(loss, encoded.batch([]))
+    assert not shapes
 
 
 def test_a_loss_that_mixes_rows_is_refused() -> None:
@@ -137,36 +147,24 @@ def test_no_noise_and_a_huge_clip_is_plain_tuning() -> None:
     torch.testing.assert_close(dp.prompt.detach(), plain.prompt.detach(), rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("once", [True, False])
-@pytest.mark.parametrize("micro", [8, 5, 1])
-def test_micro_batches_equal_one_batch(micro: int, *, once: bool) -> None:
+@pytest.mark.parametrize("waiting", [8, 5, 1])
+def test_clipping_in_parts_equals_clipping_at_once(waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(range(32))
-    whole = clipped_sum(rows, micro=32)
+    whole = clipped_sum(rows)
     assert float(whole.norm()) > CLIP
-    torch.testing.assert_close(clipped_sum(rows, micro=micro, once=once), whole, rtol=1e-3, atol=1e-6)
+    monkeypatch.setattr(dp_optimizer, "ROWS", waiting)
+    torch.testing.assert_close(clipped_sum(rows), whole, rtol=1e-12, atol=1e-12)
 
 
-def test_the_prompt_is_run_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, encoded, loss = setting()
-    widths: list[tuple[int, int]] = []
-    optimizer = private(student=model, micro=4)
-    monkeypatch.setattr(model, "run_body", watched(model.run_body, widths))
-    optimizer.update(loss, encoded.batch(range(32)))
-    assert widths.count((1, LENGTH)) == 1
-    assert sum(rows for rows, _ in widths) == 1 + 32
-    widths.clear()
-    optimizer.update(loss, encoded.batch([]))
-    assert not widths
-
-
-def test_noise_comes_once_per_step_however_many_micro_batches() -> None:
+def test_noise_comes_once_per_step_however_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     _, encoded, loss = setting()
     moved = []
-    for micro in (32, 4):
-        optimizer = private(noise=2.0, micro=micro, randomness=SeededRandomness(5))
+    for waiting in (32, 4):
+        monkeypatch.setattr(dp_optimizer, "ROWS", waiting)
+        optimizer = private(noise=2.0, randomness=SeededRandomness(5))
         optimizer.update(loss, encoded.batch(range(32)))
         moved.append(optimizer.prompt.detach().clone())
-    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-6)
 
 
 def test_sums_are_divided_by_the_expected_batch_size_not_the_real_one() -> None:
@@ -177,30 +175,15 @@ def test_sums_are_divided_by_the_expected_batch_size_not_the_real_one() -> None:
         torch.testing.assert_close(optimizer.master.grad, optimizer.summed_gradient / 16.0)
 
 
-def test_private_tuning_does_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[Tensor] = []
-
-    def kept(self: shared_prefix.SharedPrefix, model: LanguageModel, prompt: Tensor) -> None:
-        runs.append(prompt)
-        made(self, model, prompt)
-
-    made = shared_prefix.SharedPrefix.__init__
-    monkeypatch.setattr(shared_prefix.SharedPrefix, "__init__", kept)
-    rows = [Row(text, label) for text, label in zip(TEXTS * 4, LABELS * 4, strict=True)]
-    privacy = PrivacyConfig(batch_size=24, steps=3, seed=0)
-    tune(tiny_model(layers=2), TASK, rows, TuneOptions(num_virtual_tokens=LENGTH), privacy=privacy)
-    assert len([prompt for prompt in runs if isinstance(prompt, nn.Parameter)]) == 3, "the others only try it"
-
-
 # --- sensitivity --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25)
-@given(st.sets(st.integers(0, 31), max_size=8), st.integers(0, 31), st.sampled_from([1, 3, 64]), st.booleans())
-def test_one_more_row_moves_the_clipped_sum_by_at_most_c(rows: set[int], extra: int, micro: int, once: bool) -> None:
-    without = clipped_sum(sorted(rows - {extra}), micro=micro, once=once)
-    moved = clipped_sum(sorted(rows | {extra}), micro=micro, once=once) - without
-    assert float(moved.norm()) <= CLIP * (1 + 1e-3)  # the rows' own gradients change a little with the padding
+@given(st.sets(st.integers(0, 31), max_size=8), st.integers(0, 31))
+def test_one_more_row_moves_the_clipped_sum_by_at_most_c(rows: set[int], extra: int) -> None:
+    without = clipped_sum(sorted(rows - {extra}))
+    moved = clipped_sum(sorted(rows | {extra})) - without
+    assert float(moved.norm()) <= CLIP * (1 + 1e-6)
 
 
 @given(
@@ -215,7 +198,6 @@ def test_no_gradient_whatever_counts_for_more_than_c(rows: list[list[float]], cl
         noise_multiplier=0.0,
         max_grad_norm=clip,
         expected_batch_size=1,
-        micro_batch_size=8,
         randomness=SeededRandomness(0),
     )
     before = torch.zeros(2, 3, dtype=torch.float64)
@@ -236,7 +218,7 @@ def largest_movement(sum_of: Callable[[list[int]], Tensor]) -> float:
 def test_the_check_passes_here_and_fires_on_peft_with_opacus_hooks() -> None:
     """PEFT embeds one prompt and repeats the output: the hooks see one gradient row for the whole batch."""
     clip = 1e-4  # every gradient is longer, so directions alone count
-    assert largest_movement(lambda rows: clipped_sum(rows, clip=clip)) <= clip * (1 + 1e-3)
+    assert largest_movement(lambda rows: clipped_sum(rows, clip=clip)) <= clip * (1 + 1e-6)
 
     torch.manual_seed(0)
     model, encoded, _ = setting()

@@ -1,4 +1,4 @@
-"""Poisson batches have the binomial's law, noise has the normal one, and only secure randomness is private."""
+"""Batch sizes are binomial, noise is normal, and only secure randomness is private."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ def test_rows_are_included_independently_of_each_other_and_of_other_steps() -> N
 
 
 @pytest.mark.parametrize("randomness", SOURCES, ids=lambda source: type(source).__name__)
-def test_both_sources_draw_the_same_law(randomness: Randomness) -> None:
+def test_all_sources_have_the_same_distribution(randomness: Randomness) -> None:
     drawn = randomness.integers(200_000, "test", 0) / 2**53
     assert stats.kstest(drawn, "uniform").pvalue > 1e-6
     size = inclusions(randomness, 10_000, 0.05, 20).sum()
     assert abs(size - 10_000) < 6 * np.sqrt(200_000 * 0.05 * 0.95)
 
 
-def test_batches_may_be_empty_and_may_be_everything() -> None:
+def test_batches_may_be_empty_or_complete() -> None:
     assert PoissonSampler(3, 1e-12, SecureRandomness()).draw(0).tolist() == []
     assert PoissonSampler(3, 1.0, SecureRandomness()).draw(0).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("examples", "rate"), [(0, 0.5), (5, 0.0), (5, -0.1), (5, 1.1), (5, float("nan"))])
-def test_impossible_sampling_is_refused(examples: int, rate: float) -> None:
+def test_invalid_sampling_is_refused(examples: int, rate: float) -> None:
     with pytest.raises(PrivacyInvalid):
         PoissonSampler(examples, rate, SecureRandomness())
 
 
 def test_no_two_purposes_steps_trials_or_keys_share_numbers() -> None:
-    """Every charged run draws from here: the same noise in two steps, or in two trials, could be taken off."""
+    """Every charged run draws from here: noise that two steps or trials share could be removed."""
     key, other = new_key(), new_key()
     keys = [key, other, *(trial_key(key, trial) for trial in (0, 1, 10))]
     drawn = [
@@ -112,5 +112,5 @@ def test_noise_is_normal(randomness: Randomness) -> None:
     assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 6 / np.sqrt(noise.size)
 
 
-def test_no_noise_is_exactly_none() -> None:
+def test_deviation_zero_gives_exactly_no_noise() -> None:
     assert not gaussian(SecureRandomness(), (2, 2), 0.0, 0).any()

@@ -1,4 +1,4 @@
-"""A student comes whole and safe, or not at all."""
+"""A student download is complete and safe, or fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GOOD = {"config.json": b'{"model_type": "llama"}', "model.safetensors": WEIGHTS}
 
 
 class Breaking(httpx.BaseTransport):
-    """The real network, with every file's body cut after ``limit`` bytes, ``times`` times."""
+    """The real network; the first ``times`` file bodies are cut off after ``limit`` bytes."""
 
     def __init__(self, limit: int, times: int) -> None:
         self.limit, self.times = limit, times
@@ -54,50 +54,50 @@ class Breaking(httpx.BaseTransport):
         self._real.close()
 
 
-def liar(real: dict[str, bytes], /, **changes: Any) -> Client:
-    """A client of a server that says and sends what the test likes."""
+def client_of_lying_server(real: dict[str, bytes], /, **changes: Any) -> Client:
+    """A client of a server with a manifest and files chosen by the test."""
     entries = [
         ModelFile(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for path, data in real.items()
     ]
-    said = {"model_id": "mod_1", "name": "small", "files": [e.model_dump() for e in entries]}
-    said = said | {"hash": model_hash(entries)} | changes
+    manifest = {"model_id": "mod_1", "name": "small", "files": [e.model_dump() for e in entries]}
+    manifest = manifest | {"hash": model_hash(entries)} | changes
     sent = changes.pop("sent", real)
-    said.pop("sent", None)
+    manifest.pop("sent", None)
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def respond(request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/manifest"):
-            return httpx.Response(200, json=said)
+            return httpx.Response(200, json=manifest)
         path = request.url.path.split("/files/", 1)[1]
         return httpx.Response(200, stream=httpx.ByteStream(sent.get(path, b"")))
 
-    return Client(url="http://liar", api_key="post_x", transport=httpx.MockTransport(answer), attempts=1)
+    return Client(url="http://liar", api_key="post_x", transport=httpx.MockTransport(respond), attempts=1)
 
 
-def test_a_student_arrives_as_it_is_at_the_provider(http_harness: HttpHarness, owner: Client, tmp_path: Path) -> None:
+def test_a_downloaded_student_equals_the_providers(http_harness: HttpHarness, owner: Client, tmp_path: Path) -> None:
     _, student = http_harness.add_pair()
-    seen: list[tuple[int, int]] = []
-    wanted = owner.models.download("small", tmp_path / "student", progress=lambda *at: seen.append(at))
-    assert student_hash(tmp_path / "student") == student.hash == wanted.hash
-    assert manifest(tmp_path / "student") == wanted.files
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1] == sum(file.size for file in wanted.files)
+    progress: list[tuple[int, int]] = []
+    expected = owner.models.download("small", tmp_path / "student", progress=lambda *at: progress.append(at))
+    assert student_hash(tmp_path / "student") == student.hash == expected.hash
+    assert manifest(tmp_path / "student") == expected.files
+    assert progress == sorted(progress)
+    assert progress[-1][0] == progress[-1][1] == sum(file.size for file in expected.files)
     assert os.listdir(tmp_path) == ["student"]
 
 
-def test_a_second_pull_fetches_nothing(http_harness: HttpHarness, tmp_path: Path) -> None:
+def test_a_second_pull_downloads_nothing(http_harness: HttpHarness, tmp_path: Path) -> None:
     http_harness.add_pair()
     counting = Breaking(0, 0)
     with Client(url=http_harness.url, api_key=http_harness.keys["alice"], transport=counting) as client:
         client.models.download("small", tmp_path / "student")
-        fetched = len(counting.ranges)
-        seen: list[tuple[int, int]] = []
-        wanted = client.models.download("small", tmp_path / "student", progress=lambda *at: seen.append(at))
-    assert len(counting.ranges) == fetched > 0
-    size = sum(file.size for file in wanted.files)
-    assert seen == [(size, size)], "all of it is there"
+        downloads = len(counting.ranges)
+        progress: list[tuple[int, int]] = []
+        expected = client.models.download("small", tmp_path / "student", progress=lambda *at: progress.append(at))
+    assert len(counting.ranges) == downloads > 0
+    size = sum(file.size for file in expected.files)
+    assert progress == [(size, size)], "everything is present"
 
 
-def test_a_broken_download_goes_on_where_it_stopped(http_harness: HttpHarness, tmp_path: Path) -> None:
+def test_a_broken_download_resumes_where_it_stopped(http_harness: HttpHarness, tmp_path: Path) -> None:
     _, student = http_harness.add_pair()
     breaking = Breaking(10, 1)
     with Client(url=http_harness.url, api_key=http_harness.keys["alice"], transport=breaking, attempts=1) as client:
@@ -109,14 +109,14 @@ def test_a_broken_download_goes_on_where_it_stopped(http_harness: HttpHarness, t
     assert breaking.ranges[:2] == [None, "bytes=10-"]
 
 
-def test_breaks_within_one_pull_are_overcome(http_harness: HttpHarness, tmp_path: Path) -> None:
+def test_broken_connections_within_one_pull_are_retried(http_harness: HttpHarness, tmp_path: Path) -> None:
     _, student = http_harness.add_pair()
     with Client(url=http_harness.url, api_key=http_harness.keys["alice"], transport=Breaking(10, 2)) as client:
         client.models.download("small", tmp_path / "student")
     assert student_hash(tmp_path / "student") == student.hash
 
 
-def test_a_resumed_file_with_a_bad_start_is_fetched_again(
+def test_a_resumed_file_with_wrong_bytes_is_downloaded_again(
     http_harness: HttpHarness, owner: Client, tmp_path: Path
 ) -> None:
     _, student = http_harness.add_pair()
@@ -135,7 +135,7 @@ def test_a_target_models_files_never_leave(http_harness: HttpHarness, owner: Cli
     assert not (tmp_path / "student").exists()
 
 
-def test_a_folder_with_something_else_is_left_alone(http_harness: HttpHarness, owner: Client, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_left_alone(http_harness: HttpHarness, owner: Client, tmp_path: Path) -> None:
     http_harness.add_pair()
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "thesis.txt").write_text("years of work")
@@ -172,7 +172,7 @@ def test_a_pinned_student_may_not_change(http_harness: HttpHarness, owner: Clien
     ],
 )
 def test_an_unsafe_path_writes_nothing(path: str, tmp_path: Path) -> None:
-    with liar(GOOD | {path: b"{}"}) as client, pytest.raises(ModelUnsafe):
+    with client_of_lying_server(GOOD | {path: b"{}"}) as client, pytest.raises(ModelUnsafe):
         client.models.download("small", tmp_path / "in" / "student")
     assert not list(tmp_path.rglob("*"))
 
@@ -189,8 +189,8 @@ def test_an_unsafe_path_writes_nothing(path: str, tmp_path: Path) -> None:
         ({"files": "none"}, IntegrityError),
     ],
 )
-def test_lies_leave_no_student(changes: dict[str, Any], kind: type[PostError], tmp_path: Path) -> None:
-    with liar(GOOD, **changes) as client, pytest.raises(kind):
+def test_a_lying_server_leaves_no_student(changes: dict[str, Any], kind: type[PostError], tmp_path: Path) -> None:
+    with client_of_lying_server(GOOD, **changes) as client, pytest.raises(kind):
         client.models.download("small", tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
@@ -200,13 +200,16 @@ def test_lies_leave_no_student(changes: dict[str, Any], kind: type[PostError], t
     [{"auto_map": {"AutoModel": "evil--modeling.Evil"}}, {"model_type": "llama", "num_hidden_layers": 10**12}],
 )
 def test_a_model_that_runs_code_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
-    with liar(GOOD | {"config.json": json.dumps(config).encode()}) as client, pytest.raises(ModelUnsafe):
+    with (
+        client_of_lying_server(GOOD | {"config.json": json.dumps(config).encode()}) as client,
+        pytest.raises(ModelUnsafe),
+    ):
         client.models.download("small", tmp_path / "student")
     assert not (tmp_path / "student").exists()
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_place_that_cannot_be_written_is_named(http_harness: HttpHarness, owner: Client) -> None:
+def test_an_unwritable_path_is_named(http_harness: HttpHarness, owner: Client) -> None:
     http_harness.add_pair()
     with pytest.raises(InvalidInput, match="/proc/student"):
         owner.models.download("small", Path("/proc/student"))

@@ -1,4 +1,4 @@
-"""Laws of tuning without the lean: what is taken off is public, and per-row gradients stay per-row."""
+"""Laws of tuning without label bias: the bias is measured on public text, and per-row gradients stay per-row."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def mean_scores(model: LanguageModel, prompt: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean(1, keepdim=True)).mean(0)
 
 
-def test_the_lean_and_its_gradient_are_those_of_public_text(model: LanguageModel) -> None:
+def test_the_bias_and_its_gradient_are_those_of_public_text(model: LanguageModel) -> None:
     prompt = SoftPrompt.random(model, 4, seed=1).embeddings
     calibrated = measured(model, prompt).bias
     assert calibrated is not None
@@ -62,11 +62,11 @@ def test_the_lean_and_its_gradient_are_those_of_public_text(model: LanguageModel
 
 @pytest.mark.parametrize("per_row", [True, False])
 def test_gradients_are_those_of_the_loss_written_out(model: LanguageModel, *, per_row: bool) -> None:
-    """Cross-entropy of scores less the public mean, plus KL(uniform || mean), differentiated through both."""
+    """Cross-entropy of the scores minus the public mean, plus KL(uniform || mean), differentiated through both."""
     batch = encode_rows(model, TASK, TEXTS, 64, labels=LABELS, reserved=4).batch(range(8))
     ours, slow = (SoftPrompt.random(model, 4, seed=1).embeddings.clone().requires_grad_() for _ in range(2))
     loss = measured(model, ours, per_row=per_row)
-    for part in batch.split(3):  # the lean is gone back through once, whatever a step is cut into
+    for part in batch.split(3):  # one backward pass through the bias, however many parts a step has
         loss(ours, part).sum().backward()
     loss.backward()
     mean = mean_scores(model, slow)
@@ -78,8 +78,7 @@ def test_gradients_are_those_of_the_loss_written_out(model: LanguageModel, *, pe
     torch.testing.assert_close(ours.grad, slow.grad, rtol=1e-2, atol=1e-3 * float(slow.grad.abs().max()))
 
 
-@pytest.mark.parametrize("once", [True, False])
-def test_a_rows_gradient_depends_on_no_other_row(model: LanguageModel, *, once: bool) -> None:
+def test_a_rows_gradient_depends_on_no_other_row(model: LanguageModel) -> None:
     prompt = torch.nn.Parameter(SoftPrompt.random(model, 4, seed=1).embeddings.clone())
     loss = measured(model, prompt)
     optimizer = PromptDPSGD(
@@ -88,54 +87,48 @@ def test_a_rows_gradient_depends_on_no_other_row(model: LanguageModel, *, once: 
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         expected_batch_size=4.0,
-        micro_batch_size=8,
         randomness=SeededRandomness(0),
-        student=model if once else None,
     )
     encoded = encode_rows(model, TASK, TEXTS, 64, labels=LABELS, reserved=4)
-    together = list(optimizer.per_row_gradients(loss, encoded.batch(range(8))))
-    assert (len(together) == 1) == (once and model.kind == "causal"), "all rows go back through one run together"
-    largest = max(float(some.gradients.abs().max()) for some in together)
-    for some in together:
-        for at, row in enumerate(some.rows):
-            leaf = prompt.detach().clone().requires_grad_()
-            loss(leaf, encoded.batch([row])).sum().backward()
-            assert leaf.grad is not None
-            torch.testing.assert_close(some.gradients[at], leaf.grad, rtol=1e-3, atol=1e-4 * largest)
+    for computed in optimizer.row_gradients(loss, encoded.batch(range(8))):
+        leaf = prompt.detach().clone()[None].requires_grad_()
+        loss(leaf, encoded.batch([computed.row])).sum().backward()
+        assert leaf.grad is not None
+        assert torch.equal(computed.gradient, leaf.grad[0])
 
 
-def test_what_all_rows_share_is_gone_before_clipping() -> None:
-    """The point of it: with the lean taken off and even, the rows' gradients no longer add up along the lean."""
+def test_the_shared_gradient_is_removed_before_clipping() -> None:
+    """With the bias subtracted and balanced, the rows' gradients no longer add up along the bias."""
     model = tiny_model()
     prompt = SoftPrompt.random(model, 4, seed=1).embeddings
     loss = measured(model, prompt)
     assert loss.bias is not None
-    loss.bias = type(loss.bias)(loss.bias.prompt, torch.zeros(3), loss.bias.gradient)  # balanced, so no pull to even
+    loss.bias = type(loss.bias)(loss.bias.prompt, torch.zeros(3), loss.bias.gradient)  # balanced: no KL term
     batch = encode_rows(model, TASK, PUBLIC, 64, labels=["positive"] * len(PUBLIC), reserved=4).batch(
         range(len(PUBLIC))
     )
 
-    def along(some: object) -> float:
+    def along_bias(loss_function: object) -> float:
         leaf = prompt.expand(len(batch), -1, -1).clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(some(leaf, batch).sum(), leaf)  # type: ignore[operator]
+        (gradient,) = torch.autograd.grad(loss_function(leaf, batch).sum(), leaf)  # type: ignore[operator]
         direction = loss.bias.gradient[2].flatten()  # type: ignore[union-attr]
         return abs(float(gradient.flatten(1).mean(0) @ direction))
 
-    assert along(loss) < 0.3 * along(tuning_objective(model, TASK))
+    assert along_bias(loss) < 0.3 * along_bias(tuning_objective(model, TASK))
 
 
 @pytest.mark.parametrize("privacy", [None, PrivacyConfig(epsilon=8, seed=0)])
 def test_tuning_with_public_texts(privacy: PrivacyConfig | None) -> None:
     model, config = tiny_model(), TuneOptions(num_virtual_tokens=4, steps=3, batch_size=4, max_length=32)
     rows = ROWS * 20
-    found = [tune(model, TASK, rows, config, privacy=privacy, public=public) for public in (None, PUBLIC)]
-    prompts = [each.prompt.embeddings for each in found]
-    assert all(torch.isfinite(each).all() for each in prompts)
-    assert not torch.equal(prompts[0], prompts[1]), "public texts take part"
+    results = [tune(model, TASK, rows, config, privacy=privacy, public=public) for public in (None, PUBLIC)]
+    prompts = [result.prompt.embeddings for result in results]
+    assert all(torch.isfinite(prompt).all() for prompt in prompts)
+    assert not torch.equal(prompts[0], prompts[1]), "public texts have an effect"
     if privacy is not None:
-        assert found[1].statement is not None
-        assert found[0].statement is not None
-        assert found[1].statement.epsilon_spent == found[0].statement.epsilon_spent, "at no privacy cost"
+        assert results[1].statement is not None
+        assert results[0].statement is not None
+        assert results[1].statement.epsilon_spent == results[0].statement.epsilon_spent, "at no privacy cost"
 
 
 def test_public_texts_that_cannot_help_are_refused() -> None:
@@ -146,21 +139,23 @@ def test_public_texts_that_cannot_help_are_refused() -> None:
         tune(model, Task("{text} Answer:"), ROWS, config, privacy=None, public=PUBLIC)
 
 
-def test_answers_to_public_texts_that_are_no_numbers_are_said() -> None:
-    """A private run would otherwise end with noise alone and a claim that holds for nothing worth having."""
+def test_outputs_for_public_texts_that_are_not_finite_are_refused() -> None:
+    """Otherwise a private run would return noise alone, with a valid but useless privacy claim."""
     model = tiny_model()
     model.model.get_input_embeddings().weight.data[model.tokenizer(" plot").input_ids[0]] = torch.nan
-    with pytest.raises(InvalidInput, match="public texts are no numbers"):
+    with pytest.raises(InvalidInput, match="public texts are NaN or infinite"):
         measured(model, torch.zeros(4, model.hidden_size))
 
 
 @pytest.mark.parametrize("privacy", [None, PrivacyConfig(epsilon=8, seed=0)])
-def test_a_stopped_run_with_public_texts_goes_on_as_undisturbed(privacy: PrivacyConfig | None, tmp_path: Path) -> None:
+def test_a_resumed_run_with_public_texts_equals_an_undisturbed_one(
+    privacy: PrivacyConfig | None, tmp_path: Path
+) -> None:
     model, config = tiny_model(), TuneOptions(num_virtual_tokens=4, steps=6, batch_size=4, max_length=32)
 
     def stop(progress: Progress) -> None:
         if progress.step == 3:
-            raise Cancelled("enough")
+            raise Cancelled("stopped by the test")
 
     with pytest.raises(Cancelled):
         tune(model, TASK, ROWS * 9, config, privacy=privacy, public=PUBLIC, on_progress=stop, checkpoint=tmp_path)

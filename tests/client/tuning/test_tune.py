@@ -14,7 +14,7 @@ from post_shared.data.tasks import Task
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput, TaskInvalid
 from post_shared.inference.evaluation import evaluate
 from post_shared.model.language_model import LanguageModel
-from post_shared.model.memory_plan import TASTE
+from post_shared.model.memory_plan import SAMPLE_POSITIONS
 from post_shared.schemas.tuning import TuneOptions
 from post_shared.training.progress import Progress
 from tests.models import LABELS, TEXTS, tiny_model
@@ -25,7 +25,7 @@ CONFIG = TuneOptions(num_virtual_tokens=8, steps=80, batch_size=8, learning_rate
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_the_prompt_learns_the_task_and_says_when_nothing_is_guaranteed(family: str) -> None:
+def test_a_plain_prompt_learns_the_task_and_has_no_statement(family: str) -> None:
     model = tiny_model(family)
     result = tune(model, TASK, ROWS, CONFIG, privacy=None)
     assert result.statement is None
@@ -33,15 +33,15 @@ def test_the_prompt_learns_the_task_and_says_when_nothing_is_guaranteed(family: 
 
 
 def test_private_tuning_states_what_it_guarantees_and_reports_what_it_spent() -> None:
-    seen: list[Progress] = []
+    reports: list[Progress] = []
     rows = ROWS * 20
     privacy = PrivacyConfig(epsilon=8, batch_size=16, steps=10)
-    result = tune(tiny_model(), TASK, rows, CONFIG, privacy=privacy, on_progress=seen.append)
+    result = tune(tiny_model(), TASK, rows, CONFIG, privacy=privacy, on_progress=reports.append)
     assert result.statement is not None
     assert result.statement.private
     assert result.statement.epsilon_spent <= 8
     assert result.statement.delta < 1 / len(rows)
-    spent = [progress.metrics["epsilon"] for progress in seen]
+    spent = [progress.metrics["epsilon"] for progress in reports]
     assert len(spent) == 10
     assert spent == sorted(spent)
     assert 0 < spent[-1] <= 8
@@ -62,7 +62,7 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path, privacy: Priva
 
     def stop(progress: Progress) -> None:
         if progress.step == 5:
-            raise Cancelled("enough")
+            raise Cancelled("stopped by the test")
 
     with pytest.raises(Cancelled):
         tune(tiny_model(), TASK, ROWS * 20, config, privacy=privacy, on_progress=stop, checkpoint=tmp_path)
@@ -71,11 +71,11 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path, privacy: Priva
     assert torch.equal(resumed.prompt.embeddings, undisturbed.prompt.embeddings)
 
 
-def test_a_checkpoint_of_other_data_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_data_is_not_resumed(tmp_path: Path) -> None:
     config = TuneOptions(num_virtual_tokens=4, steps=4, batch_size=4)
 
     def stop(progress: Progress) -> None:
-        raise Cancelled("enough")
+        raise Cancelled("stopped by the test")
 
     with pytest.raises(Cancelled):
         tune(tiny_model(), TASK, ROWS, config, privacy=None, on_progress=stop, checkpoint=tmp_path)
@@ -96,7 +96,7 @@ def test_generation_learns_free_answers() -> None:
     assert evaluate(model, task, rows, result.prompt.embeddings).accuracy > 0.6
 
 
-def test_the_start_states_the_task() -> None:
+def test_the_initial_prompt_states_the_task() -> None:
     model = tiny_model()
     ids = model.tokenizer("Is the film good:").input_ids
     first = model.embed(torch.tensor(ids[:5]))
@@ -109,13 +109,13 @@ def test_the_start_states_the_task() -> None:
 
 def test_bad_input_is_refused_before_anything_is_trained() -> None:
     model = tiny_model()
-    for rows, says in [
+    for rows, message in [
         ([], "no rows"),
         ([Row("x", None)], "no label"),
         ([Row("x", "positive")] * 3, "all 3 rows have the label 'positive'"),
         ([*ROWS, Row("x", "sports")], "sports"),
     ]:
-        with pytest.raises(DataInvalid, match=says):
+        with pytest.raises(DataInvalid, match=message):
             tune(model, TASK, rows, CONFIG, privacy=None)
     task = Task("{text}, it was", {"negative": ("cinematographic",), "positive": ("good",)})
     with pytest.raises(TaskInvalid, match="tokens"):
@@ -128,19 +128,19 @@ def test_bad_input_is_refused_before_anything_is_trained() -> None:
 
 
 def test_a_plain_step_runs_the_prompt_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only with a prompt of its own has a row a gradient of its own; without privacy that would be work for nothing."""
+    """Per-row gradients need one copy of the prompt per row; without privacy that would be wasted work."""
     model, rows, config = tiny_model(), ROWS[:8], TuneOptions(num_virtual_tokens=8, steps=1, batch_size=8)
-    seen: list[torch.Size] = []
-    body = LanguageModel.last_hidden
+    shapes: list[torch.Size] = []
+    last_hidden = LanguageModel.last_hidden
 
-    def watched(self: LanguageModel, **inputs: torch.Tensor) -> torch.Tensor:
+    def recording(self: LanguageModel, **inputs: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
-            seen.append(inputs["inputs_embeds"].shape[:2])
-        return body(self, **inputs)
+            shapes.append(inputs["inputs_embeds"].shape[:2])
+        return last_hidden(self, **inputs)
 
-    monkeypatch.setattr(LanguageModel, "last_hidden", watched)
+    monkeypatch.setattr(LanguageModel, "last_hidden", recording)
     tune(model, TASK, rows, config, privacy=None)
     encoded = encode_private(model, TASK, rows, config)
-    (step,) = [shape for shape in seen if shape[1] > TASTE + 1]  # the memory plan's own taste is no step
+    (step,) = [shape for shape in shapes if shape[1] > SAMPLE_POSITIONS + 1]  # the memory plan's sample isn't a step
     assert step[0] == 1
     assert step[1] <= config.num_virtual_tokens + len(rows) * encoded.whole.longest

@@ -1,4 +1,4 @@
-"""Who did what to which thing: every change leaves its line, and no line can be changed or removed."""
+"""Every change adds a line to the audit log, and no line can be updated or deleted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.server.server_harness import ServerHarness
 from tests.server.terminal import run
 
 
-def written(http_harness: HttpHarness) -> list[tuple[str, str, str]]:
+def all_lines(http_harness: HttpHarness) -> list[tuple[str, str, str]]:
     """All lines, oldest first."""
     with http_harness.database.read() as session:
         rows = session.scalars(select(AuditRow).order_by(AuditRow.id))
@@ -34,7 +34,7 @@ def written(http_harness: HttpHarness) -> list[tuple[str, str, str]]:
         "DELETE FROM audit_log WHERE who = 'key_1'",
     ],
 )
-def test_the_database_refuses_to_change_a_line(server_harness: ServerHarness, statement: str) -> None:
+def test_the_database_refuses_to_update_or_delete_a_line(server_harness: ServerHarness, statement: str) -> None:
     with server_harness.database.write() as session:
         record(session, "key_1", "prompt.push", "prm_1")
     with pytest.raises(DBAPIError, match="append-only"), server_harness.database.write() as session:
@@ -43,7 +43,7 @@ def test_the_database_refuses_to_change_a_line(server_harness: ServerHarness, st
         assert [row.who for row in lines(session)] == ["key_1"]
 
 
-def test_nor_to_put_another_in_its_place(server_harness: ServerHarness) -> None:
+def test_the_database_refuses_to_replace_a_line(server_harness: ServerHarness) -> None:
     with server_harness.database.write() as session:
         record(session, "key_1", "prompt.push", "prm_1")
     if server_harness.database.engine.dialect.name == "sqlite":
@@ -54,17 +54,17 @@ def test_nor_to_put_another_in_its_place(server_harness: ServerHarness) -> None:
         session.execute(text(statement))
 
 
-def test_a_prompts_life_is_written_down(http_harness: HttpHarness) -> None:
-    """Once for each thing done; not for what was refused, looked at or there already."""
+def test_every_action_on_a_prompt_is_recorded(http_harness: HttpHarness) -> None:
+    """Each action once, but no refusals, reads of metadata or repeated requests."""
     target, student = http_harness.add_pair()
     dataset = http_harness.add_dataset()
     data = prompt_bytes(student.hash)
     prompt = http_harness.push("alice", data).json()["id"]
     http_harness.push("alice", data)
-    order = {"prompt": prompt, "target": target.id, "dataset": "public"}
+    request = {"prompt": prompt, "target": target.id, "dataset": "public"}
     headers = {"Idempotency-Key": "once"}
     for _ in range(2):
-        job = http_harness("alice", "POST", "/v1/transfers", json=order, headers=headers).json()["id"]
+        job = http_harness("alice", "POST", "/v1/transfers", json=request, headers=headers).json()["id"]
     http_harness("alice", "GET", f"/v1/prompts/{prompt}")
     assert code(http_harness("bob", "DELETE", f"/v1/prompts/{prompt}")) == (404, "not_found")
     http_harness("provider", "POST", f"/v1/jobs/{job}/cancel")
@@ -73,7 +73,7 @@ def test_a_prompts_life_is_written_down(http_harness: HttpHarness) -> None:
     http_harness("alice", "GET", f"/v1/models/{student.id}/files/config.json")
     http_harness("alice", "DELETE", f"/v1/prompts/{prompt}")
     alice, provider = http_harness.key_ids["alice"], http_harness.key_ids["provider"]
-    assert written(http_harness) == [
+    assert all_lines(http_harness) == [
         (provider, "dataset.add", dataset),
         (alice, "prompt.push", prompt),
         (alice, "transfer.create", job),
@@ -84,7 +84,7 @@ def test_a_prompts_life_is_written_down(http_harness: HttpHarness) -> None:
     ]
 
 
-def test_a_line_knows_its_request_and_goes_with_its_transaction(http_harness: HttpHarness) -> None:
+def test_a_line_has_its_request_id_and_shares_its_transaction(http_harness: HttpHarness) -> None:
     _, student = http_harness.add_pair()
     answer = http_harness.push("alice", prompt_bytes(student.hash))
     with http_harness.database.read() as session:
@@ -99,7 +99,7 @@ def test_a_line_knows_its_request_and_goes_with_its_transaction(http_harness: Ht
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert len(written(http_harness)) == 1
+    assert len(all_lines(http_harness)) == 1
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def settings(home: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings
     get_settings.cache_clear()
 
 
-def test_the_providers_commands_are_written_down_and_shown(settings: Settings) -> None:
+def test_the_providers_commands_are_recorded_and_shown(settings: Settings) -> None:
     run("key", "create", "--role", "owner", "--name", "alice")
     run("key", "rotate", "alice")
     run("key", "limit", "alice", "--priority", "1")

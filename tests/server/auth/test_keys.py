@@ -1,4 +1,4 @@
-"""The life of an API key: made, used, rotated, expired, revoked; and what its scopes open."""
+"""The life of an API key (created, used, rotated, expired, revoked) and the effect of its scopes."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def session(tmp_path: Path) -> Iterator[Session]:
         yield session
 
 
-def travel(session: Session, row: ApiKeyRow, time: timedelta) -> None:
-    """As if so much time had passed for the key."""
+def age(session: Session, row: ApiKeyRow, time: timedelta) -> None:
+    """Make the key older by ``time``."""
     for name in ("created_at", "expires_at", "rotated_at", "previous_until", "last_used_at"):
         if (at := getattr(row, name)) is not None:
             setattr(row, name, at - time)
@@ -52,9 +52,9 @@ def travel(session: Session, row: ApiKeyRow, time: timedelta) -> None:
 
 def test_a_key_expires(session: Session) -> None:
     row, text = create_key(session, name="alice", role=Role.OWNER, expires_days=30)
-    travel(session, row, 29 * DAY)
+    age(session, row, 29 * DAY)
     assert authenticate(session, text) is row
-    travel(session, row, DAY)
+    age(session, row, DAY)
     with pytest.raises(KeyExpired, match="post key rotate"):
         authenticate(session, text)
     with pytest.raises(KeyExpired):
@@ -62,7 +62,7 @@ def test_a_key_expires(session: Session) -> None:
     revoke_key(session, row.id)
     with pytest.raises(Unauthenticated) as refused:
         authenticate(session, text)
-    assert type(refused.value) is Unauthenticated, "a revoked key is just unknown"
+    assert type(refused.value) is Unauthenticated, "a revoked key is treated as unknown"
 
 
 def test_a_rotated_key_is_the_same_key_with_another_text(session: Session) -> None:
@@ -71,13 +71,13 @@ def test_a_rotated_key_is_the_same_key_with_another_text(session: Session) -> No
     assert same.id == row.id
     assert new != old
     assert authenticate(session, old) is authenticate(session, new)
-    travel(session, row, DAY)
+    age(session, row, DAY)
     with pytest.raises(KeyExpired):
         authenticate(session, old)
     assert authenticate(session, new) is row
 
 
-def test_only_the_last_text_has_a_grace_time(session: Session) -> None:
+def test_only_the_previous_text_has_a_grace_time(session: Session) -> None:
     row, first = create_key(session, name="alice", role=Role.OWNER)
     _, second = rotate_key(session, row.id, grace_hours=24)
     _, third = rotate_key(session, row.id, grace_hours=0)
@@ -90,16 +90,16 @@ def test_only_the_last_text_has_a_grace_time(session: Session) -> None:
         authenticate(session, third)
 
 
-def test_a_rotation_makes_no_text_live_longer_and_the_key_as_long_again(session: Session) -> None:
+def test_a_rotation_extends_no_text_and_renews_the_keys_lifetime(session: Session) -> None:
     row, old = create_key(session, name="alice", role=Role.OWNER, expires_days=10)
-    travel(session, row, 9.5 * DAY)
+    age(session, row, 9.5 * DAY)
     _, new = rotate_key(session, row.id, grace_hours=24)
     assert row.expires_at is not None
     assert abs(row.expires_at - now() - 10 * DAY) < timedelta(minutes=5)
-    travel(session, row, 0.6 * DAY)
+    age(session, row, 0.6 * DAY)
     with pytest.raises(KeyExpired):
         authenticate(session, old)
-    travel(session, row, 9.5 * DAY)
+    age(session, row, 9.5 * DAY)
     with pytest.raises(KeyExpired):
         authenticate(session, new)
     _, newest = rotate_key(session, row.id, grace_hours=24, expires_days=1)
@@ -117,7 +117,7 @@ def test_a_key_has_its_own_scopes_or_those_of_its_role(session: Session) -> None
     with pytest.raises(InvalidInput, match="provide"):
         create_key(session, name="much", role=Role.OWNER, scopes=[Scope.PROVIDE])
     row.scopes = ["provide", "read", "of a later version"]
-    assert key_document(row).scopes == [Scope.READ], "no scope lifts a key above its role"
+    assert key_document(row).scopes == [Scope.READ], "a scope never exceeds the key's role"
 
 
 def test_the_last_use_is_written_once_a_minute(session: Session) -> None:
@@ -130,7 +130,7 @@ def test_the_last_use_is_written_once_a_minute(session: Session) -> None:
     note_use(session, row.id)
     session.refresh(row)
     assert row.last_used_at == first
-    travel(session, row, timedelta(seconds=61))
+    age(session, row, timedelta(seconds=61))
     assert use_is_due(row)
     note_use(session, row.id)
     session.refresh(row)
@@ -148,7 +148,7 @@ def add_key(http_harness: HttpHarness, name: str, role: Role, scopes: list[Scope
 
 
 def operations(http_harness: HttpHarness) -> Iterator[tuple[str, str, list[str]]]:
-    """Every operation under /v1, with the scopes that its document names."""
+    """Every operation under /v1 with its documented scopes."""
     for path, methods in http_harness.app.openapi()["paths"].items():
         if path.startswith("/v1/"):
             for method, operation in methods.items():
@@ -157,29 +157,29 @@ def operations(http_harness: HttpHarness) -> Iterator[tuple[str, str, list[str]]
 
 
 @pytest.mark.parametrize("scope", list(Scope))
-def test_an_operation_opens_to_the_scopes_that_it_names(http_harness: HttpHarness, scope: Scope) -> None:
-    """With all scopes but one, what asks for that one is forbidden, and nothing else is."""
-    add_key(http_harness, "lacking", Role.PROVIDER, [each for each in Scope if each is not scope])
-    asked = 0
+def test_an_operation_needs_its_documented_scopes(http_harness: HttpHarness, scope: Scope) -> None:
+    """A key that lacks one scope is refused exactly by the operations that need it."""
+    add_key(http_harness, "lacking", Role.PROVIDER, [other for other in Scope if other is not scope])
+    refusals = 0
     for method, path, scopes in operations(http_harness):
         answer = http_harness("lacking", method, path)
         refused = answer.status_code == 403
         assert refused == (scope in scopes), (method, path, answer.text)
-        asked += refused
-    assert asked or scope is Scope.SCORES
+        refusals += refused
+    assert refusals or scope is Scope.SCORES
 
 
-def test_every_operation_but_cancelling_names_its_scope(http_harness: HttpHarness) -> None:
-    """Cancelling asks for the scope that ordered the job."""
+def test_every_operation_except_cancelling_has_a_scope(http_harness: HttpHarness) -> None:
+    """Cancelling needs the scope that created the job."""
     without = [(method, path) for method, path, scopes in operations(http_harness) if not scopes]
     assert without == [("POST", "/v1/jobs/x/cancel")]
 
 
-def test_a_job_is_cancelled_with_the_scope_that_orders_it(http_harness: HttpHarness) -> None:
+def test_a_job_is_cancelled_with_the_scope_that_creates_it(http_harness: HttpHarness) -> None:
     target, _ = http_harness.add_pair()
     http_harness.add_dataset("corpus", b"prose\n", "corpus")
-    order = {"target": target.id, "name": "new", "corpus": ["corpus"], "keep_layers": 2, "steps": 1}
-    job_id = http_harness("provider", "POST", "/v1/distillations", json=order).json()["id"]
+    request = {"target": target.id, "name": "new", "corpus": ["corpus"], "keep_layers": 2, "steps": 1}
+    job_id = http_harness("provider", "POST", "/v1/distillations", json=request).json()["id"]
     add_key(http_harness, "mover", Role.PROVIDER, [Scope.READ, Scope.TRANSFER])
     add_key(http_harness, "maker", Role.PROVIDER, [Scope.PROVIDE])
     assert code(http_harness("mover", "POST", f"/v1/jobs/{job_id}/cancel")) == (403, "forbidden")
@@ -187,25 +187,25 @@ def test_a_job_is_cancelled_with_the_scope_that_orders_it(http_harness: HttpHarn
 
 
 @pytest.mark.parametrize("scopes", [[Scope.PREDICT], [Scope.PREDICT, Scope.SCORES]])
-def test_probabilities_come_with_their_scope(
+def test_probabilities_need_their_scope(
     http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, scopes: list[Scope]
 ) -> None:
-    """The predictor is another process and has tests of its own; here it says what it would."""
+    """The predictor is another process with its own tests; its response is faked here."""
     target, _ = http_harness.add_pair()
-    add_key(http_harness, "asker", Role.OWNER, scopes)
+    add_key(http_harness, "caller", Role.OWNER, scopes)
 
     async def answer(*_: Any, **__: Any) -> dict[str, Any]:
         item = Prediction(label="positive", scores={"positive": 0.9, "negative": 0.1})
         return Predictions(model_id=target.id, prompt_id=None, items=[item]).model_dump(mode="json")
 
     monkeypatch.setattr("post_server.predictions.queue_client.request", answer)
-    question = {"model": target.id, "task": TASK.model_dump(), "texts": ["fine"]}
-    (item,) = http_harness("asker", "POST", "/v1/predictions", json=question).json()["items"]
+    body = {"model": target.id, "task": TASK.model_dump(), "texts": ["fine"]}
+    (item,) = http_harness("caller", "POST", "/v1/predictions", json=body).json()["items"]
     assert item["label"] == "positive"
     assert bool(item["scores"]) == (Scope.SCORES in scopes)
 
 
-def test_a_call_is_the_last_use_and_an_expired_key_says_so(http_harness: HttpHarness) -> None:
+def test_a_call_updates_the_last_use_and_an_expired_key_is_refused_as_expired(http_harness: HttpHarness) -> None:
     http_harness("alice", "GET", "/v1/models")
     key_id = http_harness.key_ids["alice"]
     with http_harness.database.write() as session:

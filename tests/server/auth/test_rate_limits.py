@@ -1,4 +1,4 @@
-"""A key that asks too often is told when to come back; nobody else feels it, and Redis' absence lets all through."""
+"""A key over its rate limit is told when to retry; other keys aren't affected, and without Redis nobody is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIMIT = 4
 
 @pytest.fixture
 def broker(home: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A real Redis server on the socket of the home folder."""
+    """A real Redis server on the socket in the home folder."""
     command = embedded_redis.command(embedded_redis.find_program(), home / "redis.sock")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     with redis.Redis(unix_socket_path=str(home / "redis.sock")) as client:
@@ -56,14 +56,14 @@ def use_up(http_harness: HttpHarness, who: str) -> None:
 
 
 def uncounted(http_harness: HttpHarness) -> float:
-    found = re.search(
+    match = re.search(
         r"^post_rate_limit_failures_total (\S+)$", http_harness(None, "GET", "/metrics").text, re.MULTILINE
     )
-    assert found is not None
-    return float(found[1])
+    assert match is not None
+    return float(match[1])
 
 
-def test_one_too_many_is_told_when_to_come_back(limited: HttpHarness) -> None:
+def test_a_key_over_its_limit_is_told_when_to_retry(limited: HttpHarness) -> None:
     use_up(limited, "alice")
     answer = limited("alice", "GET", "/v1/models")
     assert code(answer) == (429, "too_many_requests")
@@ -74,7 +74,7 @@ def test_one_too_many_is_told_when_to_come_back(limited: HttpHarness) -> None:
     assert uncounted(limited) == 0
 
 
-def test_all_api_processes_count_together(limited: HttpHarness) -> None:
+def test_all_api_processes_share_the_count(limited: HttpHarness) -> None:
     use_up(limited, "alice")
     other = RateLimits(limited.settings, lambda: None)
     with pytest.raises(TooManyRequests):
@@ -83,14 +83,14 @@ def test_all_api_processes_count_together(limited: HttpHarness) -> None:
 
 
 @pytest.mark.parametrize(("own", "passes"), [(1, 1), (LIMIT + 3, LIMIT + 3), (0, LIMIT + 9)])
-def test_a_keys_own_limit_stands_before_the_servers(limited: HttpHarness, own: int, passes: int) -> None:
+def test_a_keys_own_limit_overrides_the_servers(limited: HttpHarness, own: int, passes: int) -> None:
     with limited.database.write() as session:
         session.execute(update(ApiKeyRow).values(requests_per_minute=own))
     statuses = [limited("alice", "GET", "/v1/models").status_code for _ in range(passes + 1)]
     assert statuses == [200] * passes + [200 if own == 0 else 429]
 
 
-def test_without_redis_requests_go_through_and_are_counted(
+def test_without_redis_requests_are_let_through_and_counted(
     limited: HttpHarness, broker: subprocess.Popen[bytes]
 ) -> None:
     use_up(limited, "alice")
@@ -101,7 +101,7 @@ def test_without_redis_requests_go_through_and_are_counted(
     assert uncounted(limited) == 3
 
 
-def test_a_redis_that_hangs_stops_nobody(limited: HttpHarness, broker: subprocess.Popen[bytes]) -> None:
+def test_a_hanging_redis_blocks_nobody(limited: HttpHarness, broker: subprocess.Popen[bytes]) -> None:
     limited("alice", "GET", "/v1/models")
     broker.send_signal(signal.SIGSTOP)
     try:
@@ -112,26 +112,24 @@ def test_a_redis_that_hangs_stops_nobody(limited: HttpHarness, broker: subproces
     assert uncounted(limited) == LIMIT + 1
 
 
-def test_the_client_waits_as_long_as_it_is_told(
-    limited: HttpHarness, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_client_waits_for_retry_after(limited: HttpHarness, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_up(limited, "alice")
-    asked: list[float] = []
+    waits: list[float] = []
 
-    def sleep(seconds: float) -> None:  # instead of a minute: the counts are gone
-        asked.append(seconds)
+    def sleep(seconds: float) -> None:  # reset the counts instead of waiting a minute
+        waits.append(seconds)
         with redis.Redis(unix_socket_path=str(home / "redis.sock")) as broker:
             broker.flushall()
 
     monkeypatch.setattr("tenacity.nap.time.sleep", sleep)
-    seen: list[httpx.Response] = []
+    responses: list[httpx.Response] = []
 
-    class Watching(httpx.HTTPTransport):
+    class RecordingTransport(httpx.HTTPTransport):
         def handle_request(self, request: httpx.Request) -> httpx.Response:
-            seen.append(super().handle_request(request))
-            return seen[-1]
+            responses.append(super().handle_request(request))
+            return responses[-1]
 
-    with Client(url=limited.url, api_key=limited.keys["alice"], transport=Watching()) as client:
+    with Client(url=limited.url, api_key=limited.keys["alice"], transport=RecordingTransport()) as client:
         assert list(client.models.list()) == []
-    assert [answer.status_code for answer in seen] == [429, 200]
-    assert asked == [float(seen[0].headers["retry-after"])]
+    assert [response.status_code for response in responses] == [429, 200]
+    assert waits == [float(responses[0].headers["retry-after"])]

@@ -1,4 +1,4 @@
-"""The provider's verbs, run as a person runs them."""
+"""The provider's commands, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_key_is_printed_once_and_works_until_revoked(settings: Settings) -> No
         run("key", "revoke", "alice")
 
 
-def test_a_key_with_few_scopes_and_an_end_is_rotated(settings: Settings) -> None:
+def test_a_key_with_one_scope_and_an_expiry_is_rotated(settings: Settings) -> None:
     old = run("key", "create", "--role", "owner", "--name", "app", "--scope", "predict", "--expires-days", "30").strip()
     new = run("key", "rotate", "app", "--grace-hours", "1").strip()
     assert old != new
@@ -59,21 +59,21 @@ def test_a_key_with_few_scopes_and_an_end_is_rotated(settings: Settings) -> None
     assert new not in shown
     with Database.from_settings(settings).read() as session:
         assert authenticate(session, old).id == authenticate(session, new).id
-    assert "60 requests a minute" in run("key", "limit", "app", "--requests-per-minute", "60")
+    assert "60 requests per minute" in run("key", "limit", "app", "--requests-per-minute", "60")
     assert "the server's limit" in run("key", "limit", "app")
     with pytest.raises(InvalidInput):
         run("key", "create", "--role", "owner", "--name", "app2", "--scope", "provide")
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb"])
-def test_a_keys_name_can_be_shown(settings: Settings, name: str) -> None:
+def test_a_keys_name_must_be_printable(settings: Settings, name: str) -> None:
     with pytest.raises(InvalidInput):
         run("key", "create", "--role", "owner", "--name", name)
     with Database.from_settings(settings).read() as session:
         assert not Path(settings.home / "post.db").exists() or list_keys(session) == []
 
 
-def test_a_model_is_stored_and_lies_there_as_it_was(settings: Settings, tmp_path: Path) -> None:
+def test_a_model_is_stored_unchanged(settings: Settings, tmp_path: Path) -> None:
     model = tiny_model("llama", layers=3)
     model.save(tmp_path / "saved")
     assert "3 layers" in run("model", "add", str(tmp_path / "saved"), "--name", "tiny")
@@ -101,7 +101,7 @@ def test_an_unsafe_model_is_refused(settings: Settings, tmp_path: Path) -> None:
     assert "tiny" not in run("model", "list")
 
 
-def test_datasets_of_every_form_become_plain_ones(settings: Settings, tmp_path: Path) -> None:
+def test_datasets_of_every_format_become_plain_ones(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('text,label,id\n"good, very",positive,1\nbad,negative,2\n')
     (tmp_path / "prose.txt.gz").write_bytes(gzip.compress(b"One.\n\n  Two  lines. \n"))
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": 5}\n')
@@ -124,7 +124,7 @@ def test_datasets_of_every_form_become_plain_ones(settings: Settings, tmp_path: 
     assert not list((settings.home / "blobs" / "tmp").iterdir())
 
 
-def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
+def test_help_imports_no_heavy_modules(tmp_path: Path) -> None:
     code = """
 import sys, typer
 from post_server.cli import register

@@ -1,4 +1,4 @@
-"""Datasets: every line is checked while nothing is kept of what has a mistake."""
+"""Datasets: every line is checked, and nothing of an invalid file is stored."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ INVALID = {
 
 
 @pytest.mark.parametrize("kind", INVALID)
-def test_a_mistake_is_named_by_its_line_and_leaves_nothing(http_harness: HttpHarness, kind: str) -> None:
-    content, named = INVALID[kind]
+def test_an_invalid_line_is_named_and_nothing_is_stored(http_harness: HttpHarness, kind: str) -> None:
+    content, expected = INVALID[kind]
     before = http_harness.everything()
     answer = http_harness("provider", "POST", "/v1/datasets?name=public&kind=rows", content=content)
     assert code(answer) == (422, "data_invalid")
-    assert named in answer.json()["detail"]
+    assert expected in answer.json()["detail"]
     assert "tmp" not in answer.json()["detail"]
     assert http_harness.everything() == before
 
@@ -51,19 +51,19 @@ def test_rows_are_counted_and_their_labels_found(http_harness: HttpHarness) -> N
     assert http_harness("alice", "GET", "/v1/datasets").json()["items"] == [dataset]
 
 
-def test_labels_of_free_answers_are_not_listed(http_harness: HttpHarness) -> None:
+def test_free_text_labels_are_not_listed(http_harness: HttpHarness) -> None:
     content = b"".join(b'{"text": "who", "label": "answer %d"}\n' % n for n in range(1200))
     http_harness.add_dataset("answers", content)
     assert http_harness("alice", "GET", "/v1/datasets/answers").json()["labels"] == []
 
 
-def test_a_corpus_is_a_paragraph_a_line(http_harness: HttpHarness) -> None:
+def test_a_corpus_has_one_paragraph_per_line(http_harness: HttpHarness) -> None:
     http_harness.add_dataset("prose", "One.\n\nTwo, with \u00e9.\nThree.".encode(), "corpus")
     dataset = http_harness("alice", "GET", "/v1/datasets/prose").json()
     assert (dataset["rows"], dataset["labels"]) == (3, None)
 
 
-def test_a_name_is_taken_once(http_harness: HttpHarness) -> None:
+def test_a_name_is_unique(http_harness: HttpHarness) -> None:
     dataset = http_harness.add_dataset("public")
     same = http_harness("provider", "POST", "/v1/datasets?name=public&kind=rows", content=ROWS)
     assert (same.status_code, same.json()["id"]) == (200, dataset)
@@ -74,8 +74,10 @@ def test_a_name_is_taken_once(http_harness: HttpHarness) -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_body_is_refused_at_the_limit_and_nothing_of_it_kept(small_front: HttpHarness, declared: bool) -> None:
-    http_harness, before = small_front, small_front.everything()
+def test_a_body_over_the_limit_is_refused_and_nothing_is_stored(
+    limited_http_harness: HttpHarness, declared: bool
+) -> None:
+    http_harness, before = limited_http_harness, limited_http_harness.everything()
     content = ROWS * 2000 if declared else iter([ROWS] * 2000)
     answer = http_harness("provider", "POST", "/v1/datasets?name=public&kind=rows", content=content)
     assert code(answer) == (413, "payload_too_large")

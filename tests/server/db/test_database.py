@@ -1,4 +1,4 @@
-"""The schema, the migrations, and what every database is made to promise."""
+"""The schema, the migrations, and guarantees that hold for every database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.server.backing import Backing
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path, backing: Backing) -> str:
-    """Of a database that has no table yet."""
+    """The URL of an empty database."""
     return request.getfixturevalue("postgres").new_database() if backing.urls else f"sqlite:///{tmp_path}/new/post.db"
 
 
@@ -37,13 +37,13 @@ def database(url: str) -> Iterator[Database]:
     database.dispose()
 
 
-def test_migrations_give_the_schema_of_the_records(database: Database) -> None:
+def test_migrations_give_the_schema_of_the_tables(database: Database) -> None:
     with database.engine.begin() as connection:
         command.check(alembic_config(connection))
         assert set(inspect(connection).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
 
 
-def test_migrating_again_changes_nothing_and_down_leaves_nothing(database: Database) -> None:
+def test_migrating_again_changes_nothing_and_a_downgrade_leaves_nothing(database: Database) -> None:
     database.migrate()
     with database.engine.begin() as connection:
         command.downgrade(alembic_config(connection), "base")
@@ -51,7 +51,7 @@ def test_migrating_again_changes_nothing_and_down_leaves_nothing(database: Datab
     database.migrate()
 
 
-def test_several_processes_may_migrate_at_once(url: str) -> None:
+def test_several_processes_may_migrate_at_the_same_time(url: str) -> None:
     problems: list[Exception] = []
 
     def migrate() -> None:
@@ -70,13 +70,13 @@ def test_several_processes_may_migrate_at_once(url: str) -> None:
     assert not problems
 
 
-def test_sqlite_is_made_durable(tmp_path: Path) -> None:
+def test_sqlite_is_durable_and_checks_references(tmp_path: Path) -> None:
     with Database(f"sqlite:///{tmp_path}/post.db").read() as session:
         assert session.scalar(text("PRAGMA journal_mode")) == "wal"
         assert session.scalar(text("PRAGMA foreign_keys")) == 1
 
 
-def test_a_file_that_is_switched_to_wal_waits_for_its_writer(tmp_path: Path) -> None:
+def test_switching_to_wal_waits_for_a_writer(tmp_path: Path) -> None:
     path = tmp_path / "post.db"
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("CREATE TABLE t (x)")
@@ -87,21 +87,21 @@ def test_a_file_that_is_switched_to_wal_waits_for_its_writer(tmp_path: Path) -> 
     other.close()
 
 
-def test_records_of_a_newer_version_are_left_alone(database: Database) -> None:
+def test_the_database_of_a_newer_version_is_not_touched(database: Database) -> None:
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(Unavailable, match="newer version of POST"):
         database.migrate()
 
 
-def test_a_schema_that_is_up_to_date_waits_for_no_writer(database: Database) -> None:
+def test_migrating_an_up_to_date_schema_waits_for_no_writer(database: Database) -> None:
     with database.write() as session:
         guard(session)
         session.execute(text("UPDATE alembic_version SET version_num = version_num"))
         Database(database.engine.url.render_as_string(hide_password=False)).migrate()
 
 
-def test_connections_are_opened_once(database: Database) -> None:
+def test_connections_are_reused(database: Database) -> None:
     opened: list[object] = []
     event.listen(database.engine, "connect", lambda connection, _: opened.append(connection))
     database.dispose()
@@ -117,15 +117,15 @@ def test_references_are_checked(database: Database) -> None:
         session.add(JobRow(kind=JobKind.DISTIL, request={}, owner_key_id="key_of_nobody"))
 
 
-def test_times_come_back_aware_and_in_utc(database: Database) -> None:
+def test_times_are_returned_timezone_aware_in_utc(database: Database) -> None:
     east = datetime(2026, 1, 2, 3, 4, 5, 678901, timezone(timedelta(hours=5)))
     with database.write() as session:
         row, _ = create_key(session, name="x", role=Role.OWNER)
         row.created_at = east
     with database.read() as session:
-        found = session.get_one(ApiKeyRow, row.id).created_at
-    assert found == east
-    assert found.tzinfo is UTC
+        created_at = session.get_one(ApiKeyRow, row.id).created_at
+    assert created_at == east
+    assert created_at.tzinfo is UTC
     with pytest.raises(StatementError), database.write() as session:
         session.add(ApiKeyRow(name="y", role=Role.OWNER, key_hash="0", created_at=datetime(2026, 1, 1)))
 
@@ -141,7 +141,7 @@ def test_reading_sees_one_snapshot(database: Database) -> None:
 
 
 def test_guarded_writers_wait_for_each_other(database: Database) -> None:
-    """Read, then write, from many threads: no update is lost and nobody finds the database locked."""
+    """Read, then write, from many threads: no update is lost, and no thread gets a locked database."""
     with database.write() as session:
         row, _ = create_key(session, name="0", role=Role.OWNER)
 
@@ -181,14 +181,14 @@ class TestKeys:
             stored = repr(session.execute(ApiKeyRow.__table__.select()).all()).encode()
         database.dispose()
         if path := database.engine.url.database if database.engine.dialect.name == "sqlite" else None:
-            stored += b"".join(each.read_bytes() for each in Path(path).parent.iterdir())
+            stored += b"".join(file.read_bytes() for file in Path(path).parent.iterdir())
         assert row.key_hash.encode() in stored
         assert key.startswith("post_")
         assert len(key) >= 48
         assert key.encode() not in stored
         assert key not in key_document(row).model_dump_json()
 
-    def test_a_key_opens_until_it_is_revoked(self, database: Database) -> None:
+    def test_a_key_is_valid_until_it_is_revoked(self, database: Database) -> None:
         with database.write() as session:
             row, key = create_key(session, name="alice", role=Role.OWNER)
             assert authenticate(session, key).id == row.id
@@ -199,7 +199,7 @@ class TestKeys:
             with pytest.raises(Unauthenticated):
                 authenticate(session, key)
 
-    def test_revoking_needs_one_meaning(self, database: Database) -> None:
+    def test_revoking_needs_an_unambiguous_reference(self, database: Database) -> None:
         with database.write() as session:
             first, _ = create_key(session, name="twin", role=Role.OWNER)
             create_key(session, name="twin", role=Role.OWNER)

@@ -1,4 +1,4 @@
-"""A database of an earlier version, with something in every table, becomes one of this version and loses nothing."""
+"""A database of an earlier version, with rows in every table, is upgraded to this version without losing data."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ FIRST: dict[str, dict[str, Any]] = {
         "created_at": AT,
     },
 }
-"""A row for every table of revision 0001, in an order that references allow."""
+"""A row for every table of revision 0001, referenced tables first."""
 
 
 def fill(connection: Connection) -> None:
@@ -93,9 +93,9 @@ def fill(connection: Connection) -> None:
 
 
 def contents(connection: Connection) -> dict[str, list[dict[str, Any]]]:
-    """The columns of revision 0001 of every row."""
+    """All rows, with the columns of revision 0001."""
     return {
-        table: [dict(each) for each in connection.execute(text(f"SELECT {', '.join(row)} FROM {table}")).mappings()]
+        table: [dict(line) for line in connection.execute(text(f"SELECT {', '.join(row)} FROM {table}")).mappings()]
         for table, row in FIRST.items()
     }
 
@@ -103,8 +103,8 @@ def contents(connection: Connection) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture
 def old(request: pytest.FixtureRequest, tmp_path: Path, backing: Backing) -> Iterator[Database]:
     """A database of revision 0001 with rows in it."""
-    new = request.getfixturevalue("postgres").new_database() if backing.urls else f"sqlite:///{tmp_path}/post.db"
-    database = Database(new)
+    url = request.getfixturevalue("postgres").new_database() if backing.urls else f"sqlite:///{tmp_path}/post.db"
+    database = Database(url)
     with database.engine.begin() as connection:
         command.upgrade(alembic_config(connection), "0001")
         fill(connection)
@@ -122,7 +122,7 @@ def test_an_upgrade_keeps_every_row(old: Database) -> None:
         command.check(alembic_config(connection))
 
 
-def test_old_rows_are_read_as_what_they_were(old: Database) -> None:
+def test_old_rows_keep_their_meaning(old: Database) -> None:
     old.migrate()
     with old.read() as session:
         job = session.get_one(JobRow, "job_1")
@@ -147,18 +147,18 @@ OLD_REQUESTS: dict[str, dict[str, Any]] = {
         "tasks": [{"dataset": "public", "task": {"template": "{text}", "label_words": {"a": ["x"], "b": ["y"]}}}],
     },
 }  # fmt: skip
-"""What version 0007 kept of requests."""
+"""Job requests as revision 0007 stored them."""
 
 
 @pytest.mark.parametrize("kind", OLD_REQUESTS)
-def test_requests_of_before_are_read_with_todays_names_and_restored(old: Database, kind: str) -> None:
+def test_old_requests_are_read_with_the_new_names_and_restored(old: Database, kind: str) -> None:
     documents = {"distil": DistillationCreate, "transfer": TransferCreate, "report": ReportCreate}
     with old.engine.begin() as connection:
         command.upgrade(alembic_config(connection), "0007")
-        told = {"kind": kind, "request": json.dumps(OLD_REQUESTS[kind]), "result": "null"}
+        values = {"kind": kind, "request": json.dumps(OLD_REQUESTS[kind]), "result": "null"}
         if kind == "report":
-            told["result"] = json.dumps({"request": OLD_REQUESTS[kind]})
-        connection.execute(text("UPDATE jobs SET kind = :kind, request = :request, result = :result"), told)
+            values["result"] = json.dumps({"request": OLD_REQUESTS[kind]})
+        connection.execute(text("UPDATE jobs SET kind = :kind, request = :request, result = :result"), values)
     old.migrate()
     with old.read() as session:
         job = session.get_one(JobRow, "job_1")
@@ -173,11 +173,11 @@ def test_requests_of_before_are_read_with_todays_names_and_restored(old: Databas
     }
     with old.engine.begin() as connection:
         command.downgrade(alembic_config(connection), "0007")
-        kept = connection.execute(text("SELECT request FROM jobs")).scalar_one()
-    assert (json.loads(kept) if isinstance(kept, str) else kept) == OLD_REQUESTS[kind]
+        stored = connection.execute(text("SELECT request FROM jobs")).scalar_one()
+    assert (json.loads(stored) if isinstance(stored, str) else stored) == OLD_REQUESTS[kind]
 
 
-def test_going_back_keeps_every_row_too(old: Database) -> None:
+def test_a_downgrade_keeps_every_row(old: Database) -> None:
     with old.engine.begin() as connection:
         before = contents(connection)
     old.migrate()

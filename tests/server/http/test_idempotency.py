@@ -1,4 +1,4 @@
-"""A create that is sent twice under one Idempotency-Key happens once."""
+"""A create request that is sent twice with one Idempotency-Key is executed once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from post_server.db.tables import IdempotencyRow, ModelRow, now
 from tests.server.http_harness import ROWS, TASK, HttpHarness, code, prompt_bytes
 
-ORDER = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
+REQUEST = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
 KEY = {"Idempotency-Key": "5f0c1d52-1c5e"}
 
 
@@ -26,18 +26,18 @@ def jobs(http_harness: HttpHarness) -> int:
     return len(http_harness("provider", "GET", "/v1/jobs").json()["items"])
 
 
-def test_the_same_order_again_is_the_same_job(http_harness: HttpHarness, student: ModelRow) -> None:
-    first = http_harness("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY)
+def test_the_same_request_again_returns_the_same_job(http_harness: HttpHarness, student: ModelRow) -> None:
+    first = http_harness("alice", "POST", "/v1/evaluations", json=REQUEST, headers=KEY)
     http_harness("alice", "POST", f"/v1/jobs/{first.json()['id']}/cancel")
-    again = http_harness("alice", "POST", "/v1/evaluations", json=dict(reversed(ORDER.items())), headers=KEY)
-    assert (again.status_code, again.content) == (202, first.content)  # the first answer, whatever came since
+    again = http_harness("alice", "POST", "/v1/evaluations", json=dict(reversed(REQUEST.items())), headers=KEY)
+    assert (again.status_code, again.content) == (202, first.content)  # the first response, whatever has happened since
     assert again.headers["idempotent-replayed"] == "true"
     assert jobs(http_harness) == 1
 
 
 def test_another_request_under_the_same_key_is_refused(http_harness: HttpHarness, student: ModelRow) -> None:
-    http_harness("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY)
-    other = {**ORDER, "max_rows": 5}
+    http_harness("alice", "POST", "/v1/evaluations", json=REQUEST, headers=KEY)
+    other = {**REQUEST, "max_rows": 5}
     assert code(http_harness("alice", "POST", "/v1/evaluations", json=other, headers=KEY)) == (
         422,
         "idempotency_mismatch",
@@ -48,19 +48,17 @@ def test_another_request_under_the_same_key_is_refused(http_harness: HttpHarness
     assert http_harness("alice", "GET", "/v1/prompts").json()["items"] == []
 
 
-def test_keys_of_different_callers_have_nothing_to_do_with_each_other(
-    http_harness: HttpHarness, student: ModelRow
-) -> None:
+def test_keys_of_different_callers_are_independent(http_harness: HttpHarness, student: ModelRow) -> None:
     ids = {
-        http_harness(who, "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"] for who in ("alice", "bob")
+        http_harness(who, "POST", "/v1/evaluations", json=REQUEST, headers=KEY).json()["id"] for who in ("alice", "bob")
     }
     assert len(ids) == 2
 
 
 def test_a_refused_request_may_be_corrected_under_its_key(http_harness: HttpHarness, student: ModelRow) -> None:
-    wrong = http_harness("alice", "POST", "/v1/evaluations", json={**ORDER, "dataset": "none"}, headers=KEY)
+    wrong = http_harness("alice", "POST", "/v1/evaluations", json={**REQUEST, "dataset": "none"}, headers=KEY)
     assert wrong.status_code == 404
-    assert http_harness("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).status_code == 202
+    assert http_harness("alice", "POST", "/v1/evaluations", json=REQUEST, headers=KEY).status_code == 202
 
 
 def test_uploads_are_repeated_too(http_harness: HttpHarness, student: ModelRow) -> None:
@@ -75,13 +73,13 @@ def test_uploads_are_repeated_too(http_harness: HttpHarness, student: ModelRow) 
     assert code(changed) == (422, "idempotency_mismatch")
 
 
-def test_while_one_is_being_worked_on_the_other_waits(http_harness: HttpHarness, student: ModelRow) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+def test_a_request_in_flight_refuses_its_duplicate(http_harness: HttpHarness, student: ModelRow) -> None:
+    begun, resume = threading.Event(), threading.Event()
 
     def slowly():  # type: ignore[no-untyped-def]
         yield ROWS
         begun.set()
-        go_on.wait(10)
+        resume.wait(10)
         yield ROWS
 
     answers: list[httpx.Response] = []
@@ -100,22 +98,22 @@ def test_while_one_is_being_worked_on_the_other_waits(http_harness: HttpHarness,
     second = http_harness("provider", "POST", "/v1/datasets?name=slow&kind=rows", content=ROWS * 2, headers=KEY)
     assert code(second) == (409, "request_in_flight")
     assert second.headers["retry-after"] == "1"
-    go_on.set()
+    resume.set()
     thread.join()
     assert answers[0].status_code == 201
     third = http_harness("provider", "POST", "/v1/datasets?name=slow&kind=rows", content=ROWS * 2, headers=KEY)
     assert (third.status_code, third.content) == (201, answers[0].content)
 
 
-def test_many_at_once_make_one(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_many_duplicates_at_the_same_time_create_one_job(http_harness: HttpHarness, student: ModelRow) -> None:
     answers: list[httpx.Response] = []
 
-    def order() -> None:
+    def send() -> None:
         headers = {**KEY, "Authorization": f"Bearer {http_harness.keys['alice']}"}
         with httpx.Client(base_url=http_harness.url, trust_env=False, timeout=30) as client:
-            answers.append(client.post("/v1/evaluations", json=ORDER, headers=headers))
+            answers.append(client.post("/v1/evaluations", json=REQUEST, headers=headers))
 
-    threads = [threading.Thread(target=order) for _ in range(8)]
+    threads = [threading.Thread(target=send) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,21 +123,21 @@ def test_many_at_once_make_one(http_harness: HttpHarness, student: ModelRow) -> 
     assert jobs(http_harness) == 1
 
 
-def test_another_process_waits_and_gives_the_same_answer(http_harness: HttpHarness, student: ModelRow) -> None:
-    """Whatever else would stand in the second's way once the first is there: a taken name, a full queue."""
+def test_another_process_waits_and_returns_the_same_response(http_harness: HttpHarness, student: ModelRow) -> None:
+    """Executed again, the request would conflict with its first execution: a taken name, a full queue."""
     http_harness.add_dataset("words", b"a line\n", "corpus")
     other = http_harness.twin()
 
-    def order(at: HttpHarness, number: int) -> httpx.Response:
-        headers = {"Idempotency-Key": f"order-{number}", "Authorization": f"Bearer {at.keys['provider']}"}
+    def send(harness: HttpHarness, number: int) -> httpx.Response:
+        headers = {"Idempotency-Key": f"request-{number}", "Authorization": f"Bearer {harness.keys['provider']}"}
         document = {"target": "large", "name": f"made-{number}", "corpus": ["words"], "keep_layers": 2, "steps": 1}
-        url = f"{at.url}/v1/distillations"
+        url = f"{harness.url}/v1/distillations"
         return httpx.post(url, json=document, headers=headers, timeout=30, trust_env=False)
 
     try:
         with ThreadPoolExecutor(2) as both:
             for number in range(5):
-                first, second = both.map(order, (http_harness, other), (number, number))
+                first, second = both.map(send, (http_harness, other), (number, number))
                 assert (first.status_code, second.status_code) == (202, 202), (first.text, second.text)
                 assert first.content == second.content
     finally:
@@ -147,15 +145,15 @@ def test_another_process_waits_and_gives_the_same_answer(http_harness: HttpHarne
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "\u00e9"])
-def test_a_key_is_a_plain_word(http_harness: HttpHarness, student: ModelRow, key: str) -> None:
+def test_a_key_is_printable_ascii_without_spaces(http_harness: HttpHarness, student: ModelRow, key: str) -> None:
     headers = {"Idempotency-Key": key.encode()}
-    answer = http_harness("alice", "POST", "/v1/evaluations", json=ORDER, headers=headers)  # type: ignore[arg-type]
+    answer = http_harness("alice", "POST", "/v1/evaluations", json=REQUEST, headers=headers)  # type: ignore[arg-type]
     assert code(answer) == (422, "invalid_input")
 
 
-def test_answers_are_forgotten_after_a_day(http_harness: HttpHarness, student: ModelRow) -> None:
-    first = http_harness("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"]
+def test_responses_expire_after_a_day(http_harness: HttpHarness, student: ModelRow) -> None:
+    first = http_harness("alice", "POST", "/v1/evaluations", json=REQUEST, headers=KEY).json()["id"]
     with http_harness.database.write() as session:
         row = session.get_one(IdempotencyRow, (http_harness.key_ids["alice"], KEY["Idempotency-Key"]))
         row.created_at = now() - IdempotencyRow.kept - timedelta(minutes=1)
-    assert http_harness("alice", "POST", "/v1/evaluations", json=ORDER, headers=KEY).json()["id"] != first
+    assert http_harness("alice", "POST", "/v1/evaluations", json=REQUEST, headers=KEY).json()["id"] != first

@@ -1,4 +1,4 @@
-"""What Prometheus reads: the queue, the pace of the work and lost workers, as the rows have them."""
+"""Prometheus metrics: queue ages, step times and lost leases, read from the rows."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def job_id(http_harness: HttpHarness) -> str:
 
 
 def value(http_harness: HttpHarness, series: str) -> float | None:
-    """The series as /metrics has it; None when it isn't there."""
-    found = re.search(rf"^{re.escape(series)} (\S+)$", http_harness(None, "GET", "/metrics").text, re.MULTILINE)
-    return float(found[1]) if found else None
+    """The value of a series in /metrics; None if it is missing."""
+    match = re.search(rf"^{re.escape(series)} (\S+)$", http_harness(None, "GET", "/metrics").text, re.MULTILINE)
+    return float(match[1]) if match else None
 
 
 def claim(http_harness: HttpHarness, job_id: str) -> states.Lease:
     with http_harness.database.write() as session:
-        found = states.claim(session, job_id, lease_seconds=30.0, max_attempts=9)
-    assert found is not None
-    return found[1]
+        claimed = states.claim(session, job_id, lease_seconds=30.0, max_attempts=9)
+    assert claimed is not None
+    return claimed[1]
 
 
 def set_job(http_harness: HttpHarness, job_id: str, **values: object) -> None:
@@ -51,12 +51,12 @@ def test_the_age_of_the_queue_is_that_of_its_oldest_job(http_harness: HttpHarnes
     with http_harness.database.write() as session:
         states.release(session, lease, reason="worker_stopped")
     assert (value(http_harness, 'post_queue_age_seconds{kind="distil"}') or 0) < 60, (
-        "it waits anew, not since it was made"
+        "its age starts anew when it is queued again"
     )
 
 
-def test_a_lost_lease_is_counted_once_whoever_finds_it(http_harness: HttpHarness, job_id: str) -> None:
-    """By the reconciler, or by the next worker that claims the job; a release is no loss."""
+def test_a_lost_lease_is_counted_once(http_harness: HttpHarness, job_id: str) -> None:
+    """Found by the reconciler or by the next worker that claims the job; a release isn't counted."""
     series = "post_lease_losses_total"
     lease = claim(http_harness, job_id)
     with http_harness.database.write() as session:
@@ -74,17 +74,19 @@ def test_a_lost_lease_is_counted_once_whoever_finds_it(http_harness: HttpHarness
     assert value(http_harness, series) == 2
 
 
-def test_running_jobs_tell_their_pace(http_harness: HttpHarness, job_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty steps in five seconds are 0.25 s each; a job that has ended tells nothing."""
+def test_running_jobs_report_step_times(
+    http_harness: HttpHarness, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps in 5 seconds are 0.25 s each; a finished job reports nothing."""
     clock = [100.0]
     monkeypatch.setattr("post_server.worker.progress.time.monotonic", lambda: clock[0])
     series = 'post_job_step_seconds{kind="distil",stage="distil"}'
     lease = claim(http_harness, job_id)
-    report = ProgressWriter(http_harness.database, lease, lambda: None)
-    report(Progress(10, 100, "distil", {}))
-    assert value(http_harness, series) is None, "one report has no pace"
+    writer = ProgressWriter(http_harness.database, lease, lambda: None)
+    writer(Progress(10, 100, "distil", {}))
+    assert value(http_harness, series) is None, "one report gives no step time"
     clock[0] += 5.0
-    report(Progress(30, 100, "distil", {}))
+    writer(Progress(30, 100, "distil", {}))
     assert value(http_harness, series) == 0.25
     with http_harness.database.write() as session:
         states.finish(session, lease, {})

@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the answer is a problem document that helps, and says nothing it shouldn't."""
+"""Every error is a helpful problem document that reveals nothing private."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = "my private review of a film"
 
 @pytest.fixture
 def log(http_harness: HttpHarness) -> StringIO:
-    """Everything that the server logs from now on, at its most talkative."""
+    """Everything that the server logs from now on, at level DEBUG."""
     stream = StringIO()
     logger = logging.getLogger("post")
     logger.setLevel("DEBUG")
@@ -57,13 +57,13 @@ def test_errors_of_the_framework_are_problems_too(
     assert code(answer) == expected
 
 
-def test_a_wrong_method_hears_of_the_right_ones(http_harness: HttpHarness) -> None:
+def test_a_wrong_method_is_told_the_allowed_ones(http_harness: HttpHarness) -> None:
     for path, methods in (("/v1/models", "GET"), ("/v1/datasets", "GET, POST"), ("/v1/prompts/x", "DELETE, GET")):
         assert http_harness("alice", "PUT", path).headers["allow"] == methods
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b"null", b'{"a": NaN}', b"\xff\xfe", b'{"a":' * 10_000])
-def test_a_body_that_is_no_document_is_a_problem(http_harness: HttpHarness, body: bytes) -> None:
+def test_a_body_that_is_not_a_document_is_refused(http_harness: HttpHarness, body: bytes) -> None:
     answer = http_harness(
         "provider", "POST", "/v1/transfers", content=body, headers={"Content-Type": "application/json"}
     )
@@ -73,7 +73,7 @@ def test_a_body_that_is_no_document_is_a_problem(http_harness: HttpHarness, body
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer post_wrong", "Basic YTpi", "Bearer \u00e9".encode(), "bearer  x y z"]
 )
-def test_without_a_valid_key_there_is_nothing(http_harness: HttpHarness, header: str | bytes | None) -> None:
+def test_nothing_is_accessible_without_a_valid_key(http_harness: HttpHarness, header: str | bytes | None) -> None:
     headers: Any = {} if header is None else {"Authorization": header}
     for path in http_harness.app.openapi()["paths"]:
         if path.startswith("/v1/"):
@@ -86,14 +86,14 @@ def test_without_a_valid_key_there_is_nothing(http_harness: HttpHarness, header:
                 assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_a_revoked_key_opens_nothing(http_harness: HttpHarness) -> None:
+def test_a_revoked_key_is_refused(http_harness: HttpHarness) -> None:
     assert http_harness("alice", "GET", "/v1/models").status_code == 200
     with http_harness.database.write() as session:
         revoke_key(session, "alice")
     assert code(http_harness("alice", "GET", "/v1/models")) == (401, "unauthenticated")
 
 
-def test_a_defect_tells_the_user_where_to_look_and_nothing_else(http_harness: HttpHarness, log: StringIO) -> None:
+def test_a_defect_tells_the_user_only_its_request_id(http_harness: HttpHarness, log: StringIO) -> None:
     def defect() -> None:
         try:
             raise ValueError(SECRET)
@@ -120,7 +120,7 @@ def test_a_defect_tells_the_user_where_to_look_and_nothing_else(http_harness: Ht
     ],
     ids=["database", "store"],
 )
-def test_what_is_away_is_worth_another_try(http_harness: HttpHarness, error: Exception) -> None:
+def test_an_outage_is_worth_a_retry(http_harness: HttpHarness, error: Exception) -> None:
     def away() -> None:
         raise error
 
@@ -134,15 +134,15 @@ def test_what_is_away_is_worth_another_try(http_harness: HttpHarness, error: Exc
 
 
 def test_every_answer_has_a_request_id(http_harness: HttpHarness) -> None:
-    given = http_harness("alice", "GET", "/v1/models", headers={"X-Request-Id": "abc-123-def"})
-    assert given.headers["x-request-id"] == "abc-123-def"
+    own = http_harness("alice", "GET", "/v1/models", headers={"X-Request-Id": "abc-123-def"})
+    assert own.headers["x-request-id"] == "abc-123-def"
     for bad in ("short", "a b c d e f g h", "x" * 200, '"><script>'):
-        made = http_harness("alice", "GET", "/v1/models", headers={"X-Request-Id": bad}).headers["x-request-id"]
-        assert re.fullmatch(r"[0-9a-f]{24}", made)
+        new = http_harness("alice", "GET", "/v1/models", headers={"X-Request-Id": bad}).headers["x-request-id"]
+        assert re.fullmatch(r"[0-9a-f]{24}", new)
 
 
-def test_no_private_text_and_no_key_reaches_the_log_or_a_refusal(http_harness: HttpHarness, log: StringIO) -> None:
-    """Texts come as predictions, in wrong places, in queries and headers, and as broken uploads."""
+def test_no_private_text_and_no_key_reaches_the_log_or_an_error(http_harness: HttpHarness, log: StringIO) -> None:
+    """Texts in prediction requests, wrong members, queries, headers and broken uploads."""
     _, student = http_harness.add_pair()
     http_harness.push("alice", prompt_bytes(student.hash))
     task = TASK.model_dump()
@@ -167,13 +167,13 @@ def test_no_private_text_and_no_key_reaches_the_log_or_a_refusal(http_harness: H
     assert http_harness.key_ids["alice"] in written
 
 
-def test_a_document_has_a_limit(small_front: HttpHarness) -> None:
+def test_a_document_has_a_maximum_size(limited_http_harness: HttpHarness) -> None:
     document = {"model": "large", "task": TASK.model_dump(), "texts": ["x" * 5000]}
-    answer = small_front("alice", "POST", "/v1/predictions", json=document)
+    answer = limited_http_harness("alice", "POST", "/v1/predictions", json=document)
     assert code(answer) == (413, "payload_too_large")
     pieces = iter([b"x" * 1000] * 10)
     headers = {"Content-Type": "application/json"}
-    answer = small_front("alice", "POST", "/v1/predictions", content=pieces, headers=headers)
+    answer = limited_http_harness("alice", "POST", "/v1/predictions", content=pieces, headers=headers)
     assert code(answer) == (413, "payload_too_large")
 
 
@@ -188,7 +188,7 @@ def test_health_readiness_and_metrics_need_no_key(http_harness: HttpHarness) -> 
     assert 'post_jobs{kind="distil",state="queued"} 0.0' in text
 
 
-def test_the_page_is_there_and_may_load_nothing_from_elsewhere(http_harness: HttpHarness) -> None:
+def test_the_dashboard_is_served_and_may_load_nothing_from_other_hosts(http_harness: HttpHarness) -> None:
     answer = http_harness(None, "GET", "/")
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -206,7 +206,7 @@ def test_the_page_is_there_and_may_load_nothing_from_elsewhere(http_harness: Htt
     assert "http" not in script
 
 
-def test_problems_have_the_shape_that_they_are_documented_with(http_harness: HttpHarness) -> None:
+def test_problems_match_their_documentation(http_harness: HttpHarness) -> None:
     document = http_harness(None, "GET", "/openapi.json").json()
     ids = []
     for path, operations in document["paths"].items():
@@ -228,8 +228,8 @@ def test_problems_have_the_shape_that_they_are_documented_with(http_harness: Htt
     assert declared["schema"]["allOf"][1]["properties"]["code"]["enum"] == [refusal.json()["code"]]
 
 
-def send_a_part(http_harness: HttpHarness, path: str, key: str) -> socket.socket:
-    """A connection over which the beginning of a document has come, and no more."""
+def send_partial_body(http_harness: HttpHarness, path: str, key: str) -> socket.socket:
+    """A connection that has sent only the beginning of a document."""
     address = urlsplit(http_harness.url)
     connection = socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=10)
     lines = [f"POST {path} HTTP/1.1", "Host: post", f"Authorization: Bearer {key}", "Content-Length: 1000"]
@@ -238,29 +238,29 @@ def send_a_part(http_harness: HttpHarness, path: str, key: str) -> socket.socket
 
 
 @pytest.mark.parametrize("path", ["/v1/predictions", "/v1/completions", "/v1/evaluations"])
-def test_nothing_of_a_document_is_read_for_a_stranger(http_harness: HttpHarness, path: str) -> None:
-    with send_a_part(http_harness, path, "post_wrong") as connection:
+def test_no_body_is_read_without_a_valid_key(http_harness: HttpHarness, path: str) -> None:
+    with send_partial_body(http_harness, path, "post_wrong") as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
 @pytest.mark.parametrize("path", ["/v1/prompts", "/v1/datasets?name=cut&kind=rows"])
-def test_who_leaves_in_the_middle_of_a_body_is_no_defect(http_harness: HttpHarness, log: StringIO, path: str) -> None:
-    send_a_part(http_harness, path, http_harness.keys["provider"]).close()
+def test_a_client_that_disconnects_is_no_defect(http_harness: HttpHarness, log: StringIO, path: str) -> None:
+    send_partial_body(http_harness, path, http_harness.keys["provider"]).close()
     wait_for(lambda: '"status": 499' in log.getvalue(), 10)
     assert "defect" not in log.getvalue()
     assert temporary_files(http_harness.settings) == []
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(errno.ENOSPC, (503, "unavailable")), (errno.EIO, (500, "internal_error"))]
+    ("number", "expected"), [(errno.ENOSPC, (503, "unavailable")), (errno.EIO, (500, "internal_error"))]
 )
 def test_a_full_disk_is_no_defect(
-    http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, number: int, said: tuple[int, str]
+    http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, number: int, expected: tuple[int, str]
 ) -> None:
     def write(*_: object) -> None:
         raise OSError(number, "the disk")
 
     monkeypatch.setattr(raw_body, "_append", write)
-    assert code(http_harness("provider", "POST", "/v1/datasets?name=big&kind=rows", content=ROWS)) == said
+    assert code(http_harness("provider", "POST", "/v1/datasets?name=big&kind=rows", content=ROWS)) == expected
     assert http_harness.everything()["datasets"] == []
     assert temporary_files(http_harness.settings) == []

@@ -1,4 +1,4 @@
-"""Where endpoints run: what waits mustn't hold up the event loop, and no thread is taken for what doesn't wait."""
+"""Where endpoints run: blocking ones must not block the event loop, and others take no thread."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, model_validator
 
-from post_server.api import app as whole
+from post_server.api import app as app_module
 from post_server.api import dashboard
 from post_server.http.routing import Route
 
 
-def test_an_endpoint_that_waits_runs_in_a_thread_and_its_answer_is_checked_in_the_loop() -> None:
+def test_a_blocking_endpoint_runs_in_a_thread_and_its_result_is_validated_in_the_loop() -> None:
     threads: dict[str, int] = {}
     router = APIRouter(route_class=Route)
 
@@ -45,8 +45,8 @@ def test_an_endpoint_that_waits_runs_in_a_thread_and_its_answer_is_checked_in_th
     assert threads["check"] == threads["loop"] != threads["waits"]
 
 
-def test_every_documented_endpoint_is_run_so() -> None:
-    for router in whole._ROUTERS:
+def test_every_documented_endpoint_uses_this_route_class() -> None:
+    for router in app_module._ROUTERS:
         if router is not dashboard.router:
             assert all(isinstance(route, Route) for route in router.routes if isinstance(route, APIRoute)), (
                 router.prefix

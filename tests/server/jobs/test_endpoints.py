@@ -1,4 +1,4 @@
-"""Orders become queued jobs once they fit together; a job is its owner's; its history can be followed."""
+"""Valid requests become queued jobs, which belong to their caller and whose events can be followed."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def transfer(prompt: str, **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "target": "large", "dataset": "public", **more}
 
 
-class TestOrders:
-    def test_an_order_is_a_queued_job_of_its_caller(self, http_harness: HttpHarness, prompt: str) -> None:
-        orders = (
+class TestCreate:
+    def test_a_request_becomes_a_queued_job_of_its_caller(self, http_harness: HttpHarness, prompt: str) -> None:
+        requests = (
             ("provider", "distillations", DISTIL),
             ("alice", "transfers", transfer(prompt)),
             ("alice", "evaluations", {"model": "small", "dataset": "public", "prompt": prompt}),
             ("bob", "evaluations", {"model": "large", "dataset": "public", "task": TASK.model_dump()}),
         )
-        for who, path, order in orders:
-            answer = http_harness(who, "POST", f"/v1/{path}", json=order)
+        for who, path, body in requests:
+            answer = http_harness(who, "POST", f"/v1/{path}", json=body)
             assert answer.status_code == 202, answer.text
             job = Job.model_validate(answer.json())
             assert (job.state, job.progress, job.attempt) == (JobState.QUEUED, 0, 0)
-            assert job.request.items() >= {k: v for k, v in order.items() if k != "task"}.items()
+            assert job.request.items() >= {k: v for k, v in body.items() if k != "task"}.items()
             assert http_harness(who, "GET", f"/v1/jobs/{job.id}").json() == answer.json()
             assert http_harness.job(job.id).owner_key_id == http_harness.key_ids[who]
         kinds = [each["kind"] for each in http_harness("provider", "GET", "/v1/jobs").json()["items"]]
         assert kinds == ["evaluate", "evaluate", "transfer", "distil"]
 
-    def test_distilling_is_the_providers(self, http_harness: HttpHarness, student: ModelRow) -> None:
+    def test_only_a_provider_distils(self, http_harness: HttpHarness, student: ModelRow) -> None:
         assert code(http_harness("alice", "POST", "/v1/distillations", json=DISTIL)) == (403, "forbidden")
 
     @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ class TestOrders:
             ({"templates": ["It was"]}, (422, "invalid_input")),
         ],
     )
-    def test_a_distillation_must_fit(
+    def test_invalid_distillations_are_refused(
         self, http_harness: HttpHarness, student: ModelRow, change: dict[str, Any], expected: tuple[int, str]
     ) -> None:
         before = http_harness.everything()
         assert code(http_harness("provider", "POST", "/v1/distillations", json={**DISTIL, **change})) == expected
         assert http_harness.everything() == before
 
-    def test_two_distillations_cant_make_the_same_name(self, http_harness: HttpHarness, student: ModelRow) -> None:
+    def test_two_distillations_cant_have_the_same_name(self, http_harness: HttpHarness, student: ModelRow) -> None:
         http_harness("provider", "POST", "/v1/distillations", json=DISTIL)
         assert code(http_harness("provider", "POST", "/v1/distillations", json=DISTIL)) == (409, "conflict")
 
@@ -102,7 +102,7 @@ class TestOrders:
             ({"alpha": "best"}, (422, "invalid_input")),
         ],
     )
-    def test_a_transfer_must_fit(
+    def test_invalid_transfers_are_refused(
         self, http_harness: HttpHarness, prompt: str, change: dict[str, Any], expected: tuple[int, str]
     ) -> None:
         http_harness.add_model("other")
@@ -111,9 +111,7 @@ class TestOrders:
         assert code(http_harness("alice", "POST", "/v1/transfers", json={**transfer(prompt), **change})) == expected
         assert http_harness.everything() == before
 
-    def test_a_prompt_of_the_target_itself_needs_no_transfer(
-        self, http_harness: HttpHarness, student: ModelRow
-    ) -> None:
+    def test_a_prompt_of_the_target_itself_is_refused(self, http_harness: HttpHarness, student: ModelRow) -> None:
         large = http_harness("alice", "GET", "/v1/models/large").json()
         own = http_harness.push("alice", prompt_bytes(large["hash"])).json()["id"]
         assert code(http_harness("alice", "POST", "/v1/transfers", json=transfer(own))) == (422, "prompt_mismatch")
@@ -129,33 +127,33 @@ class TestOrders:
             ({"model": "none"}, (404, "not_found")),
         ],
     )
-    def test_an_evaluation_must_fit(
+    def test_invalid_evaluations_are_refused(
         self, http_harness: HttpHarness, student: ModelRow, change: dict[str, Any], expected: tuple[int, str]
     ) -> None:
         http_harness.add_dataset("prose", b"One.\nTwo.\n", "corpus")
-        order = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
-        assert code(http_harness("alice", "POST", "/v1/evaluations", json={**order, **change})) == expected
+        body = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
+        assert code(http_harness("alice", "POST", "/v1/evaluations", json={**body, **change})) == expected
 
-    def test_nobody_uses_anothers_prompt(self, http_harness: HttpHarness, prompt: str) -> None:
-        order = {"model": "large", "dataset": "public", "prompt": prompt}
+    def test_nobody_uses_the_prompt_of_another(self, http_harness: HttpHarness, prompt: str) -> None:
+        body = {"model": "large", "dataset": "public", "prompt": prompt}
         assert code(http_harness("bob", "POST", "/v1/transfers", json=transfer(prompt))) == (404, "not_found")
-        assert code(http_harness("bob", "POST", "/v1/evaluations", json=order)) == (404, "not_found")
+        assert code(http_harness("bob", "POST", "/v1/evaluations", json=body)) == (404, "not_found")
 
-    def test_one_key_cant_fill_the_queue(self, small_front: HttpHarness) -> None:
-        http_harness = small_front
+    def test_one_key_cant_fill_the_queue(self, limited_http_harness: HttpHarness) -> None:
+        http_harness = limited_http_harness
         http_harness.add_dataset()
         http_harness.add_pair()
-        order = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
-        first, second, third = (http_harness("alice", "POST", "/v1/evaluations", json=order) for _ in range(3))
+        body = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
+        first, second, third = (http_harness("alice", "POST", "/v1/evaluations", json=body) for _ in range(3))
         assert (first.status_code, second.status_code) == (202, 202)
         assert code(third) == (429, "too_many_requests")
-        assert http_harness("bob", "POST", "/v1/evaluations", json=order).status_code == 202
+        assert http_harness("bob", "POST", "/v1/evaluations", json=body).status_code == 202
         http_harness("alice", "POST", f"/v1/jobs/{first.json()['id']}/cancel")
-        assert http_harness("alice", "POST", "/v1/evaluations", json=order).status_code == 202
+        assert http_harness("alice", "POST", "/v1/evaluations", json=body).status_code == 202
 
 
 class TestJobs:
-    def test_an_owner_sees_its_own_jobs_only(self, http_harness: HttpHarness, prompt: str) -> None:
+    def test_an_owner_sees_only_its_own_jobs(self, http_harness: HttpHarness, prompt: str) -> None:
         mine = http_harness("alice", "POST", "/v1/transfers", json=transfer(prompt)).json()["id"]
         paths = (("GET", ""), ("POST", "/cancel"), ("GET", "/events"))
         for method, path in paths:
@@ -188,27 +186,27 @@ class TestJobs:
         assert ids(kind="distil") == []
         assert code(http_harness("alice", "GET", "/v1/jobs", params={"kind": "x"})) == (422, "invalid_input")
 
-    def test_pages_hold_every_item_once_whatever_is_added(self, http_harness: HttpHarness, prompt: str) -> None:
-        def order() -> str:
+    def test_pages_have_every_item_once_while_others_are_added(self, http_harness: HttpHarness, prompt: str) -> None:
+        def create() -> str:
             return str(http_harness("alice", "POST", "/v1/transfers", json=transfer(prompt)).json()["id"])
 
-        jobs = [order() for _ in range(7)]
-        found, cursor = [], None
+        jobs = [create() for _ in range(7)]
+        ids, cursor = [], None
         while True:
             params = {"limit": 3} if cursor is None else {"limit": 3, "cursor": cursor}
             page = http_harness("alice", "GET", "/v1/jobs", params=params).json()
-            found += [each["id"] for each in page["items"]]
-            order()
+            ids += [each["id"] for each in page["items"]]
+            create()
             cursor = page["next_cursor"]
             if cursor is None:
                 break
-        assert found == jobs[::-1]
+        assert ids == jobs[::-1]
 
     @pytest.mark.parametrize("cursor", ["x", "====", "bm90aGluZw", "\u00e9", "a" * 200, "MjAyNnwx"])
-    def test_a_foreign_cursor_is_refused(self, http_harness: HttpHarness, cursor: str) -> None:
+    def test_an_invalid_cursor_is_refused(self, http_harness: HttpHarness, cursor: str) -> None:
         assert code(http_harness("alice", "GET", "/v1/jobs", params={"cursor": cursor})) == (422, "invalid_input")
 
-    def test_numbers_that_are_none_are_not_shown(self, http_harness: HttpHarness, prompt: str) -> None:
+    def test_nan_metrics_are_not_shown(self, http_harness: HttpHarness, prompt: str) -> None:
         job = http_harness("alice", "POST", "/v1/transfers", json=transfer(prompt)).json()["id"]
         with http_harness.database.write() as session:
             _, lease = states.claim(session, job, lease_seconds=60, max_attempts=3) or pytest.fail("not claimed")
@@ -224,8 +222,8 @@ class TestEvents:
     def job(self, http_harness: HttpHarness, prompt: str) -> str:
         return str(http_harness("alice", "POST", "/v1/transfers", json=transfer(prompt)).json()["id"])
 
-    def work(self, http_harness: HttpHarness, job: str, steps: int, pause: float = 0.0) -> None:
-        """What a worker would do."""
+    def run_job(self, http_harness: HttpHarness, job: str, steps: int, pause: float = 0.0) -> None:
+        """As a worker would."""
         with http_harness.database.write() as session:
             claimed = states.claim(session, job, lease_seconds=60, max_attempts=3)
             assert claimed is not None
@@ -244,19 +242,19 @@ class TestEvents:
         with http_harness.database.write() as session:
             states.finish(session, claimed[1], {"alpha": 0.5})
 
-    def test_pages_give_the_whole_history_in_order(self, http_harness: HttpHarness, job: str) -> None:
-        self.work(http_harness, job, 5)
+    def test_pages_give_all_events_in_order(self, http_harness: HttpHarness, job: str) -> None:
+        self.run_job(http_harness, job, 5)
         whole = http_harness("alice", "GET", f"/v1/jobs/{job}/events").json()
         assert [each["sequence"] for each in whole["items"]] == list(range(1, 14))
         assert whole["next_cursor"] is None
-        found, params = [], {"limit": 4}
+        events, params = [], {"limit": 4}
         while True:
             page = http_harness("alice", "GET", f"/v1/jobs/{job}/events", params=params).json()
-            found += page["items"]
+            events += page["items"]
             if page["next_cursor"] is None:
                 break
             params = {"limit": 4, "cursor": page["next_cursor"]}
-        assert found == whole["items"]
+        assert events == whole["items"]
         assert http_harness("alice", "GET", f"/v1/jobs/{job}/events?after=11").json()["items"] == whole["items"][11:]
 
     def follow(self, http_harness: HttpHarness, job: str, **headers: str) -> list[dict[str, str]]:
@@ -272,8 +270,8 @@ class TestEvents:
                     events[-1][name] = value
         return [event for event in events if event]
 
-    def test_a_stream_goes_on_while_the_job_does(self, http_harness: HttpHarness, job: str) -> None:
-        worker = threading.Thread(target=self.work, args=(http_harness, job, 5, 0.2))
+    def test_a_stream_continues_until_the_job_ends(self, http_harness: HttpHarness, job: str) -> None:
+        worker = threading.Thread(target=self.run_job, args=(http_harness, job, 5, 0.2))
         worker.start()
         events = self.follow(http_harness, job)
         worker.join()
@@ -283,25 +281,25 @@ class TestEvents:
         pages = http_harness("alice", "GET", f"/v1/jobs/{job}/events").json()["items"]
         assert [json.loads(event["data"]) for event in events[:-1]] == pages
 
-    def test_a_stream_goes_on_behind_the_last_event_seen(self, http_harness: HttpHarness, job: str) -> None:
-        self.work(http_harness, job, 200)
+    def test_a_stream_resumes_after_the_last_event_id(self, http_harness: HttpHarness, job: str) -> None:
+        self.run_job(http_harness, job, 200)
         events = self.follow(http_harness, job, **{"Last-Event-ID": "10"})
         assert [event.get("id") for event in events] == [*map(str, range(11, 404)), None]
 
     def test_a_stream_ends_with_its_key(self, http_harness: HttpHarness, job: str) -> None:
-        seen: list[list[dict[str, str]]] = []
-        follower = threading.Thread(target=lambda: seen.append(self.follow(http_harness, job)))
+        streams: list[list[dict[str, str]]] = []
+        follower = threading.Thread(target=lambda: streams.append(self.follow(http_harness, job)))
         follower.start()
         waits = http_harness.app.state.event_feed._waits
-        while not waits and follower.is_alive():  # until it has seen all and waits for more
+        while not waits and follower.is_alive():  # until it has received all and waits for more
             time.sleep(0.01)
         with http_harness.database.write() as session:
             revoke_key(session, "alice")
         follower.join(60.0)
-        assert [event.get("id") for event in seen[0]] == ["1"]
+        assert [event.get("id") for event in streams[0]] == ["1"]
 
     @pytest.mark.parametrize("number", ["x", "-1", "1.5", "9" * 30])
-    def test_a_place_is_a_number(self, http_harness: HttpHarness, job: str, number: str) -> None:
+    def test_a_position_is_a_number(self, http_harness: HttpHarness, job: str, number: str) -> None:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": number}
         answer = http_harness("alice", "GET", f"/v1/jobs/{job}/events", headers=headers)
         assert code(answer) == (422, "invalid_input")

@@ -1,4 +1,4 @@
-"""What waits for blobs or the broker holds up nobody who only reads records; few threads read those."""
+"""Requests that wait for blobs or the broker don't delay database reads, which share a few threads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from post_server.jobs import endpoints
 from post_server.storage.blob_store import BlobStore
 from tests.server.http_harness import ROWS, HttpHarness, code
 
-MORE_THAN_READ = 12  # whatever the database: more than it has threads of readers
+REQUESTS = 12  # more than there are reader threads, with any database
 
 
-def test_a_part_that_hangs_is_not_ready_and_holds_one_thread(
+def test_a_part_that_hangs_is_not_ready_and_blocks_one_thread(
     http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hang, hanging = threading.Event(), threading.Semaphore(0)
@@ -28,7 +28,7 @@ def test_a_part_that_hangs_is_not_ready_and_holds_one_thread(
         return hang.wait(60)
 
     monkeypatch.setattr(BlobStore, "exists", wait)
-    monkeypatch.setattr(health, "_PATIENCE", 0.2)
+    monkeypatch.setattr(health, "_CHECK_SECONDS", 0.2)
     try:
         for _ in range(3):
             answer = httpx.get(f"{http_harness.url}/readyz", timeout=30, trust_env=False)
@@ -40,58 +40,56 @@ def test_a_part_that_hangs_is_not_ready_and_holds_one_thread(
         assert http_harness("alice", "GET", "/v1/models").status_code == 200
     finally:
         hang.set()
-    monkeypatch.setattr(health, "_PATIENCE", 30.0)
+    monkeypatch.setattr(health, "_CHECK_SECONDS", 30.0)
     assert httpx.get(f"{http_harness.url}/readyz", timeout=60, trust_env=False).json()["checks"]["blobs"] == "ok"
 
 
-def test_blobs_that_hang_hold_up_nobody_who_reads_records(
-    http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blobs_that_hang_dont_delay_database_reads(http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     http_harness("provider", "POST", "/v1/datasets?name=rows&kind=rows", content=ROWS).raise_for_status()
     hang = threading.Event()
     hanging = threading.Semaphore(0)
-    answer = BlobStore.open
+    open_blob = BlobStore.open
 
     def wait(*arguments: object) -> object:
         hanging.release()
         hang.wait(60)
-        return answer(*arguments)
+        return open_blob(*arguments)
 
     monkeypatch.setattr(BlobStore, "open", wait)
-    with ThreadPoolExecutor(MORE_THAN_READ) as many:
+    with ThreadPoolExecutor(REQUESTS) as pool:
         headers = {"Authorization": f"Bearer {http_harness.keys['alice']}"}
-        asked = [
-            many.submit(
+        futures = [
+            pool.submit(
                 httpx.get, f"{http_harness.url}/v1/datasets/rows/preview", headers=headers, timeout=90, trust_env=False
             )
-            for _ in range(MORE_THAN_READ)
+            for _ in range(REQUESTS)
         ]
         try:
-            for _ in asked:
+            for _ in futures:
                 assert hanging.acquire(timeout=30)
             assert http_harness("alice", "GET", "/v1/models").status_code == 200
         finally:
             hang.set()
-    assert {each.result().status_code for each in asked} == {200}
+    assert {each.result().status_code for each in futures} == {200}
 
 
-def test_few_threads_read_records_however_many_ask(http_harness: HttpHarness) -> None:
-    with ThreadPoolExecutor(20) as many:
-        answers = list(many.map(lambda _: _ask(http_harness), range(60)))
+def test_few_threads_read_the_database_for_many_requests(http_harness: HttpHarness) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: _list_jobs(http_harness), range(60)))
     assert {answer.status_code for answer in answers} == {200}
     readers = [each.name for each in threading.enumerate() if each.name.startswith("records_")]
     assert 1 <= len(set(readers)) <= 8
 
 
-def _ask(http_harness: HttpHarness) -> httpx.Response:
+def _list_jobs(http_harness: HttpHarness) -> httpx.Response:
     headers = {"Authorization": f"Bearer {http_harness.keys['alice']}"}
     return httpx.get(f"{http_harness.url}/v1/jobs", headers=headers, timeout=30, trust_env=False)
 
 
-def test_records_that_hang_are_unavailable_after_a_while(
+def test_a_database_that_hangs_is_unavailable_after_a_while(
     http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(database, "_TIMEOUT_SECONDS", 0.5)
     hang = threading.Event()
     monkeypatch.setattr(endpoints, "visible_job", lambda *_: hang.wait(60))
     try:

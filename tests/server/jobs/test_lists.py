@@ -1,4 +1,4 @@
-"""Filters over jobs and the series that they measured."""
+"""Filters of jobs, and the series of their metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from post_server.db.tables import JobRow
 from post_server.jobs import states
 from tests.server.http_harness import TASK, HttpHarness, code
 
-ORDER = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
+BODY = {"model": "large", "dataset": "public", "task": TASK.model_dump()}
 
 
 @pytest.fixture
@@ -19,23 +19,23 @@ def jobs(http_harness: HttpHarness) -> list[str]:
     """Three evaluations of alice, oldest first, an hour apart; the first one cancelled, the second one running."""
     http_harness.add_pair()
     http_harness.add_dataset()
-    made = [str(http_harness("alice", "POST", "/v1/evaluations", json=ORDER).json()["id"]) for _ in range(3)]
-    http_harness("alice", "POST", f"/v1/jobs/{made[0]}/cancel")
+    jobs = [str(http_harness("alice", "POST", "/v1/evaluations", json=BODY).json()["id"]) for _ in range(3)]
+    http_harness("alice", "POST", f"/v1/jobs/{jobs[0]}/cancel")
     with http_harness.database.write() as session:
-        for hours, job in enumerate(reversed(made)):
+        for hours, job in enumerate(reversed(jobs)):
             session.get_one(JobRow, job).created_at -= timedelta(hours=hours)
-        _, lease = states.claim(session, made[1], lease_seconds=60, max_attempts=3) or pytest.fail("not claimed")
+        _, lease = states.claim(session, jobs[1], lease_seconds=60, max_attempts=3) or pytest.fail("not claimed")
         for step in range(5):
             values = {"loss": 1 / (step + 1)} | ({"accuracy": 0.5} if step == 2 else {"odd": float("nan")})
             states.record_progress(session, lease, progress=0.1, stage="measure", step=step, steps=5, metrics=values)
-    return made
+    return jobs
 
 
 def ids(http_harness: HttpHarness, who: str = "alice", **params: Any) -> list[str]:
     return [each["id"] for each in http_harness(who, "GET", "/v1/jobs", params=params).json()["items"]]
 
 
-def test_filters_go_together(http_harness: HttpHarness, jobs: list[str]) -> None:
+def test_filters_are_combined(http_harness: HttpHarness, jobs: list[str]) -> None:
     first, second, third = jobs
     assert ids(http_harness, state=["queued", "cancelled"]) == [third, first]
     assert ids(http_harness, kind=["evaluate", "transfer"], state="running") == [second]
@@ -43,7 +43,7 @@ def test_filters_go_together(http_harness: HttpHarness, jobs: list[str]) -> None
     assert ids(http_harness, since=at) == [third, second]
     assert ids(http_harness, before=at) == [first]
     assert ids(http_harness, since=at, before=at) == []
-    assert ids(http_harness, "bob", state=["queued", "running"]) == []  # a filter opens nothing
+    assert ids(http_harness, "bob", state=["queued", "running"]) == []  # a filter reveals nothing
     assert ids(http_harness, "provider", since=at) == [third, second]
     for bad in (
         {"since": "2026-01-01T00:00:00"},
@@ -57,21 +57,21 @@ def test_filters_go_together(http_harness: HttpHarness, jobs: list[str]) -> None
         assert code(http_harness("alice", "GET", "/v1/jobs", params=bad)) == (422, "invalid_input")
 
 
-def test_a_filter_holds_on_every_page(http_harness: HttpHarness, jobs: list[str]) -> None:
-    found, cursor = [], None
+def test_a_filter_applies_to_every_page(http_harness: HttpHarness, jobs: list[str]) -> None:
+    page_ids, cursor = [], None
     while True:
         params = {"state": ["queued", "cancelled"], "limit": 1} | ({"cursor": cursor} if cursor else {})
         page = http_harness("alice", "GET", "/v1/jobs", params=params).json()
-        found += [each["id"] for each in page["items"]]
+        page_ids += [each["id"] for each in page["items"]]
         cursor = page["next_cursor"]
         if cursor is None:
             break
-    assert found == [jobs[2], jobs[0]]
+    assert page_ids == [jobs[2], jobs[0]]
 
 
 def test_metrics_are_series(http_harness: HttpHarness, jobs: list[str]) -> None:
     whole = http_harness("alice", "GET", f"/v1/jobs/{jobs[1]}/metrics").json()
-    assert list(whole["series"]) == ["loss", "accuracy"]  # what was no number is no point
+    assert list(whole["series"]) == ["loss", "accuracy"]  # NaN values are left out
     assert [(point["step"], point["value"]) for point in whole["series"]["loss"]] == [
         (n, 1 / (n + 1)) for n in range(5)
     ]

@@ -1,4 +1,4 @@
-"""Whose turn it is: priority, fairness, age; a key's limit and a job's device hold whoever looks and however often."""
+"""Which job is next: priority, fairness, age. A key's limit and a job's device hold for all concurrent workers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def add(server_harness: ServerHarness, owner: ApiKeyRow, *, priority: int = 0, d
 
 def take(server_harness: ServerHarness, **more: object) -> str | None:
     with server_harness.database.write() as session:
-        found = claim_next(session, server_harness.settings.model_copy(update=more))
-    return found[0].id if found else None
+        claimed = claim_next(session, server_harness.settings.model_copy(update=more))
+    return claimed[0].id if claimed else None
 
 
 def limit(server_harness: ServerHarness, owner: ApiKeyRow, running: int | None) -> None:
@@ -60,7 +60,7 @@ def test_priority_then_fewest_running_then_age(server_harness: ServerHarness, ot
     assert [take(server_harness) for _ in range(6)] == [urgent, late, first, second, whenever, None]
 
 
-def test_a_job_that_was_given_back_keeps_its_place(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
+def test_a_released_job_keeps_its_place(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
     first, second = add(server_harness, others[0]), add(server_harness, others[0])
     assert take(server_harness) == first
     with server_harness.database.write() as session:
@@ -68,8 +68,8 @@ def test_a_job_that_was_given_back_keeps_its_place(server_harness: ServerHarness
     assert [take(server_harness), take(server_harness)] == [first, second]
 
 
-def test_a_job_that_rests_is_passed_over(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
-    """As after an outage: a worker that takes it again at once would fail again at once."""
+def test_a_pausing_job_is_skipped(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
+    """As after an outage: a worker that claims it again immediately would fail again."""
     first, second = add(server_harness, others[0]), add(server_harness, others[0])
     assert take(server_harness) == first
     with server_harness.database.write() as session:
@@ -81,20 +81,20 @@ def test_a_job_that_rests_is_passed_over(server_harness: ServerHarness, others: 
     assert take(server_harness) == first
 
 
-def test_a_key_runs_as_many_jobs_as_it_may(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
+def test_a_key_runs_no_more_jobs_than_its_limit(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
     alice, bob = others
     mine = [add(server_harness, alice) for _ in range(3)]
     assert take(server_harness, running_jobs_per_key=1) == mine[0]
     assert take(server_harness, running_jobs_per_key=1) is None
     theirs = add(server_harness, bob)
-    assert take(server_harness, running_jobs_per_key=1) == theirs, "another key is not held up"
+    assert take(server_harness, running_jobs_per_key=1) == theirs, "another key doesn't wait"
     end(server_harness, mine[0])
     assert take(server_harness, running_jobs_per_key=1) == mine[1]
     limit(server_harness, alice, 2)
-    assert take(server_harness, running_jobs_per_key=1) == mine[2], "its own limit stands before the server's"
+    assert take(server_harness, running_jobs_per_key=1) == mine[2], "its own limit overrides the server's"
 
 
-def test_a_cancelling_job_still_takes_its_place_and_a_lost_one_does_not(
+def test_a_cancelling_job_counts_as_running_and_a_lost_one_does_not(
     server_harness: ServerHarness, others: list[ApiKeyRow]
 ) -> None:
     first, second = add(server_harness, others[0]), add(server_harness, others[0])
@@ -107,24 +107,24 @@ def test_a_cancelling_job_still_takes_its_place_and_a_lost_one_does_not(
     assert take(server_harness, running_jobs_per_key=1) == second
 
 
-def test_many_workers_at_once_keep_to_the_limit(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
+def test_many_concurrent_workers_keep_to_the_limit(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
     for _ in range(8):
         add(server_harness, others[0])
     limit(server_harness, others[0], 3)
-    barrier, taken = threading.Barrier(8), []
+    barrier, claims = threading.Barrier(8), []
 
     def run() -> None:
         barrier.wait()
-        taken.append(take(server_harness))
+        claims.append(take(server_harness))
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    got = [each for each in taken if each]
-    assert len(got) == len(set(got)) == 3
-    assert len(taken) == 8
+    claimed = [job_id for job_id in claims if job_id]
+    assert len(claimed) == len(set(claimed)) == 3
+    assert len(claims) == 8
 
 
 # --- devices ------------------------------------------------------------------------------------------
@@ -138,37 +138,39 @@ def test_a_job_for_a_gpu_waits_for_one(server_harness: ServerHarness, others: li
 
 
 def test_what_a_worker_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def seen(device: str) -> frozenset[str]:
+    def visible(device: str) -> frozenset[str]:
         return devices(Settings(home=tmp_path, device=device))
 
     monkeypatch.setattr("post_server.jobs.queue._gpus", lambda: [Path("/dev/nvidia0")])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [seen("cpu"), seen("cuda:1"), seen("auto")] == [frozenset(), {GPU}, {GPU}]
+    assert [visible("cpu"), visible("cuda:1"), visible("auto")] == [frozenset(), {GPU}, {GPU}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert seen("auto") == frozenset()
+    assert visible("auto") == frozenset()
 
 
 @pytest.mark.parametrize("words", ["dance", "distil,", "distil transfer"])
-def test_only_kinds_of_jobs_can_be_kept_for_gpus(tmp_path: Path, words: str) -> None:
+def test_gpu_jobs_must_be_kinds_of_jobs(tmp_path: Path, words: str) -> None:
     with pytest.raises(ValueError):
         Settings(home=tmp_path, gpu_jobs=words)
     assert Settings(home=tmp_path, gpu_jobs="distil,transfer").gpu_jobs
 
 
-def test_a_job_always_rests_a_moment_while_its_store_is_away(tmp_path: Path) -> None:
+def test_a_job_always_pauses_while_its_store_is_away(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        Settings(home=tmp_path, ring_seconds=0)
+        Settings(home=tmp_path, notify_seconds=0)
 
 
-def test_rings_reach_those_that_can_do_the_job(server_harness: ServerHarness, others: list[ApiKeyRow]) -> None:
-    """By device class; and what a key's limit holds back is not announced."""
+def test_notifications_reach_the_workers_that_can_run_the_job(
+    server_harness: ServerHarness, others: list[ApiKeyRow]
+) -> None:
+    """By device class; jobs over their key's limit are not announced."""
     server_harness.start_redis()
-    settings = server_harness.settings.model_copy(update={"ring_seconds": 0.0, "running_jobs_per_key": 1})
+    settings = server_harness.settings.model_copy(update={"notify_seconds": 0.0, "running_jobs_per_key": 1})
     heavy, light = add(server_harness, others[0], device=GPU), add(server_harness, others[1])
     assert sorted(reconcile(server_harness.database, settings)) == sorted([heavy, light])
     assert [notifier.waiting(settings), notifier.waiting(settings, GPU)] == [1, 1]
     assert queue_of(None) != queue_of(GPU)
-    assert reconcile(server_harness.database, settings) == [], "they wait in the broker already"
+    assert reconcile(server_harness.database, settings) == [], "they already wait in the broker"
     held = add(server_harness, others[1])
     assert take(server_harness) == light
     with server_harness.database.read() as session:
@@ -181,7 +183,7 @@ def test_rings_reach_those_that_can_do_the_job(server_harness: ServerHarness, ot
 # --- over HTTP ----------------------------------------------------------------------------------------
 
 
-def test_an_order_takes_its_keys_priority_and_its_kinds_device(home: Path) -> None:
+def test_a_job_gets_the_priority_of_its_key_and_the_device_of_its_kind(home: Path) -> None:
     http_harness = HttpHarness(home, gpu_jobs="transfer")
     try:
         target, student = http_harness.add_pair()
@@ -189,13 +191,13 @@ def test_an_order_takes_its_keys_priority_and_its_kinds_device(home: Path) -> No
         with http_harness.database.write() as session:
             limit_key(session, "alice", job_priority=7)
         prompt = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
-        order = {"prompt": prompt, "target": target.id, "dataset": "public"}
-        job = http_harness("alice", "POST", "/v1/transfers", json=order).json()
+        body = {"prompt": prompt, "target": target.id, "dataset": "public"}
+        job = http_harness("alice", "POST", "/v1/transfers", json=body).json()
         assert job["priority"] == 7
         assert (http_harness.job(job["id"]).priority, http_harness.job(job["id"]).device) == (7, GPU)
-        order = {"model": target.id, "dataset": "public", "task": {"template": "{text}"}}
+        body = {"model": target.id, "dataset": "public", "task": {"template": "{text}"}}
         task = {"template": "{text}", "label_words": {"positive": ["good"], "negative": ["bad"]}}
-        job = http_harness("bob", "POST", "/v1/evaluations", json=order | {"task": task}).json()
+        job = http_harness("bob", "POST", "/v1/evaluations", json=body | {"task": task}).json()
         assert (http_harness.job(job["id"]).priority, http_harness.job(job["id"]).device) == (0, None)
     finally:
         http_harness.close()

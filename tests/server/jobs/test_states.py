@@ -1,4 +1,4 @@
-"""The laws of a job row: one holder at a time, and nobody else writes."""
+"""The rules of a job row: one holder at a time, and only the holder writes."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def job_id(server_harness: ServerHarness) -> str:
 
 def claim(server_harness: ServerHarness, job_id: str, *, attempts: int = 3) -> Lease | None:
     with server_harness.database.write() as session:
-        found = states.claim(session, job_id, lease_seconds=LEASE, max_attempts=attempts)
-    return found[1] if found else None
+        claimed = states.claim(session, job_id, lease_seconds=LEASE, max_attempts=attempts)
+    return claimed[1] if claimed else None
 
 
-def held(server_harness: ServerHarness, job_id: str) -> Lease:
+def claim_lease(server_harness: ServerHarness, job_id: str) -> Lease:
     lease = claim(server_harness, job_id)
     assert lease is not None
     return lease
@@ -58,27 +58,27 @@ def expire(server_harness: ServerHarness, job_id: str) -> None:
 
 
 def test_of_many_concurrent_claims_one_wins(server_harness: ServerHarness, job_id: str) -> None:
-    barrier, won = threading.Barrier(8), []
+    barrier, leases = threading.Barrier(8), []
 
     def run() -> None:
         barrier.wait()
-        won.append(claim(server_harness, job_id))
+        leases.append(claim(server_harness, job_id))
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(won) == 8
-    assert sum(lease is not None for lease in won) == 1
+    assert len(leases) == 8
+    assert sum(lease is not None for lease in leases) == 1
     assert server_harness.job(job_id).attempt == 1
 
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_stale_token_changes_nothing(server_harness: ServerHarness, job_id: str, write: str) -> None:
-    stale = held(server_harness, job_id)
+    stale = claim_lease(server_harness, job_id)
     expire(server_harness, job_id)
-    held(server_harness, job_id)  # by another worker
+    claim_lease(server_harness, job_id)  # by another worker
     before = server_harness.job(job_id).__dict__ | {"_sa_instance_state": None}
     events = len(server_harness.events(job_id))
     with pytest.raises(LeaseLost), server_harness.database.write() as session:
@@ -88,8 +88,8 @@ def test_a_stale_token_changes_nothing(server_harness: ServerHarness, job_id: st
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_an_ended_job_takes_no_write(server_harness: ServerHarness, job_id: str, write: str) -> None:
-    lease = held(server_harness, job_id)
+def test_an_ended_job_accepts_no_write(server_harness: ServerHarness, job_id: str, write: str) -> None:
+    lease = claim_lease(server_harness, job_id)
     with server_harness.database.write() as session:
         states.finish(session, lease, {"model_id": "mod_1"})
     with pytest.raises(LeaseLost), server_harness.database.write() as session:
@@ -107,20 +107,20 @@ def test_only_a_queued_job_is_claimed(server_harness: ServerHarness, job_id: str
 
 
 def test_an_expired_lease_is_claimed_with_a_fresh_token(server_harness: ServerHarness, job_id: str) -> None:
-    first = held(server_harness, job_id)
+    first = claim_lease(server_harness, job_id)
     assert claim(server_harness, job_id) is None
     expire(server_harness, job_id)
-    second = held(server_harness, job_id)
+    second = claim_lease(server_harness, job_id)
     assert second.token != first.token
     assert server_harness.job(job_id).attempt == 2
     expire(server_harness, job_id)
     assert claim(server_harness, job_id, attempts=2) is None
 
 
-def test_rows_of_a_stale_worker_vanish_with_its_result(server_harness: ServerHarness, job_id: str) -> None:
-    stale = held(server_harness, job_id)
+def test_rows_of_a_stale_worker_are_rolled_back_with_its_result(server_harness: ServerHarness, job_id: str) -> None:
+    stale = claim_lease(server_harness, job_id)
     expire(server_harness, job_id)
-    held(server_harness, job_id)
+    claim_lease(server_harness, job_id)
     row = DatasetRow(name="made", kind=DatasetKind.ROWS, rows=1, sha256="0" * 64, size_bytes=1)
 
     def save() -> None:
@@ -136,7 +136,7 @@ def test_rows_of_a_stale_worker_vanish_with_its_result(server_harness: ServerHar
 
 
 def test_events_are_numbered_without_gaps_by_many_writers(server_harness: ServerHarness, job_id: str) -> None:
-    lease = held(server_harness, job_id)
+    lease = claim_lease(server_harness, job_id)
 
     def write() -> None:
         for step in range(10):
@@ -152,7 +152,7 @@ def test_events_are_numbered_without_gaps_by_many_writers(server_harness: Server
 
 
 def test_progress_and_metrics(server_harness: ServerHarness, job_id: str) -> None:
-    lease = held(server_harness, job_id)
+    lease = claim_lease(server_harness, job_id)
     for step, metrics in enumerate([{"loss": 2.0, "ce": 1.0}, {"loss": 1.5}], 1):
         with server_harness.database.write() as session:
             states.record_progress(
@@ -179,27 +179,27 @@ def test_a_queued_job_is_cancelled_at_once(server_harness: ServerHarness, job_id
     assert [event.data["state"] for event in server_harness.events(job_id)] == ["queued", "cancelled"]
 
 
-def test_a_running_job_learns_of_the_cancel_by_its_heartbeat(server_harness: ServerHarness, job_id: str) -> None:
-    lease = held(server_harness, job_id)
+def test_the_heartbeat_of_a_running_job_shows_the_cancel(server_harness: ServerHarness, job_id: str) -> None:
+    lease = claim_lease(server_harness, job_id)
     assert cancel(server_harness, job_id) is JobState.CANCELLING
     with server_harness.database.write() as session:
         assert states.heartbeat(session, lease, lease_seconds=LEASE) is JobState.CANCELLING
-        states.release(session, lease, reason="stop")  # a cancelling job is never queued again
+        states.release(session, lease, reason="stop")  # a cancelling job is not queued again
     row = server_harness.job(job_id)
     assert row.state is JobState.CANCELLED
     assert row.cancel_requested_at is not None
     assert row.finished_at is not None
 
 
-def test_a_cancelling_job_whose_work_is_done_has_succeeded(server_harness: ServerHarness, job_id: str) -> None:
-    lease = held(server_harness, job_id)
+def test_a_cancelling_job_that_finishes_has_succeeded(server_harness: ServerHarness, job_id: str) -> None:
+    lease = claim_lease(server_harness, job_id)
     cancel(server_harness, job_id)
     with server_harness.database.write() as session:
         states.finish(session, lease, {})
     assert cancel(server_harness, job_id) is JobState.SUCCEEDED
 
 
-def test_there_is_nothing_to_cancel(server_harness: ServerHarness) -> None:
+def test_cancelling_an_unknown_job_is_not_found(server_harness: ServerHarness) -> None:
     with pytest.raises(NotFound):
         cancel(server_harness, "job_unknown")
 
@@ -209,7 +209,7 @@ def test_there_is_nothing_to_cancel(server_harness: ServerHarness) -> None:
 
 @pytest.mark.parametrize(("back", "attempt"), [(True, 0), (False, 1)])
 def test_release(server_harness: ServerHarness, job_id: str, back: bool, attempt: int) -> None:
-    lease = held(server_harness, job_id)
+    lease = claim_lease(server_harness, job_id)
     with server_harness.database.write() as session:
         states.release(session, lease, reason="worker_stopped", give_attempt_back=back)
     row = server_harness.job(job_id)
@@ -219,7 +219,7 @@ def test_release(server_harness: ServerHarness, job_id: str, back: bool, attempt
 def test_a_lost_job_is_queued_until_its_attempts_are_used_up(server_harness: ServerHarness, job_id: str) -> None:
     for attempt in range(1, server_harness.settings.max_attempts + 1):
         assert server_harness.job(job_id).state is JobState.QUEUED
-        held(server_harness, job_id)
+        claim_lease(server_harness, job_id)
         reconcile(server_harness.database, server_harness.settings)
         assert server_harness.job(job_id).state is JobState.RUNNING, "the lease still holds"
         expire(server_harness, job_id)
@@ -232,7 +232,7 @@ def test_a_lost_job_is_queued_until_its_attempts_are_used_up(server_harness: Ser
 
 
 def test_a_lost_cancelling_job_is_cancelled(server_harness: ServerHarness, job_id: str) -> None:
-    held(server_harness, job_id)
+    claim_lease(server_harness, job_id)
     cancel(server_harness, job_id)
     expire(server_harness, job_id)
     reconcile(server_harness.database, server_harness.settings)
@@ -240,7 +240,7 @@ def test_a_lost_cancelling_job_is_cancelled(server_harness: ServerHarness, job_i
 
 
 def test_many_reconcilers_take_a_job_back_once(server_harness: ServerHarness, job_id: str) -> None:
-    held(server_harness, job_id)
+    claim_lease(server_harness, job_id)
     expire(server_harness, job_id)
     threads = [
         threading.Thread(target=reconcile, args=(server_harness.database, server_harness.settings)) for _ in range(4)
@@ -253,9 +253,9 @@ def test_many_reconcilers_take_a_job_back_once(server_harness: ServerHarness, jo
     assert states_seen == ["queued", "running", "queued"]
 
 
-def test_reconcile_rings_for_what_nobody_heard(server_harness: ServerHarness, job_id: str) -> None:
-    assert reconcile(server_harness.database, server_harness.settings) == [], "no Redis: nobody to tell, no error"
+def test_reconcile_announces_jobs_that_no_worker_heard_of(server_harness: ServerHarness, job_id: str) -> None:
+    assert reconcile(server_harness.database, server_harness.settings) == [], "without Redis: no notification, no error"
     server_harness.start_redis()
-    time.sleep(server_harness.settings.ring_seconds)
+    time.sleep(server_harness.settings.notify_seconds)
     assert reconcile(server_harness.database, server_harness.settings) == [job_id]
-    assert reconcile(server_harness.database, server_harness.settings) == [], "it waits in the broker already"
+    assert reconcile(server_harness.database, server_harness.settings) == [], "it already waits in the broker"

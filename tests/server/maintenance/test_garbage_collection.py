@@ -1,4 +1,4 @@
-"""Clean-up takes what nothing names and leaves all that anything names, whatever else happens meanwhile."""
+"""Garbage collection removes what nothing refers to and keeps the rest, also while the server works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 from post_server.auth.audit_log import lines
 from post_server.db.tables import Base, IdempotencyRow, JobRow, PromptRow, UploadRow, now
 from post_server.jobs import states
-from post_server.maintenance import garbage_collection as cleaning
+from post_server.maintenance import garbage_collection
 from post_server.maintenance.garbage_collection import collect_garbage
 from post_server.models.service import add_model
 from post_server.prompts.service import add_prompt, delete_prompt
@@ -33,14 +33,14 @@ from tests.server.terminal import run
 NOW, DAY = timedelta(0), timedelta(days=1)
 
 
-def cleaned(stage: ServerHarness | HttpHarness, grace: timedelta = NOW, *, dry_run: bool = False) -> dict[str, int]:
-    found = collect_garbage(stage.database, stage.store, stage.settings, grace=grace, dry_run=dry_run)
-    return {each.what: each.count for each in found}
+def collect(harness: ServerHarness | HttpHarness, grace: timedelta = NOW, *, dry_run: bool = False) -> dict[str, int]:
+    removed = collect_garbage(harness.database, harness.store, harness.settings, grace=grace, dry_run=dry_run)
+    return {each.what: each.count for each in removed}
 
 
 @pytest.fixture
 def filled(http_harness: HttpHarness) -> HttpHarness:
-    """A model, a student, a dataset and a prompt; two blobs that nothing names."""
+    """A model, a student, a dataset and a prompt; two unreferenced blobs."""
     _, student = http_harness.add_pair()
     http_harness.add_dataset()
     http_harness.push("alice", prompt_bytes(student.hash))
@@ -49,29 +49,29 @@ def filled(http_harness: HttpHarness) -> HttpHarness:
     return http_harness
 
 
-def test_what_is_named_stays_and_the_rest_goes(filled: HttpHarness) -> None:
+def test_referenced_blobs_stay_and_the_others_are_removed(filled: HttpHarness) -> None:
     with filled.database.read() as session:
         used = blobs_in_use(session)
     assert len(filled.store.list()) == len(used) + 2
-    assert cleaned(filled, dry_run=True)["blobs that nothing names"] == 2
+    assert collect(filled, dry_run=True)["unreferenced blobs"] == 2
     assert len(filled.store.list()) == len(used) + 2, "a dry run removes nothing"
-    assert cleaned(filled)["blobs that nothing names"] == 2
+    assert collect(filled)["unreferenced blobs"] == 2
     assert filled.store.list() == sorted(used)
     assert all(filled.store.read(each) for each in used)
-    assert cleaned(filled)["blobs that nothing names"] == 0
+    assert collect(filled)["unreferenced blobs"] == 0
 
 
-def test_what_is_young_stays(filled: HttpHarness) -> None:
+def test_new_blobs_stay(filled: HttpHarness) -> None:
     before = filled.store.list()
-    assert not any(cleaned(filled, DAY).values())
+    assert not any(collect(filled, DAY).values())
     assert filled.store.list() == before
 
 
 def test_every_column_that_names_blobs_is_known() -> None:
-    """A new one has to be added to the two that blob_names looks at."""
+    """A new column has to be added to those that blobs_in_use reads."""
     names = {"sha256", "files", "parts"}
-    found = {f"{table.name}.{column.name}" for table in Base.metadata.sorted_tables for column in table.columns}
-    assert {each for each in found if each.split(".")[1] in names or "blob" in each} == {
+    columns = {f"{table.name}.{column.name}" for table in Base.metadata.sorted_tables for column in table.columns}
+    assert {each for each in columns if each.split(".")[1] in names or "blob" in each} == {
         "prompts.sha256",
         "datasets.sha256",
         "models.files",
@@ -79,50 +79,50 @@ def test_every_column_that_names_blobs_is_known() -> None:
     }
 
 
-def test_parts_of_an_upload_stay_for_its_day(http_harness: HttpHarness) -> None:
-    """Then it is forgotten, with its bytes."""
-    order = {"name": "parts", "kind": "rows"}
-    upload = http_harness("provider", "POST", "/v1/uploads", json=order).json()["id"]
+def test_parts_of_an_upload_stay_for_a_day(http_harness: HttpHarness) -> None:
+    """Then the upload is removed with its bytes."""
+    body = {"name": "parts", "kind": "rows"}
+    upload = http_harness("provider", "POST", "/v1/uploads", json=body).json()["id"]
     http_harness("provider", "PUT", f"/v1/uploads/{upload}/parts/1", content=b'{"text": "x"}\n')
     assert len(http_harness.store.list()) == 1
-    assert not any(cleaned(http_harness).values())
+    assert not any(collect(http_harness).values())
     with http_harness.database.write() as session:
         session.execute(update(UploadRow).values(created_at=now() - 2 * DAY))
-    assert cleaned(http_harness, dry_run=True)["forgotten uploads of datasets"] == 1
+    assert collect(http_harness, dry_run=True)["abandoned dataset uploads"] == 1
     assert len(http_harness.store.list()) == 1
-    assert cleaned(http_harness)["forgotten uploads of datasets"] == 1
+    assert collect(http_harness)["abandoned dataset uploads"] == 1
     assert http_harness.store.list() == []
 
 
-def test_the_last_prompt_with_the_bytes_keeps_them(http_harness: HttpHarness) -> None:
-    """Deleted prompts leave no blob that another row names."""
+def test_bytes_stay_while_a_prompt_names_them(http_harness: HttpHarness) -> None:
+    """Deleting a prompt keeps the blob that another row names."""
     _, student = http_harness.add_pair()
     data = prompt_bytes(student.hash)
     mine, theirs = (http_harness.push(who, data).json() for who in ("alice", "bob"))
     http_harness("alice", "DELETE", f"/v1/prompts/{mine['id']}")
-    cleaned(http_harness)
+    collect(http_harness)
     assert http_harness.store.read(theirs["sha256"]) == data
 
 
-def test_a_model_whose_old_blobs_are_cleaned_while_it_is_added_is_whole(
+def test_a_model_is_complete_if_its_old_blobs_are_removed_while_it_is_added(
     server_harness: ServerHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the storing of its files and its row comes a clean-up without any grace."""
+    """Garbage is collected without any grace after a file is stored and before the row is added."""
     model = server_harness.add_target()
     facts = {name: getattr(model, name) for name in ("kind", "architecture", "layers", "hidden_size")}
     (tmp_path / "config.json").write_text('{"model_type": "llama", "new": 1}')
-    put, last = server_harness.store.put, []
+    put, removed = server_harness.store.put, []
 
-    def put_and_clean(source: Path) -> str:
+    def put_and_collect(source: Path) -> str:
         sha256 = put(source)
-        if not last:
-            last.append(sha256)
-            cleaned(server_harness)
+        if not removed:
+            removed.append(sha256)
+            collect(server_harness)
             assert not server_harness.store.exists(sha256)
         return sha256
 
     (tmp_path / "model.safetensors").write_bytes(server_harness.store.read(_weights(server_harness)))
-    monkeypatch.setattr(server_harness.store, "put", put_and_clean)
+    monkeypatch.setattr(server_harness.store, "put", put_and_collect)
     with server_harness.database.write() as session:
         row = add_model(
             session,
@@ -134,7 +134,7 @@ def test_a_model_whose_old_blobs_are_cleaned_while_it_is_added_is_whole(
             parameters=9,
             **facts,
         )
-    assert last
+    assert removed
     assert all(server_harness.store.exists(file["sha256"]) for file in row.files)
 
 
@@ -147,12 +147,12 @@ def _weights(server_harness: ServerHarness) -> str:
         )
 
 
-def test_prompts_that_come_and_go_beside_a_clean_up_lose_nothing(http_harness: HttpHarness) -> None:
-    """With no grace at all: the guard alone has to do."""
+def test_prompts_added_and_deleted_during_collection_lose_nothing(http_harness: HttpHarness) -> None:
+    """Without any grace: the guard alone protects them."""
     _, student = http_harness.add_pair()
     stop = threading.Event()
 
-    def come_and_go(seed: int) -> None:
+    def add_and_delete(seed: int) -> None:
         for step in range(13):
             data = prompt_bytes(student.hash, seed=seed * 2 + step % 2)
             with http_harness.database.write() as session:
@@ -163,42 +163,42 @@ def test_prompts_that_come_and_go_beside_a_clean_up_lose_nothing(http_harness: H
                     if (again := session.get(PromptRow, row.id)) is not None:
                         delete_prompt(session, http_harness.store, again)
 
-    def clean_all_the_time() -> None:
+    def collect_continuously() -> None:
         while not stop.is_set():
-            cleaned(http_harness)
+            collect(http_harness)
 
-    cleaner = threading.Thread(target=clean_all_the_time)
-    workers = [threading.Thread(target=come_and_go, args=(seed,)) for seed in range(3)]
-    for thread in (cleaner, *workers):
+    collector = threading.Thread(target=collect_continuously)
+    workers = [threading.Thread(target=add_and_delete, args=(seed,)) for seed in range(3)]
+    for thread in (collector, *workers):
         thread.start()
     for thread in workers:
         thread.join()
     stop.set()
-    cleaner.join()
+    collector.join()
     with http_harness.database.read() as session:
         rows = session.scalars(select(PromptRow)).all()
         assert rows
         assert all(http_harness.store.exists(row.sha256) for row in rows)
 
 
-def test_files_of_uploads_that_were_given_up(http_harness: HttpHarness) -> None:
+def test_temporary_files_of_abandoned_uploads(http_harness: HttpHarness) -> None:
     old, young = http_harness.store.new_file(), http_harness.store.new_file()
     os.utime(old, (0, 0))
-    assert cleaned(http_harness, DAY)["temporary files"] == 1
+    assert collect(http_harness, DAY)["temporary files"] == 1
     assert not old.exists()
     assert young.exists()
     young.unlink()
 
 
-def test_copies_of_remote_blobs_that_nothing_names(tmp_path: Path, server_harness: ServerHarness) -> None:
+def test_cached_copies_of_unreferenced_remote_blobs(tmp_path: Path, server_harness: ServerHarness) -> None:
     store = BlobStore("memory://clean-up", cache=tmp_path / "cache")
     path, young = (store.local_path(store.put(each)) for each in (b"a copy", b"one that a worker has just made"))
     os.utime(path, (0, 0))
-    found = collect_garbage(server_harness.database, store, server_harness.settings, grace=DAY)
-    assert {each.what: each.count for each in found}["cached copies"] == 1
+    removed = collect_garbage(server_harness.database, store, server_harness.settings, grace=DAY)
+    assert {each.what: each.count for each in removed}["cached copies"] == 1
     assert not path.exists()
     assert young.exists()
-    assert store.list(), "its blob is too young to go"
+    assert store.list(), "its blob is too new to be removed"
 
 
 def test_folders_of_ended_jobs_and_expired_answers(server_harness: ServerHarness) -> None:
@@ -211,16 +211,16 @@ def test_folders_of_ended_jobs_and_expired_answers(server_harness: ServerHarness
             at = now() - days * DAY
             member = {"key_id": server_harness.owner.id, "key": key, "body_hash": "x", "status": 201}
             session.add(IdempotencyRow(**member, response={}, created_at=at))
-    assert cleaned(server_harness, dry_run=True)["work folders of ended jobs"] == 1
-    found = cleaned(server_harness)
-    assert (found["work folders of ended jobs"], found["expired idempotent answers"]) == (1, 1)
+    assert collect(server_harness, dry_run=True)["work folders of ended jobs"] == 1
+    removed = collect(server_harness)
+    assert (removed["work folders of ended jobs"], removed["expired idempotent answers"]) == (1, 1)
     assert work_folder(server_harness.settings, running).exists()
     assert not work_folder(server_harness.settings, ended).exists()
     with server_harness.database.read() as session:
         assert [row.key for row in session.scalars(select(IdempotencyRow))] == ["new"]
 
 
-def test_the_folder_of_a_job_that_is_ordered_again_meanwhile_stays(
+def test_the_folder_of_a_job_that_is_requeued_meanwhile_stays(
     server_harness: ServerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = server_harness.add_job(JobKind.TRANSFER, {})
@@ -229,29 +229,29 @@ def test_the_folder_of_a_job_that_is_ordered_again_meanwhile_stays(
     with server_harness.database.write() as session:
         states.request_cancel(session, job_id)
 
-    def again(path: Path) -> int:
+    def requeue(path: Path) -> int:
         with server_harness.database.write() as session:
             states.requeue(session, job_id)
         return 0
 
-    monkeypatch.setattr(cleaning, "_size", again)
-    cleaned(server_harness)
+    monkeypatch.setattr(garbage_collection, "_size", requeue)
+    collect(server_harness)
     assert folder.exists()
 
 
-def test_a_file_that_another_clean_up_took_is_no_defect(
+def test_a_file_that_another_run_removed_is_no_error(
     http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = http_harness.store.new_file()
-    gone.unlink()
-    monkeypatch.setattr(BlobStore, "abandoned", lambda self, before: iter([gone]))
-    assert cleaned(http_harness)["temporary files"] == 1
+    missing = http_harness.store.new_file()
+    missing.unlink()
+    monkeypatch.setattr(BlobStore, "abandoned", lambda self, before: iter([missing]))
+    assert collect(http_harness)["temporary files"] == 1
 
 
 # --- jobs ---------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_failed_begins_anew(server_harness: ServerHarness) -> None:
+def test_a_failed_job_starts_again(server_harness: ServerHarness) -> None:
     job_id = server_harness.add_job(JobKind.TRANSFER, {})
     with server_harness.database.write() as session:
         row, lease = states.claim(session, job_id, lease_seconds=60, max_attempts=3) or pytest.fail("not claimed")
@@ -271,7 +271,7 @@ def test_a_job_that_failed_begins_anew(server_harness: ServerHarness) -> None:
 
 @pytest.fixture
 def settings(http_harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
-    """The commands act on the store of ``front``."""
+    """The commands act on the database and store of ``http_harness``."""
     for name in ("home", "database_url", "redis_url", "storage_url"):
         monkeypatch.setenv(f"POST_{name.upper()}", str(getattr(http_harness.settings, name)))
     get_settings.cache_clear()
@@ -295,7 +295,7 @@ def test_the_commands(filled: HttpHarness, settings: Settings) -> None:
         with pytest.raises(Conflict):
             run("admin", *refused)
     blobs = filled.store.list()
-    assert "would go" in run("admin", "collect-garbage", "--dry-run", "--grace-hours", "0")
+    assert "would be removed" in run("admin", "collect-garbage", "--dry-run", "--grace-hours", "0")
     assert filled.store.list() == blobs
     run("admin", "collect-garbage", "--grace-hours", "0")
     assert len(filled.store.list()) == len(blobs) - 2

@@ -1,4 +1,4 @@
-"""Models: a student can be pulled, whole or in parts; a target's weights never leave."""
+"""Models: a student can be downloaded, whole or in ranges; a target's weights never leave the provider."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_student_is_pulled_and_verified(http_harness: HttpHarness, student: Mo
 
 
 @pytest.mark.parametrize("who", ["alice", "provider"])
-def test_target_weights_never_leave(http_harness: HttpHarness, student: ModelRow, who: str) -> None:
+def test_target_weights_are_never_served(http_harness: HttpHarness, student: ModelRow, who: str) -> None:
     for path in ("model.safetensors", "config.json", "nothing"):
         assert code(http_harness(who, "GET", f"/v1/models/large/files/{path}")) == (403, "forbidden")
 
@@ -50,7 +50,7 @@ def test_only_files_of_the_manifest_are_served(http_harness: HttpHarness, studen
         assert http_harness("alice", "GET", f"/v1/models/small/files/{path}").status_code in (403, 404)
 
 
-def test_a_cut_off_download_goes_on(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_an_interrupted_download_is_resumed(http_harness: HttpHarness, student: ModelRow) -> None:
     whole = http_harness("alice", "GET", WEIGHTS).content
     etag = f'"{hashlib.sha256(whole).hexdigest()}"'
     for header, part in (
@@ -67,20 +67,20 @@ def test_a_cut_off_download_goes_on(http_harness: HttpHarness, student: ModelRow
         assert answer.headers["content-range"] == f"bytes {first}-{first + len(part) - 1}/{len(whole)}"
 
 
-def test_a_part_of_another_version_is_never_mixed_in(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_a_range_of_another_version_is_not_served(http_harness: HttpHarness, student: ModelRow) -> None:
     answer = http_harness("alice", "GET", WEIGHTS, headers={"Range": "bytes=100-", "If-Range": '"0123"'})
     assert answer.status_code == 200
     assert answer.content == http_harness("alice", "GET", WEIGHTS).content
 
 
-def test_a_range_behind_the_end_says_how_long_the_file_is(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_a_range_after_the_end_is_refused_with_the_size(http_harness: HttpHarness, student: ModelRow) -> None:
     size = len(http_harness("alice", "GET", WEIGHTS).content)
     answer = http_harness("alice", "GET", WEIGHTS, headers={"Range": f"bytes={size}-"})
     assert code(answer) == (416, "range_invalid")
     assert answer.headers["content-range"] == f"bytes */{size}"
 
 
-def test_what_the_caller_has_is_not_sent_again(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_a_file_that_the_caller_has_is_not_sent_again(http_harness: HttpHarness, student: ModelRow) -> None:
     etag = http_harness("alice", "GET", WEIGHTS).headers["etag"]
     for header in (etag, f'"0", W/{etag}', "*"):
         answer = http_harness("alice", "GET", WEIGHTS, headers={"If-None-Match": header})
@@ -92,17 +92,17 @@ def test_what_the_caller_has_is_not_sent_again(http_harness: HttpHarness, studen
 @given(header=st.text(max_size=30) | st.from_regex(r"bytes=\d{0,4}-\d{0,4}", fullmatch=True), size=st.integers(0, 2000))
 def test_a_range_lies_within_the_file(header: str, size: int) -> None:
     try:
-        found = byte_range(header, size)
+        selected = byte_range(header, size)
     except RangeInvalid:
         return
-    assert found is None or 0 <= found[0] < found[1] <= size
+    assert selected is None or 0 <= selected[0] < selected[1] <= size
 
 
 def test_models_are_found_by_name_id_and_role(http_harness: HttpHarness, student: ModelRow) -> None:
     for reference in ("small", student.id):
-        found = http_harness("bob", "GET", f"/v1/models/{reference}").json()
-        assert (found["id"], found["name"], found["role"]) == (student.id, "small", "student")
-    assert found["target_id"] == http_harness("bob", "GET", "/v1/models/large").json()["id"]
+        model = http_harness("bob", "GET", f"/v1/models/{reference}").json()
+        assert (model["id"], model["name"], model["role"]) == (student.id, "small", "student")
+    assert model["target_id"] == http_harness("bob", "GET", "/v1/models/large").json()["id"]
     for role, names in (("student", ["small"]), ("target", ["large"]), (None, ["small", "large"])):
         params = {} if role is None else {"role": role}
         items = http_harness("bob", "GET", "/v1/models", params=params).json()["items"]
@@ -115,7 +115,7 @@ def _facts(row: ModelRow) -> dict[str, object]:
     return {name: getattr(row, name) for name in names}
 
 
-def test_adding_a_model_again_is_harmless_and_a_name_is_taken_once(
+def test_adding_a_model_again_is_harmless_and_a_name_is_unique(
     http_harness: HttpHarness, student: ModelRow, tmp_path: Path
 ) -> None:
     folder = materialise_model(http_harness.store, student, tmp_path / "same")

@@ -1,4 +1,4 @@
-"""Predictions through Redis are those of a plain call; what can't be answered is said, and in time."""
+"""Predictions through Redis equal those of a direct call; errors are reported, and in time."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ from tests.server.server_harness import TASK, ServerHarness, wait_for
 
 
 def ask(server_harness: ServerHarness, *payloads: dict[str, Any], timeout: float = 20.0) -> list[Any]:
-    """The answers to questions asked at once; errors are values."""
+    """The answers to concurrent requests; errors are returned as values."""
 
     async def run() -> list[Any]:
-        asked = [queue_client.request(each, timeout, settings=server_harness.settings) for each in payloads]
-        found = await asyncio.gather(*asked, return_exceptions=True)
+        requests = [queue_client.request(each, timeout, settings=server_harness.settings) for each in payloads]
+        answers = await asyncio.gather(*requests, return_exceptions=True)
         await queue_client.close()
-        return found
+        return answers
 
     return asyncio.run(run())
 
 
 def payload(model: ModelRow, prompt: PromptRow | None = None, **more: Any) -> dict[str, Any]:
-    asked = {"prompt": prompt.id} if prompt else {"task": TASK.model_dump()}
-    return {"model": model.id, "texts": TEXTS, **asked, **more}
+    subject = {"prompt": prompt.id} if prompt else {"task": TASK.model_dump()}
+    return {"model": model.id, "texts": TEXTS, **subject, **more}
 
 
 @contextmanager
-def answering(server_harness: ServerHarness) -> Iterator[Predictor]:
-    """The predictor's own loop, in threads of this process."""
+def running_predictor(server_harness: ServerHarness) -> Iterator[Predictor]:
+    """The predictor's loop, in threads of this process."""
     predictor, stopping = Predictor(server_harness.settings), threading.Event()
-    threads = [threading.Thread(target=work, args=(stopping,)) for work in (predictor.beat, predictor.serve)]
+    threads = [threading.Thread(target=loop, args=(stopping,)) for loop in (predictor.heartbeat, predictor.serve)]
     for thread in threads:
         thread.start()
     try:
@@ -81,19 +81,19 @@ def load(server_harness: ServerHarness, row: ModelRow, folder: Path) -> Language
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_answers_equal_a_plain_call(server_harness: ServerHarness, tmp_path: Path, family: str) -> None:
+def test_answers_equal_a_direct_call(server_harness: ServerHarness, tmp_path: Path, family: str) -> None:
     server_harness.start_redis()
     row = server_harness.add_target(family=family)
     prompt = server_harness.add_source_prompt(row)
     model, task = load(server_harness, row, tmp_path), Task.from_spec(TASK)
-    with answering(server_harness):
+    with running_predictor(server_harness):
         plain, prompted = ask(server_harness, payload(row), payload(row, prompt))
-    for answer, used in ((plain, None), (prompted, embeddings(server_harness, prompt))):
-        found = Predictions.model_validate(answer)
-        expected = classify(model, task, TEXTS, used)
-        scores = torch.tensor([[item.scores[label] for label in task.labels] for item in found.items])
+    for answer, vectors in ((plain, None), (prompted, embeddings(server_harness, prompt))):
+        predictions = Predictions.model_validate(answer)
+        expected = classify(model, task, TEXTS, vectors)
+        scores = torch.tensor([[item.scores[label] for label in task.labels] for item in predictions.items])
         assert torch.allclose(scores, expected, atol=1e-5)
-        assert [item.label for item in found.items] == [task.labels[at] for at in expected.argmax(-1).tolist()]
+        assert [item.label for item in predictions.items] == [task.labels[i] for i in expected.argmax(-1).tolist()]
     assert plain != prompted
     assert (prompted["model_id"], prompted["prompt_id"]) == (row.id, prompt.id)
 
@@ -101,18 +101,18 @@ def test_answers_equal_a_plain_call(server_harness: ServerHarness, tmp_path: Pat
 def test_free_answers(server_harness: ServerHarness, tmp_path: Path) -> None:
     server_harness.start_redis()
     row = server_harness.add_target()
-    form = {"template": "{text} is", "label_words": None}
-    with answering(server_harness):
-        (answer,) = ask(server_harness, payload(row, task=form, max_new_tokens=4))
+    spec = {"template": "{text} is", "label_words": None}
+    with running_predictor(server_harness):
+        (answer,) = ask(server_harness, payload(row, task=spec, max_new_tokens=4))
     expected = generate(load(server_harness, row, tmp_path), Task("{text} is"), TEXTS, max_new_tokens=4)
     assert [item["text"] for item in answer["items"]] == expected
 
 
-def test_questions_asked_at_once_are_joined_and_each_gets_its_own(server_harness: ServerHarness) -> None:
+def test_concurrent_requests_share_batches_and_each_gets_its_own_answer(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
     row = server_harness.add_target()
     prompt = server_harness.add_source_prompt(row)
-    with answering(server_harness) as predictor:
+    with running_predictor(server_harness) as predictor:
         alone = [ask(server_harness, payload(row, prompt, texts=[text]))[0] for text in TEXTS]
         sizes: list[int] = []
         predict = predictor.predict
@@ -131,20 +131,20 @@ def test_questions_asked_at_once_are_joined_and_each_gets_its_own(server_harness
     assert len(sizes) < len(TEXTS)
 
 
-def test_what_cannot_be_answered_is_refused_and_spoils_nothing(server_harness: ServerHarness) -> None:
+def test_invalid_requests_are_refused_and_do_not_affect_the_others(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
-    row, narrow = server_harness.add_target(), server_harness.add_target(name="wide", family="gpt2")
+    row, other = server_harness.add_target(), server_harness.add_target(name="wide", family="gpt2")
     prompt = server_harness.add_source_prompt(row)
     with server_harness.database.write() as session:
         session.get_one(PromptRow, prompt.id).width = 16
-    several = {"template": "{text}", "label_words": {"a": ["extraordinarily"], "b": ["bad"]}}
-    with answering(server_harness):
+    multi_token = {"template": "{text}", "label_words": {"a": ["extraordinarily"], "b": ["bad"]}}
+    with running_predictor(server_harness):
         answers = ask(
             server_harness,
             payload(row) | {"model": "mod_unknown"},
             payload(row) | {"prompt": "prm_unknown"},
-            payload(narrow, prompt),
-            payload(row, task=several),
+            payload(other, prompt),
+            payload(row, task=multi_token),
             payload(row) | {"task": None},
             payload(row) | {"texts": []},
             payload(row),
@@ -154,7 +154,7 @@ def test_what_cannot_be_answered_is_refused_and_spoils_nothing(server_harness: S
     assert len(Predictions.model_validate(answers[-1]).items) == len(TEXTS)
 
 
-def test_without_redis_or_predictor_it_is_unavailable_at_once(server_harness: ServerHarness) -> None:
+def test_without_redis_or_predictor_it_is_unavailable_immediately(server_harness: ServerHarness) -> None:
     row = server_harness.add_target()
     began = time.monotonic()
     (error,) = ask(server_harness, payload(row))
@@ -164,10 +164,10 @@ def test_without_redis_or_predictor_it_is_unavailable_at_once(server_harness: Se
     assert type(error) is Unavailable
     assert time.monotonic() - began < 5.0
     with redis.Redis.from_url(server_harness.settings.redis_url) as client:
-        assert client.llen(queue_client.QUESTIONS) == 0, "nothing waits that nobody will answer"
+        assert client.llen(queue_client.QUESTIONS) == 0, "no request is left that nobody will answer"
 
 
-def test_a_silent_predictor_times_out_and_its_question_is_not_answered_later(server_harness: ServerHarness) -> None:
+def test_a_silent_predictor_times_out_and_its_request_is_not_answered_later(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
     row = server_harness.add_target()
     with redis.Redis.from_url(server_harness.settings.redis_url) as client:
@@ -175,13 +175,13 @@ def test_a_silent_predictor_times_out_and_its_question_is_not_answered_later(ser
         (error,) = ask(server_harness, payload(row), timeout=0.3)
         assert type(error) is Timeout
         reply = json.loads(client.lindex(queue_client.QUESTIONS, 0) or b"{}")["reply"]
-        with answering(server_harness):
+        with running_predictor(server_harness):
             ask(server_harness, payload(row))
         assert not client.exists(reply)
         assert client.llen(queue_client.QUESTIONS) == 0
 
 
-def test_a_predictor_that_goes_away_is_noticed(server_harness: ServerHarness) -> None:
+def test_a_predictor_that_stops_is_noticed(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
     row = server_harness.add_target()
     with redis.Redis.from_url(server_harness.settings.redis_url) as client:
@@ -192,27 +192,27 @@ def test_a_predictor_that_goes_away_is_noticed(server_harness: ServerHarness) ->
     assert time.monotonic() - began < 5.0
 
 
-def test_one_predictor_that_goes_away_is_noticed_while_others_live(server_harness: ServerHarness) -> None:
+def test_one_predictor_that_stops_is_noticed_while_others_run(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
     row, stopping = server_harness.add_target(), threading.Event()
     lost, other = Predictor(server_harness.settings), Predictor(server_harness.settings)
-    other_beats = threading.Thread(target=other.beat, args=(stopping,))
+    heartbeat = threading.Thread(target=other.heartbeat, args=(stopping,))
     with redis.Redis.from_url(server_harness.settings.redis_url) as client:
-        other_beats.start()
+        heartbeat.start()
         wait_for(lambda: client.exists(queue_client.ALIVE), 5.0)
-        takes = threading.Thread(target=lost._take)  # and then never gives a sign of life
-        takes.start()
+        taking = threading.Thread(target=lost._take)  # it never sends a heartbeat
+        taking.start()
         (error,) = ask(server_harness, payload(row))
-    takes.join()
+    taking.join()
     stopping.set()
-    other_beats.join()
+    heartbeat.join()
     assert type(error) is Unavailable
-    assert lost._backlog.texts == len(TEXTS)
+    assert lost._batcher.waiting == len(TEXTS)
     lost.close()
     other.close()
 
 
-def test_the_process_answers_logs_no_text_and_stops_when_told(server_harness: ServerHarness) -> None:
+def test_the_process_answers_logs_no_text_and_stops_on_a_signal(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
     row = server_harness.add_target()
     predictor = server_harness.start_predictor()
@@ -225,19 +225,19 @@ def test_the_process_answers_logs_no_text_and_stops_when_told(server_harness: Se
     assert "unmistakable" not in server_harness.log()
 
 
-def test_batches_are_of_one_model_and_a_long_question_lets_the_others_in() -> None:
+def test_a_batch_has_one_model_and_a_long_question_shares_it_with_others() -> None:
     def question(model: str, texts: int, seconds: float = 9.0) -> Question:
-        form = PredictionCreate(model=model, task=TASK, texts=[f"{at}" for at in range(texts)])
-        return Question(model, time.time() + seconds, form)
+        request = PredictionCreate(model=model, task=TASK, texts=[f"{number}" for number in range(texts)])
+        return Question(model, time.time() + seconds, request)
 
-    backlog = MicroBatcher()
+    batcher = MicroBatcher()
     for each in (question("a", 200), question("b", 2), question("a", 3), question("a", 40), question("b", 1, -1.0)):
-        backlog.add(each)
-    backlog.drop_expired(time.time())
-    assert backlog.texts == 245
+        batcher.add(each)
+    batcher.drop_expired(time.time())
+    assert batcher.waiting == 245
     batches = []
-    while batch := backlog.next_batch(64):
-        batches.append([(share.question.form.model, len(share.texts)) for share in batch])
+    while batch := batcher.next_batch(64):
+        batches.append([(share.question.request.model, len(share.texts)) for share in batch])
     assert batches == [
         [("a", 31), ("a", 3), ("a", 30)],
         [("a", 54), ("a", 10)],
@@ -245,10 +245,10 @@ def test_batches_are_of_one_model_and_a_long_question_lets_the_others_in() -> No
         [("a", 51)],
         [("b", 2)],
     ]
-    assert len(backlog) == 0
+    assert len(batcher) == 0
 
 
-def test_different_prompts_share_a_batch_and_one_of_no_use_spoils_nothing(
+def test_different_prompts_share_a_batch_and_an_invalid_one_affects_no_other(
     server_harness: ServerHarness, tmp_path: Path
 ) -> None:
     server_harness.start_redis()
@@ -256,40 +256,40 @@ def test_different_prompts_share_a_batch_and_one_of_no_use_spoils_nothing(
     prompts = [server_harness.add_source_prompt(row, length=length) for length in (4, 9)]
     model, task = load(server_harness, row, tmp_path), Task.from_spec(TASK)
     predictor = Predictor(server_harness.settings)
-    asked = [payload(row, each) for each in prompts] + [
+    payloads = [payload(row, each) for each in prompts] + [
         payload(row),
         payload(row) | {"prompt": "prm_gone", "task": None},
     ]
-    reply = [f"reply{at}" for at in range(len(asked))]
+    replies = [f"reply{number}" for number in range(len(payloads))]
     with redis.Redis.from_url(server_harness.settings.redis_url) as client:
-        for key, each in zip(reply, asked, strict=True):
-            question = {"reply": key, "deadline": time.time() + 60, "payload": each}
-            client.lpush(queue_client.QUESTIONS, json.dumps(question))
+        for reply, each in zip(replies, payloads, strict=True):
+            message = {"reply": reply, "deadline": time.time() + 60, "payload": each}
+            client.lpush(queue_client.QUESTIONS, json.dumps(message))
         sizes: list[int] = []
         predict = predictor.predict
         predictor.predict = lambda model, shares: sizes.append(len(shares)) or predict(model, shares)  # type: ignore
         predictor._take()
         while predictor._busy:
-            predictor.work()
-        answers = [json.loads(client.lpop(key) or b"{}") for key in reply]
+            predictor.step()
+        answers = [json.loads(client.lpop(reply) or b"{}") for reply in replies]
     predictor.close()
     assert sizes == [4]
     assert answers[3]["problem"]["code"] == "not_found"
-    for answer, used in zip(answers, [*(embeddings(server_harness, each) for each in prompts), None], strict=False):
-        found = Predictions.model_validate(answer["ok"])
-        scores = torch.tensor([[item.scores[label] for label in task.labels] for item in found.items])
-        assert torch.allclose(scores, classify(model, task, TEXTS, used), atol=1e-5)
+    for answer, vectors in zip(answers, [*(embeddings(server_harness, each) for each in prompts), None], strict=False):
+        predictions = Predictions.model_validate(answer["ok"])
+        scores = torch.tensor([[item.scores[label] for label in task.labels] for item in predictions.items])
+        assert torch.allclose(scores, classify(model, task, TEXTS, vectors), atol=1e-5)
 
 
-def test_a_text_that_is_too_long_is_cut_and_said(server_harness: ServerHarness) -> None:
+def test_a_text_that_is_too_long_is_truncated_and_marked(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
     row = server_harness.add_target()
-    with answering(server_harness):
+    with running_predictor(server_harness):
         (answer,) = ask(server_harness, payload(row, texts=["a nice film " * 150, "a nice film"]))
     assert [item["truncated"] for item in answer["items"]] == [True, False]
 
 
-def test_with_a_full_queue_callers_are_told_to_come_later(server_harness: ServerHarness) -> None:
+def test_a_full_queue_refuses_with_a_time_to_retry_after(server_harness: ServerHarness) -> None:
     server_harness.start_redis()
     row = server_harness.add_target()
     with redis.Redis.from_url(server_harness.settings.redis_url) as client:

@@ -1,4 +1,4 @@
-"""Mutated prompt files never crash anything; ``benchmarks/fuzz_prompts.py`` does the same a hundred thousand times."""
+"""Mutated prompt files never crash anything; ``benchmarks/fuzz_prompts.py`` tries a hundred thousand of them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.server.http_harness import HttpHarness
 HASH = "0" * 64
 
 
-def test_whatever_the_bytes_are_only_one_error_comes_and_little_memory_goes() -> None:
-    chance, taken = random.Random(1), 0
+def test_mutated_bytes_raise_only_one_error_and_take_little_memory() -> None:
+    chance, valid = random.Random(1), 0
     tracemalloc.start()
     for _ in range(700):
         data = mutated(chance, HASH)
         try:
-            assert write_prompt(read_prompt(data)) == data  # what is taken is in the one form
-            taken += 1
+            assert write_prompt(read_prompt(data)) == data  # valid files have the canonical form
+            valid += 1
         except PromptFileInvalid:
             pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert 0 < taken < 300
+    assert 0 < valid < 300
     assert peak < 50 * 2**20
 
 
@@ -41,6 +41,6 @@ def test_every_answer_to_a_mutated_file_is_a_refusal_or_a_prompt(http_harness: H
 
 
 def test_the_benchmark_runs() -> None:
-    found = run(inputs=30, seed=3)
-    assert (found["crashes"], sum(found["answers"].values())) == (0, 30)
-    assert found["megabytes_above_baseline"] < 200
+    result = run(inputs=30, seed=3)
+    assert (result["crashes"], sum(result["answers"].values())) == (0, 30)
+    assert result["megabytes_above_baseline"] < 200

@@ -1,4 +1,4 @@
-"""Pushing prompts: what is refused leaves nothing behind, and nobody sees another's."""
+"""Pushing prompts: nothing of a refused prompt is stored, and owners see only their own."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ INVALID: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", INVALID)
-def test_what_is_no_prompt_file_is_refused_and_leaves_nothing(
+def test_an_invalid_prompt_file_is_refused_and_not_stored(
     http_harness: HttpHarness, student: ModelRow, kind: str
 ) -> None:
     before = http_harness.everything()
@@ -73,7 +73,7 @@ def test_what_is_no_prompt_file_is_refused_and_leaves_nothing(
     assert http_harness.everything() == before
 
 
-def test_a_prompt_for_another_model_is_refused_and_leaves_nothing(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_a_prompt_for_another_model_is_refused_and_not_stored(http_harness: HttpHarness, student: ModelRow) -> None:
     before = http_harness.everything()
     wrong_hash, wrong_width = prompt_bytes("0" * 64), prompt_bytes(student.hash, width=WIDTH + 1)
     for data in (wrong_hash, wrong_width):
@@ -81,9 +81,9 @@ def test_a_prompt_for_another_model_is_refused_and_leaves_nothing(http_harness: 
     assert http_harness.everything() == before
 
 
-def test_a_prompt_larger_than_allowed_is_refused_while_it_arrives(small_front: HttpHarness) -> None:
+def test_a_prompt_larger_than_allowed_is_refused_while_it_arrives(limited_http_harness: HttpHarness) -> None:
     """With and without a declared length."""
-    http_harness = small_front
+    http_harness = limited_http_harness
     before = http_harness.everything()
     for content in (b"x" * 20_000, iter([b"x" * 1000] * 20)):
         answer = http_harness("alice", "POST", "/v1/prompts", content=content)
@@ -91,7 +91,7 @@ def test_a_prompt_larger_than_allowed_is_refused_while_it_arrives(small_front: H
     assert http_harness.everything() == before
 
 
-def test_pushed_bytes_come_back_as_they_were(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_pushed_bytes_are_returned_unchanged(http_harness: HttpHarness, student: ModelRow) -> None:
     data = prompt_bytes(student.hash, dp=True)
     answer = http_harness.push("alice", data)
     assert answer.status_code == 201
@@ -99,14 +99,14 @@ def test_pushed_bytes_come_back_as_they_were(http_harness: HttpHarness, student:
     assert (prompt["role"], prompt["length"], prompt["width"]) == ("source", 3, WIDTH)
     assert (prompt["model_id"], prompt["model_hash"]) == (student.id, student.hash)
     assert (prompt["epsilon"], prompt["delta"]) == (8.0, 1e-5)
-    assert list(prompt["task"]["label_words"]) == ["positive", "negative"]  # their order is the order of scores
+    assert list(prompt["task"]["label_words"]) == ["positive", "negative"]  # scores have the same request
     assert http_harness("alice", "GET", f"/v1/prompts/{prompt['id']}").json() == prompt
     file = http_harness("alice", "GET", f"/v1/prompts/{prompt['id']}/file")
     assert file.content == data
     assert file.headers["etag"] == f'"{prompt["sha256"]}"'
 
 
-def test_the_same_bytes_again_are_the_same_prompt_of_one_key(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_the_same_bytes_of_one_key_are_the_same_prompt(http_harness: HttpHarness, student: ModelRow) -> None:
     data = prompt_bytes(student.hash)
     first, again, other = (http_harness.push(who, data) for who in ("alice", "alice", "bob"))
     assert (first.status_code, again.status_code, other.status_code) == (201, 200, 201)
@@ -114,7 +114,7 @@ def test_the_same_bytes_again_are_the_same_prompt_of_one_key(http_harness: HttpH
     assert other.json()["id"] != first.json()["id"]
 
 
-def test_an_owner_sees_its_own_prompts_only(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_an_owner_sees_only_its_own_prompts(http_harness: HttpHarness, student: ModelRow) -> None:
     mine = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
     theirs = http_harness.push("bob", prompt_bytes(student.hash, seed=1)).json()["id"]
     for method, path in (("GET", ""), ("GET", "/file"), ("DELETE", "")):
@@ -122,11 +122,11 @@ def test_an_owner_sees_its_own_prompts_only(http_harness: HttpHarness, student: 
         assert code(answer) == (404, "not_found")
         unknown = http_harness("alice", method, f"/v1/prompts/prm_unknown{path}")
         assert answer.json()["title"] == unknown.json()["title"]
-    assert [each["id"] for each in http_harness("alice", "GET", "/v1/prompts").json()["items"]] == [mine]
-    assert [each["id"] for each in http_harness("provider", "GET", "/v1/prompts").json()["items"]] == [theirs, mine]
+    assert [item["id"] for item in http_harness("alice", "GET", "/v1/prompts").json()["items"]] == [mine]
+    assert [item["id"] for item in http_harness("provider", "GET", "/v1/prompts").json()["items"]] == [theirs, mine]
 
 
-def test_a_target_prompt_never_reaches_an_owner(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_an_owner_can_not_download_a_target_prompt(http_harness: HttpHarness, student: ModelRow) -> None:
     source = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
     target_hash = http_harness("alice", "GET", "/v1/models/large").json()["hash"]
     with http_harness.database.write() as session:
@@ -144,10 +144,10 @@ def test_a_target_prompt_never_reaches_an_owner(http_harness: HttpHarness, stude
     assert code(http_harness("bob", "GET", f"/v1/prompts/{row.id}/file")) == (404, "not_found")
     assert http_harness("provider", "GET", f"/v1/prompts/{row.id}/file").status_code == 200
     by_role = http_harness("alice", "GET", "/v1/prompts", params={"role": "target"}).json()["items"]
-    assert [each["id"] for each in by_role] == [row.id]
+    assert [item["id"] for item in by_role] == [row.id]
 
 
-def test_deleting_removes_the_bytes_once_nobody_needs_them(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_deleting_removes_the_bytes_once_no_prompt_has_them(http_harness: HttpHarness, student: ModelRow) -> None:
     data = prompt_bytes(student.hash)
     mine, theirs = (http_harness.push(who, data).json() for who in ("alice", "bob"))
     assert http_harness("alice", "DELETE", f"/v1/prompts/{mine['id']}").status_code == 204
@@ -158,11 +158,11 @@ def test_deleting_removes_the_bytes_once_nobody_needs_them(http_harness: HttpHar
     assert code(http_harness("bob", "DELETE", f"/v1/prompts/{theirs['id']}")) == (404, "not_found")
 
 
-def test_a_prompt_that_a_job_waits_for_stays(http_harness: HttpHarness, student: ModelRow) -> None:
+def test_a_prompt_of_an_unfinished_job_can_not_be_deleted(http_harness: HttpHarness, student: ModelRow) -> None:
     http_harness.add_dataset()
     prompt = http_harness.push("alice", prompt_bytes(student.hash)).json()["id"]
-    order = {"prompt": prompt, "target": "large", "dataset": "public"}
-    job = http_harness("alice", "POST", "/v1/transfers", json=order).json()["id"]
+    request = {"prompt": prompt, "target": "large", "dataset": "public"}
+    job = http_harness("alice", "POST", "/v1/transfers", json=request).json()["id"]
     assert code(http_harness("alice", "DELETE", f"/v1/prompts/{prompt}")) == (409, "conflict")
     http_harness("alice", "POST", f"/v1/jobs/{job}/cancel")
     assert http_harness("alice", "DELETE", f"/v1/prompts/{prompt}").status_code == 204

@@ -1,4 +1,4 @@
-"""Reports are the provider's: who may ask for one, what an order must fit, what a finished one shows."""
+"""Trade-off reports: only for the provider, checked requests, and the document of a finished report."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def ready(http_harness: HttpHarness) -> HttpHarness:
     return http_harness
 
 
-def test_an_order_is_a_queued_job(ready: HttpHarness) -> None:
+def test_a_request_becomes_a_queued_job(ready: HttpHarness) -> None:
     answer = ready("provider", "POST", "/v1/reports", json=ORDER)
     assert answer.status_code == 202
     job = answer.json()
     assert (job["kind"], job["state"], job["request"]["student"]) == ("report", "queued", "small")
-    assert [each["id"] for each in ready("provider", "GET", "/v1/jobs?kind=report").json()["items"]] == [job["id"]]
+    assert [item["id"] for item in ready("provider", "GET", "/v1/jobs?kind=report").json()["items"]] == [job["id"]]
 
 
-def test_an_owner_neither_asks_for_one_nor_sees_one(ready: HttpHarness) -> None:
+def test_an_owner_can_neither_request_nor_see_a_report(ready: HttpHarness) -> None:
     before = ready.everything()
     assert code(ready("alice", "POST", "/v1/reports", json=ORDER)) == (403, "forbidden")
     assert ready.everything() == before
@@ -71,13 +71,13 @@ def test_an_owner_neither_asks_for_one_nor_sees_one(ready: HttpHarness) -> None:
         ({"stpes": 5}, (422, "invalid_input")),
     ],
 )
-def test_an_order_must_fit(ready: HttpHarness, change: dict[str, Any], expected: tuple[int, str]) -> None:
+def test_an_invalid_request_is_refused(ready: HttpHarness, change: dict[str, Any], expected: tuple[int, str]) -> None:
     before = ready.everything()
     assert code(ready("provider", "POST", "/v1/reports", json={**ORDER, **change})) == expected
     assert ready.everything() == before
 
 
-def test_what_the_student_was_distilled_on_is_no_non_member(ready: HttpHarness) -> None:
+def test_a_text_that_the_student_was_distilled_on_is_no_non_member(ready: HttpHarness) -> None:
     with ready.database.write() as session:
         student = session.query(ModelRow).filter_by(name="small").one()
         session.add(
@@ -94,7 +94,7 @@ def test_what_the_student_was_distilled_on_is_no_non_member(ready: HttpHarness) 
     assert "distilled on unseen" in refused.json()["detail"]
 
 
-def test_there_is_a_report_once_its_job_succeeded(ready: HttpHarness) -> None:
+def test_a_report_exists_once_its_job_has_succeeded(ready: HttpHarness) -> None:
     job = ready("provider", "POST", "/v1/reports", json=ORDER).json()["id"]
     assert code(ready("provider", "GET", f"/v1/reports/{job}")) == (409, "conflict")
     assert code(ready("provider", "GET", "/v1/reports/job_none")) == (404, "not_found")
@@ -107,13 +107,13 @@ def test_there_is_a_report_once_its_job_succeeded(ready: HttpHarness) -> None:
 
 
 def example(job: str = "job_1", *, non_members: int = 24) -> dict[str, Any]:
-    """A report of made-up figures, as a worker would leave it in its job."""
+    """A report with made-up figures, as a worker stores it in its job."""
     size = {"id": "mod_1", "name": "large", "hash": "ab" * 32, "layers": 4, "parameters": 1000, "size_bytes": 4000}
-    sure = {"value": 0.75, "low": 0.5, "high": 1.0}
+    estimate = {"value": 0.75, "low": 0.5, "high": 1.0}
     names = ("target_zero_shot", "target_tuned", "student_zero_shot", "student_tuned", "gap", "gap_zero_shot")
-    attack = {"auc": sure, "tpr": sure}
+    attack = {"auc": estimate, "tpr": estimate}
     leakage = [
-        {"score": score, "share": share, "target": attack, "student": attack, "auc_drop": sure}
+        {"score": score, "share": share, "target": attack, "student": attack, "auc_drop": estimate}
         for score in ("min_k", "min_k_plus")
         for share in (0.2, 1.0)
     ]
@@ -129,7 +129,7 @@ def example(job: str = "job_1", *, non_members: int = 24) -> dict[str, Any]:
         "byte_share": 0.6,
         "recorded_loss": {"job_id": "job_0", "corpus": ["seen"], "losses": {"ce": 1.25}},
         "measured_loss": {"ce": 1.5, "lm": 3.0, "cos": 0.25, "tokens": 400},
-        "tasks": [{**counts, **dict.fromkeys(names, sure)}],
+        "tasks": [{**counts, **dict.fromkeys(names, estimate)}],
         "members": 24,
         "non_members": non_members,
         "leakage": leakage,

@@ -1,4 +1,4 @@
-"""Laws of the trade-off report, from its parts to the finished job."""
+"""Properties of the trade-off report, from its parts to the finished job."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.server.server_harness import TASK, ServerHarness
 from tests.server.worker.test_handlers import add_student, run
 from tests.shared.method.audit.test_min_k import texts
 
-FORM = Task.from_spec(TASK)
+CLASSIFICATION = Task.from_spec(TASK)
 ROWS = [Row(f"{text}, {number}", label) for number in range(5) for text, label in zip(TEXTS, LABELS, strict=True)]
 REQUEST = ReportCreate.model_validate(
     {
@@ -45,7 +45,7 @@ REQUEST = ReportCreate.model_validate(
     }
 )
 STEPS = 150
-"""Of a tuning that is to be killed in the middle."""
+"""Steps of a tuning that is to be killed."""
 LONG = {**REQUEST.tuning.model_dump(mode="json"), "steps": STEPS}
 MEMBERS, OTHERS = texts(24, 1), texts(24, 2)
 
@@ -57,31 +57,35 @@ def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measure(student: LanguageModel, target: LanguageModel | None = None, **options: Any) -> TradeOff:
     target = target or tiny_model(layers=4)
-    task = split_task("public", FORM, ROWS, REQUEST)
+    task = split_task("public", CLASSIFICATION, ROWS, REQUEST)
     sides = attacked_texts(target, MEMBERS, OTHERS, REQUEST)
     return trade_off(target, student, [task], *sides, REQUEST, **options)
 
 
-def test_a_student_like_its_target_has_no_gap_and_leaks_as_much() -> None:
-    found = measure(tiny_model(layers=4))
-    (task,) = found.tasks
+def test_a_student_equal_to_its_target_has_no_gap_and_leaks_as_much() -> None:
+    result = measure(tiny_model(layers=4))
+    (task,) = result.tasks
     assert (task.gap.value, task.gap.low, task.gap.high) == (0.0, 0.0, 0.0)
     assert task.target_tuned == task.student_tuned
-    assert (found.loss.ce, found.loss.cos) == (pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-5))
-    assert len(found.leakage) == 2 * len(SHARES)
-    for each in found.leakage:
-        assert each.target == each.student
-        assert (each.auc_drop.low, each.auc_drop.high) == (0.0, 0.0)
-        assert each.target.auc.low < 0.5 < each.target.auc.high  # a model of random weights saw neither
+    assert (result.loss.ce, result.loss.cos) == (pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-5))
+    assert len(result.leakage) == 2 * len(SHARES)
+    for leakage in result.leakage:
+        assert leakage.target == leakage.student
+        assert (leakage.auc_drop.low, leakage.auc_drop.high) == (0.0, 0.0)
+        assert leakage.target.auc.low < 0.5 < leakage.target.auc.high  # random weights were trained on neither side
 
 
-def test_the_figures_are_those_of_the_plain_functions() -> None:
+def test_the_figures_equal_those_of_the_plain_functions() -> None:
     target, student = tiny_model(layers=4), tiny_model(layers=2, seed=1)
-    found = measure(student, target)
-    task, (figures,) = split_task("public", FORM, ROWS, REQUEST), found.tasks
+    result = measure(student, target)
+    task, (figures,) = split_task("public", CLASSIFICATION, ROWS, REQUEST), result.tasks
     assert (figures.tune_rows, figures.test_rows) == (len(task.tune), len(task.test)) == (20, 20)
-    assert figures.target_zero_shot.value == pytest.approx(evaluate(target, FORM, task.test, max_length=32).accuracy)
-    assert figures.student_zero_shot.value == pytest.approx(evaluate(student, FORM, task.test, max_length=32).accuracy)
+    assert figures.target_zero_shot.value == pytest.approx(
+        evaluate(target, CLASSIFICATION, task.test, max_length=32).accuracy
+    )
+    assert figures.student_zero_shot.value == pytest.approx(
+        evaluate(student, CLASSIFICATION, task.test, max_length=32).accuracy
+    )
     assert figures.gap.value == pytest.approx(figures.target_tuned.value - figures.student_tuned.value)
     assert figures.gap_zero_shot.value == pytest.approx(figures.target_zero_shot.value - figures.student_tuned.value)
     labels = [row.label for row in task.test]
@@ -89,39 +93,39 @@ def test_the_figures_are_those_of_the_plain_functions() -> None:
     likelihood = text_scores(student, OTHERS, 32, shares=[1.0])[:, 0, 0]
     lengths = torch.tensor([len(student.tokenizer(text).input_ids) - 1 for text in OTHERS])
     lengths = lengths.clamp(max=31).double()
-    assert found.loss.tokens == int(lengths.sum())
-    assert found.loss.lm == pytest.approx(-float((likelihood * lengths).sum() / lengths.sum()), rel=1e-4)
+    assert result.loss.tokens == int(lengths.sum())
+    assert result.loss.lm == pytest.approx(-float((likelihood * lengths).sum() / lengths.sum()), rel=1e-4)
 
 
-def test_tuning_for_a_report_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_for_a_report_fits_into_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     target, student = tiny_model(layers=4), tiny_model()
     sizes: list[int] = []
     run = LanguageModel.answer_logits
 
-    def noted(self: LanguageModel, batch: Batch, *inputs: Any, **more: Any) -> Tensor:
+    def recorded(self: LanguageModel, batch: Batch, *inputs: Any, **options: Any) -> Tensor:
         if torch.is_grad_enabled():
             sizes.append(len(batch))
-        return run(self, batch, *inputs, **more)
+        return run(self, batch, *inputs, **options)
 
-    monkeypatch.setattr(LanguageModel, "answer_logits", noted)
+    monkeypatch.setattr(LanguageModel, "answer_logits", recorded)
     measure(student, target)
-    ample = len(sizes)
+    with_ample_memory = len(sizes)
     sizes.clear()
     monkeypatch.setattr(memory_plan, "free_bytes", lambda _: int(500 * saved_per_position(target) / memory_plan.SHARE))
     measure(student, target)
-    assert len(sizes) > ample
+    assert len(sizes) > with_ample_memory
 
 
 def test_a_masked_pair_is_measured_too() -> None:
     target, student = tiny_model("bert"), tiny_model("bert", layers=2, seed=1)
-    found = measure(student, target)
-    assert found.loss.ce > 0
-    assert all(0 <= each.student.auc.value <= 1 for each in found.leakage)
+    result = measure(student, target)
+    assert result.loss.ce > 0
+    assert all(0 <= leakage.student.auc.value <= 1 for leakage in result.leakage)
     assert measured_loss(target, target, OTHERS[:2], 32)["ce"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("stop_at", [0.05, 0.3, 0.6, 0.95])
-def test_stopped_and_resumed_equals_undisturbed(tmp_path: Path, stop_at: float) -> None:
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop_at: float) -> None:
     student = tiny_model(layers=2, seed=1)
     seen: list[float] = []
 
@@ -132,17 +136,17 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path: Path, stop_at: float) 
 
     with pytest.raises(Cancelled):
         measure(student, on_progress=stop, checkpoint=tmp_path)
-    again: list[float] = []
-    resumed = measure(student, on_progress=lambda p: again.append(p.step / p.steps), checkpoint=tmp_path)
+    later: list[float] = []
+    resumed = measure(student, on_progress=lambda p: later.append(p.step / p.steps), checkpoint=tmp_path)
     assert resumed == measure(student)
     assert seen == sorted(seen)
-    assert again == sorted(again)
-    assert again[-1] == 1.0
+    assert later == sorted(later)
+    assert later[-1] == 1.0
     if stop_at > 0.1:
-        assert again[0] > seen[0]  # what was done isn't done again
+        assert later[0] > seen[0]  # finished stages aren't repeated
 
 
-def test_another_works_stages_are_not_ours(tmp_path: Path) -> None:
+def test_the_stages_of_another_run_are_not_used(tmp_path: Path) -> None:
     measure(tiny_model(layers=2, seed=1), checkpoint=tmp_path)
     other = tiny_model(layers=2, seed=2)
     assert measure(other, checkpoint=tmp_path) == measure(other)
@@ -153,7 +157,7 @@ def test_another_works_stages_are_not_ours(tmp_path: Path) -> None:
 def test_no_text_is_both_tuned_on_and_held_out() -> None:
     rows = [*ROWS, *(replace(row, text=row.text.upper() + "  ") for row in ROWS)]
     for seed in range(5):
-        task = split_task("public", FORM, rows, REQUEST.model_copy(update={"seed": seed, "test_rows": 7}))
+        task = split_task("public", CLASSIFICATION, rows, REQUEST.model_copy(update={"seed": seed, "test_rows": 7}))
         sides = [{" ".join(row.text.casefold().split()) for row in side} for side in (task.tune, task.test)]
         assert not sides[0] & sides[1]
         assert (len(task.test), len(sides[0]) + len(sides[1])) == (7, len(ROWS))
@@ -168,13 +172,13 @@ def test_no_text_is_both_tuned_on_and_held_out() -> None:
         ([Row(row.text, "positive") for row in ROWS], "two classes"),
     ],
 )
-def test_rows_that_make_no_task_are_refused(rows: list[Row], message: str) -> None:
+def test_unsuitable_rows_are_refused(rows: list[Row], message: str) -> None:
     with pytest.raises(DataInvalid, match=message) as refusal:
-        split_task("public", FORM, rows, REQUEST)
+        split_task("public", CLASSIFICATION, rows, REQUEST)
     assert "public" in refusal.value.detail
 
 
-def test_texts_that_make_no_attack_are_refused() -> None:
+def test_unsuitable_texts_are_refused() -> None:
     model = tiny_model()
     with pytest.raises(DataInvalid, match="1 texts are among both"):
         attacked_texts(model, MEMBERS, [*OTHERS, f"  {MEMBERS[3].upper()}"], REQUEST)
@@ -192,17 +196,17 @@ def test_texts_that_make_no_attack_are_refused() -> None:
 def ready(server_harness: ServerHarness) -> ServerHarness:
     add_student(server_harness, server_harness.add_target())
     server_harness.add_rows(rows=[(row.text, str(row.label)) for row in ROWS])
-    for name, some in (("seen", MEMBERS), ("unseen", OTHERS)):
-        server_harness._add_dataset(name, DatasetKind.CORPUS, "\n".join(some), len(some), None)
+    for name, side in (("seen", MEMBERS), ("unseen", OTHERS)):
+        server_harness._add_dataset(name, DatasetKind.CORPUS, "\n".join(side), len(side), None)
     return server_harness
 
 
-def add_report(server_harness: ServerHarness, **more: Any) -> str:
-    document = ReportCreate.model_validate({**REQUEST.model_dump(mode="json"), **more})
+def add_report(server_harness: ServerHarness, **changes: Any) -> str:
+    document = ReportCreate.model_validate({**REQUEST.model_dump(mode="json"), **changes})
     return server_harness.add_job(JobKind.REPORT, document.model_dump(mode="json"))
 
 
-def test_a_report_job_is_a_trade_off(ready: ServerHarness) -> None:
+def test_a_report_job_has_the_result_of_trade_off(ready: ServerHarness) -> None:
     _, job = run(ready, add_report(ready))
     assert (job.state, job.error) == (JobState.SUCCEEDED, None)
     report = TradeOffReport.model_validate(job.result)
@@ -219,7 +223,7 @@ def test_a_report_job_is_a_trade_off(ready: ServerHarness) -> None:
     assert (report.target.hash, report.student.layers) == (target.hash, 2)
 
 
-def test_what_the_distillation_recorded_is_in_the_report(ready: ServerHarness) -> None:
+def test_the_report_has_the_losses_of_the_distillation_job(ready: ServerHarness) -> None:
     with ready.database.write() as session:
         student = session.query(ModelRow).filter_by(name="student-1").one()
         job = JobRow(
@@ -231,8 +235,8 @@ def test_what_the_distillation_recorded_is_in_the_report(ready: ServerHarness) -
             result={"model_id": student.id},
         )
         session.add(job)
-    _, made = run(ready, add_report(ready))
-    recorded = TradeOffReport.model_validate(made.result).recorded_loss
+    _, report_job = run(ready, add_report(ready))
+    recorded = TradeOffReport.model_validate(report_job.result).recorded_loss
     assert recorded is not None
     assert (recorded.job_id, recorded.corpus) == (job.id, ["seen"])
     assert recorded.losses == {"ce": 1.5, "lm": 3.0, "loss": 13.6}
@@ -245,8 +249,8 @@ def test_a_text_on_both_sides_fails_the_job(ready: ServerHarness) -> None:
     assert (job.state, job.error["code"]) == (JobState.FAILED, "data_invalid")
 
 
-@pytest.mark.slow  # three processes that each load torch; stages that go on are tested above
-def test_a_killed_report_goes_on_and_ends_as_an_undisturbed_one(ready: ServerHarness) -> None:
+@pytest.mark.slow  # three processes that each load torch; resuming is also tested above
+def test_a_killed_report_resumes_and_equals_an_uninterrupted_one(ready: ServerHarness) -> None:
     """The worker and its job's process are killed while the student is tuned."""
     job_id = add_report(ready, tuning=LONG)
     ready.start_redis()
@@ -258,8 +262,8 @@ def test_a_killed_report_goes_on_and_ends_as_an_undisturbed_one(ready: ServerHar
     assert row.state is JobState.SUCCEEDED, (row.error, ready.log())
     assert row.attempt == 2
     events = [event.data for event in ready.events(job_id)]
-    again = events[[event.get("attempt") for event in events].index(2) :]
-    assert "target on public" not in {event.get("stage") for event in again}  # kept by the first attempt
+    second_attempt = events[[event.get("attempt") for event in events].index(2) :]
+    assert "target on public" not in {event.get("stage") for event in second_attempt}  # done by the first attempt
     whole = TradeOffReport.model_validate(ready.ended(add_report(ready, tuning=LONG), 200.0).result)
     resumed = TradeOffReport.model_validate(row.result)
     assert resumed == whole.model_copy(update={"job_id": resumed.job_id, "made_at": resumed.made_at})

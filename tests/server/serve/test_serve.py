@@ -1,4 +1,4 @@
-"""``post serve``: starts everything, keeps it running, and leaves nothing behind; says in one line what can't work."""
+"""``post serve``: starts everything, keeps it running, leaves nothing behind, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STOP_SECONDS = 6.0
 
 @contextlib.contextmanager
 def serving(settings: Settings) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running server and its URL; whatever is left of it afterwards is killed."""
+    """A running server and its URL; remaining processes are killed afterwards."""
     process = subprocess.Popen(
         [sys.executable, "-m", "post_server.serve"],
         stdout=subprocess.PIPE,
@@ -42,9 +42,9 @@ def serving(settings: Settings) -> Iterator[tuple[subprocess.Popen[str], str]]:
         ready = settings.home / "serve.json"
         wait_for(lambda: ready.exists() or process.poll() is not None, 90.0)
         assert process.poll() is None, process.communicate()
-        known = json.loads(ready.read_text())
-        assert known["pid"] == process.pid
-        yield process, known["url"]
+        server = json.loads(ready.read_text())
+        assert server["pid"] == process.pid
+        yield process, server["url"]
     finally:
         for each in [process, *processes_in(settings.home)]:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -66,7 +66,7 @@ def part(settings: Settings, name: str) -> psutil.Process | None:
     return None
 
 
-def test_it_starts_heals_itself_and_stops_without_a_trace(home: Path) -> None:
+def test_it_starts_restarts_its_parts_and_stops_without_a_trace(home: Path) -> None:
     settings = settings_for(home / "new")
     with serving(settings) as (process, url):
         assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
@@ -78,11 +78,11 @@ def test_it_starts_heals_itself_and_stops_without_a_trace(home: Path) -> None:
         assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
         for name in ("api", "worker", "predictor"):
             wait_for(lambda name=name: part(settings, name), 10.0)  # type: ignore[misc]
-        said: list[str] = []
-        assert main(settings, said.append) == 1
-        assert len(said) == 1
-        assert f"process {process.pid}" in said[0]
-        _kill_and_see_it_back(settings, url)
+        messages: list[str] = []
+        assert main(settings, messages.append) == 1
+        assert len(messages) == 1
+        assert f"process {process.pid}" in messages[0]
+        _check_restarts(settings, url)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=STOP_SECONDS + 5)
@@ -94,8 +94,8 @@ def test_it_starts_heals_itself_and_stops_without_a_trace(home: Path) -> None:
         assert not (settings.home / "serve.json").exists()
 
 
-def _kill_and_see_it_back(settings: Settings, url: str) -> None:
-    """Each part dies once; the API's port is kept, so a request waits instead of being refused."""
+def _check_restarts(settings: Settings, url: str) -> None:
+    """Kill each part once; the API's port stays open, so a request waits instead of being refused."""
     for name in ("worker", "api"):
         old = part(settings, name)
         assert old is not None
@@ -115,7 +115,7 @@ def _pings(client: redis.Redis) -> bool:
         return False
 
 
-def test_the_api_answers_once_the_records_are_ready(home: Path) -> None:
+def test_the_api_answers_once_the_database_is_migrated(home: Path) -> None:
     settings = settings_for(home)
     (gate, opener), listening = os.pipe(), socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/livez"
@@ -134,7 +134,7 @@ def test_the_api_answers_once_the_records_are_ready(home: Path) -> None:
             os.close(gate)
 
 
-def test_a_child_imports_nothing_before_it_knows_what_it_is() -> None:
+def test_a_child_imports_nothing_before_it_knows_its_part() -> None:
     code = (
         "import sys, post_server.serve.child; print(*{'pydantic', 'redis', 'sqlalchemy', 'httpx'} & set(sys.modules))"
     )
@@ -142,20 +142,20 @@ def test_a_child_imports_nothing_before_it_knows_what_it_is() -> None:
 
 
 def test_nothing_outlives_a_killed_server(home: Path) -> None:
-    """In a home folder whose path is too long for a socket, too."""
+    """Also in a home folder whose path is too long for a socket."""
     settings = settings_for(home / ("long" * 25))
     with serving(settings) as (process, url):
         assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) == 4
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        assert len(descendants) == 4
         process.kill()
         process.wait()
-        wait_for(lambda: not any(each.is_running() for each in family), STOP_SECONDS + 5)
+        wait_for(lambda: not any(each.is_running() for each in descendants), STOP_SECONDS + 5)
 
 
-def _taken_port() -> tuple[socket.socket, int]:
-    taken = socket.create_server(("127.0.0.1", 0))
-    return taken, taken.getsockname()[1]
+def _used_port() -> tuple[socket.socket, int]:
+    listening = socket.create_server(("127.0.0.1", 0))
+    return listening, listening.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -169,30 +169,30 @@ def _taken_port() -> tuple[socket.socket, int]:
         ({"host": "host.invalid"}, "can't listen on host.invalid"),
     ],
 )
-def test_what_cannot_work_is_said_in_one_line(home: Path, more: dict[str, object], words: str) -> None:
-    said: list[str] = []
+def test_errors_are_reported_in_one_line(home: Path, more: dict[str, object], words: str) -> None:
+    messages: list[str] = []
     began = time.monotonic()
-    assert main(settings_for(home, **more), said.append) == 1
+    assert main(settings_for(home, **more), messages.append) == 1
     assert time.monotonic() - began < 15.0
-    assert len(said) == 1
-    assert words in said[0]
-    assert "\n" not in said[0]
-    assert "secret" not in said[0]
+    assert len(messages) == 1
+    assert words in messages[0]
+    assert "\n" not in messages[0]
+    assert "secret" not in messages[0]
     assert processes_in(home) == []
 
 
-def test_a_taken_port_and_a_home_that_is_a_file(home: Path) -> None:
-    taken, port = _taken_port()
-    said: list[str] = []
-    with taken:
-        assert main(settings_for(home, port=port), said.append) == 1
+def test_a_used_port_and_a_home_that_is_a_file(home: Path) -> None:
+    listening, port = _used_port()
+    messages: list[str] = []
+    with listening:
+        assert main(settings_for(home, port=port), messages.append) == 1
     (home / "file").write_text("")
-    assert main(settings_for(home / "file" / "home"), said.append) == 1
-    assert [f"port {port}" in said[0], "home folder" in said[1]] == [True, True]
+    assert main(settings_for(home / "file" / "home"), messages.append) == 1
+    assert [f"port {port}" in messages[0], "home folder" in messages[1]] == [True, True]
 
 
-def test_a_part_that_keeps_dying_is_given_up_with_its_last_words(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("post_server.serve.children._FIRST_PAUSE", 0.01)
+def test_a_part_that_keeps_dying_is_given_up_with_its_last_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("post_server.serve.children._MIN_PAUSE", 0.01)
     child = Child("part", [sys.executable, "-c", "raise SystemExit('no such luck')"], home / "part.log")
 
     def tend() -> bool:
@@ -203,7 +203,7 @@ def test_a_part_that_keeps_dying_is_given_up_with_its_last_words(home: Path, mon
         wait_for(tend, 20.0, 0.01)
 
 
-def test_a_private_socket_however_long_the_home(home: Path) -> None:
+def test_the_socket_is_private_for_any_length_of_home(home: Path) -> None:
     with embedded_redis.socket_path(home) as path:
         assert path == home / "redis.sock"
     with embedded_redis.socket_path(home / ("x" * 120)) as path:
@@ -212,6 +212,6 @@ def test_a_private_socket_however_long_the_home(home: Path) -> None:
     assert not path.parent.exists()
 
 
-def test_a_named_redis_is_used(home: Path) -> None:
+def test_a_redis_url_turns_the_embedded_one_off(home: Path) -> None:
     assert embedded_redis.is_embedded(Settings(home=home))
     assert not embedded_redis.is_embedded(Settings(home=home, redis_url="redis://localhost/0"))

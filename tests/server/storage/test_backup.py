@@ -1,4 +1,4 @@
-"""The backup guide, done word for word on the embedded parts: what was saved is there again, all of it."""
+"""The commands of the backup guide, run on the embedded services: a restore has everything that was saved."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ GUIDE = (Path(__file__).parents[3] / "docs" / "howto-operate.md").read_text("utf
 
 
 def commands(marker: str) -> str:
-    """The code block behind a marker in the guide."""
-    found = re.search(rf"<!-- {marker} -->\n```\n(.*?)```", GUIDE, re.DOTALL)
-    assert found is not None, marker
-    return found[1]
+    """The code block after a marker in the guide."""
+    match = re.search(rf"<!-- {marker} -->\n```\n(.*?)```", GUIDE, re.DOTALL)
+    assert match is not None, marker
+    return match[1]
 
 
 def shell(script: str, home: Path, backup: Path, database: str = "") -> subprocess.CompletedProcess[str]:
-    """Run it as a person would: in a shell, with ``post`` on the path."""
+    """Run it in a shell, with ``post`` on the path."""
     folder = str(Path(sys.executable).parent)
-    parts = {
+    variables = {
         "DATABASE": database.replace("+psycopg", ""),
         "POST_HOME": str(home),
         "BACKUP": str(backup),
         "PATH": f"{folder}:{os.environ['PATH']}",
     }
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("POST_")} | parts
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("POST_")} | variables
     return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -58,7 +58,7 @@ def filled(home: Path) -> HttpHarness:
 
 
 def rows_of(url: str) -> dict[str, list[str]]:
-    """Every row of every table."""
+    """All rows of all tables."""
     database = Database(url)
     with database.read() as session:
         names = inspect(session.connection()).get_table_names()
@@ -68,10 +68,10 @@ def rows_of(url: str) -> dict[str, list[str]]:
 
 
 def everything(home: Path) -> dict[str, list[str]]:
-    """Every row of every table, and every blob's bytes by name."""
+    """All rows of all tables, and the names of all blobs, whose bytes are checked."""
     rows = rows_of(f"sqlite:///{home}/post.db")
     store = BlobStore(f"file://{home}/blobs")
-    assert all(store.read(each) for each in store.list())
+    assert all(store.read(sha256) for sha256 in store.list())
     assert len(rows["jobs"]) == 1
     return rows | {"blobs": store.list()}
 
@@ -83,24 +83,24 @@ def test_a_backup_of_a_running_server_restores_all_of_it(filled: HttpHarness, ho
     assert done.returncode == 0, done.stderr
     saved = everything(filled.settings.home)
     student = filled("alice", "GET", "/v1/models?role=student").json()["items"][0]
-    filled.push("alice", prompt_bytes(student["hash"], seed=9))  # after the backup: it is not in it
+    filled.push("alice", prompt_bytes(student["hash"], seed=9))  # after the backup, so not part of it
     filled.close()
     shutil.rmtree(filled.settings.home)
     done = shell(commands("restore"), filled.settings.home, backup)
     assert done.returncode == 0, done.stderr
-    assert "every blob is there" in done.stderr
+    assert "every blob exists" in done.stderr
     assert everything(filled.settings.home) == saved
-    http_harness = HttpHarness(filled.settings.home)  # it serves, with the keys of before
+    http_harness = HttpHarness(filled.settings.home)  # it serves with the old keys
     http_harness.keys["alice"] = filled.keys["alice"]
-    http_harness.add_caller("saved", front_key(http_harness), filled.keys["alice"])
+    http_harness.add_caller("saved", alices_key(http_harness), filled.keys["alice"])
     (prompt,) = http_harness("saved", "GET", "/v1/prompts").json()["items"]
     assert http_harness("saved", "GET", f"/v1/prompts/{prompt['id']}/file").content == prompt_bytes(student["hash"])
     with http_harness.database.read() as session:
-        assert [line.action for line in lines(session)][-1] == "dataset.add", "the audit log came along"
+        assert [line.action for line in lines(session)][-1] == "dataset.add", "the audit log is restored too"
     http_harness.close()
 
 
-def front_key(http_harness: HttpHarness) -> object:
+def alices_key(http_harness: HttpHarness) -> object:
     from post_server.auth.keys import authenticate
 
     with http_harness.database.read() as session:
@@ -108,8 +108,8 @@ def front_key(http_harness: HttpHarness) -> object:
 
 
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="the guide's sqlite3 isn't installed")
-def test_a_damaged_restore_is_found_out(filled: HttpHarness, home: Path) -> None:
-    """A blob that is missing, and one whose bytes have changed."""
+def test_a_damaged_restore_is_detected(filled: HttpHarness, home: Path) -> None:
+    """A missing blob, and one whose bytes have changed."""
     filled.close()
     lost, changed = filled.store.list()[:2]
     filled.store.delete(lost)
@@ -121,10 +121,10 @@ def test_a_damaged_restore_is_found_out(filled: HttpHarness, home: Path) -> None
     assert sorted(done.stdout.splitlines()) == sorted([f"{lost} is missing", f"{changed} holds other bytes"])
 
 
-def test_a_dump_of_postgresql_restores_all_rows_and_refusals(
+def test_a_dump_of_postgresql_restores_all_rows_and_triggers(
     request: pytest.FixtureRequest, http_harness: HttpHarness, home: Path, backing: Backing
 ) -> None:
-    """The audit log is as closed as before."""
+    """The audit log stays append-only."""
     if not backing.urls:
         pytest.skip("needs --backing real")
     _, student = http_harness.add_pair()

@@ -1,4 +1,4 @@
-"""One contract for every store of blobs."""
+"""One contract for all blob stores."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
 
 
 class TestContract:
-    """What holds in a folder holds in an object store."""
+    """The same behaviour in a folder and in an object store."""
 
-    def test_bytes_come_back(self, store: BlobStore) -> None:
+    def test_bytes_are_returned_unchanged(self, store: BlobStore) -> None:
         assert store.put(DATA) == SHA256
         assert store.read(SHA256) == DATA
         assert store.exists(SHA256)
@@ -67,18 +67,18 @@ class TestContract:
         store.local_path(SHA256)
         assert not list(tmp_path.rglob("tmp/*"))
 
-    def test_what_is_absent_is_not_found(self, store: BlobStore) -> None:
+    def test_a_missing_blob_is_not_found(self, store: BlobStore) -> None:
         assert not store.exists(SHA256)
-        for look in (store.open, store.size, store.local_path, store.read):
+        for read in (store.open, store.size, store.local_path, store.read):
             with pytest.raises(NotFound):
-                look(SHA256)
+                read(SHA256)
         store.delete(SHA256)
 
     @pytest.mark.parametrize("name", ["../../etc/passwd", "", "A" * 64, f"{SHA256}/x", f"{SHA256}\n"])
     def test_only_a_hash_is_a_name(self, store: BlobStore, name: str) -> None:
-        for act in (store.open, store.local_path, store.delete, store.exists):
+        for method in (store.open, store.local_path, store.delete, store.exists):
             with pytest.raises(NotFound):
-                act(name)
+                method(name)
 
     def test_deleted_is_gone(self, store: BlobStore) -> None:
         store.put(DATA)
@@ -89,7 +89,7 @@ class TestContract:
         with pytest.raises(NotFound):
             store.local_path(SHA256)
 
-    def test_many_writers_of_one_blob(self, store: BlobStore) -> None:
+    def test_one_blob_can_have_many_writers(self, store: BlobStore) -> None:
         writers = [threading.Thread(target=store.put, args=(DATA,)) for _ in range(8)]
         for writer in writers:
             writer.start()
@@ -97,7 +97,7 @@ class TestContract:
             writer.join()
         assert store.read(SHA256) == DATA
 
-    def test_a_copy_leaves_the_blob_alone(self, store: BlobStore, tmp_path: Path) -> None:
+    def test_deleting_a_copy_keeps_the_blob(self, store: BlobStore, tmp_path: Path) -> None:
         store.put(DATA)
         copy_to(store, SHA256, tmp_path / "model" / "weights")
         assert (tmp_path / "model" / "weights").read_bytes() == DATA
@@ -106,7 +106,7 @@ class TestContract:
 
 
 def test_another_process_sees_every_change_at_once(object_store: ObjectStore, tmp_path: Path) -> None:
-    """Two hosts, one bucket: what one lists is not what it knew before."""
+    """Two hosts, one bucket: listings aren't cached."""
     url = object_store.new_bucket()
     here, there = (BlobStore(url, cache=tmp_path / name) for name in ("here", "there"))
     assert not here.list()
@@ -118,7 +118,7 @@ def test_another_process_sees_every_change_at_once(object_store: ObjectStore, tm
     assert not here.exists(SHA256)
 
 
-def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     store = BlobStore(f"file://{tmp_path}")
     store.put(DATA)
     old, new = store.new_file(), store.new_file()
@@ -128,7 +128,7 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     assert store.list() == [SHA256]
 
 
-def test_changed_bytes_are_noticed(tmp_path: Path) -> None:
+def test_changed_bytes_are_detected(tmp_path: Path) -> None:
     store = BlobStore(f"file://{tmp_path}")
     path = store.local_path(store.put(DATA))
     path.chmod(0o600)
@@ -151,48 +151,46 @@ def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_what_was_sent_ahead_is_adopted_without_another_transfer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_early_upload_is_adopted_without_another_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = BlobStore(f"memory://{secrets.token_hex(8)}", cache=tmp_path / "cache")
     file = store.new_file()
     file.write_bytes(DATA)
-    store.send_ahead(file, SHA256)
-    sent: list[str] = []
-    monkeypatch.setattr(store._fs, "put_file", lambda source, target: sent.append(target))
+    store.upload_early(file, SHA256)
+    uploads: list[str] = []
+    monkeypatch.setattr(store._fs, "put_file", lambda source, target: uploads.append(target))
     assert store.adopt(file, SHA256) == SHA256
-    assert (sent, store.read(SHA256), file.exists()) == ([], DATA, False)
+    assert (uploads, store.read(SHA256), file.exists()) == ([], DATA, False)
 
 
-def test_what_was_sent_ahead_and_cleared_away_is_sent_again(tmp_path: Path) -> None:
+def test_a_deleted_early_upload_is_uploaded_again(tmp_path: Path) -> None:
     store = BlobStore(f"memory://{secrets.token_hex(8)}", cache=tmp_path / "cache")
     file = store.new_file()
     file.write_bytes(DATA)
-    store.send_ahead(file, SHA256)
+    store.upload_early(file, SHA256)
     store.delete(SHA256)
     store.adopt(file, SHA256)
     assert store.read(SHA256) == DATA
 
 
-def test_half_a_blob_is_sent_again(tmp_path: Path) -> None:
-    """A store that is no object store may keep half of what was cut off."""
+def test_a_partial_blob_is_uploaded_again(tmp_path: Path) -> None:
+    """A remote store that isn't an object store may keep a partial file."""
     store = BlobStore(f"memory://{secrets.token_hex(8)}", cache=tmp_path / "cache")
     store._fs.pipe_file(store._key(SHA256), DATA[:5])
     store.put(DATA)
     assert store.read(SHA256) == DATA
 
 
-def test_a_folder_needs_nothing_ahead(tmp_path: Path) -> None:
+def test_a_folder_needs_no_early_upload(tmp_path: Path) -> None:
     store = BlobStore(f"file://{tmp_path}")
     file = store.new_file()
     file.write_bytes(DATA)
-    store.send_ahead(file, SHA256)
+    store.upload_early(file, SHA256)
     assert (store.list(), file.read_bytes()) == ([], DATA)
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])
-def test_a_blob_that_is_put_again_is_young_again(tmp_path: Path, kind: str) -> None:
-    """So that a clean-up, which takes old blobs, leaves one alone whose row is about to come."""
+def test_storing_a_blob_again_renews_its_time(tmp_path: Path, kind: str) -> None:
+    """So garbage collection, which removes old blobs, keeps one whose row is about to be added."""
     old = datetime.now(UTC) - timedelta(days=30)
     url = f"file://{tmp_path}/blobs" if kind == "file" else f"memory://{secrets.token_hex(8)}"
     store = BlobStore(url, cache=tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Parts that go away for a while, fill up or stop: the job waits or says what to do, and nothing is half done."""
+"""Services that are unreachable, full or hanging: the job waits or fails with advice, and leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENDLESS = 10_000_000
 
 @pytest.fixture
 def small_work_folder(server_harness: ServerHarness) -> Iterator[Path]:
-    """The folder of the jobs' work on a file system with too little room for a model."""
+    """The jobs' work folder, on a file system that is too small for a model."""
     folder = server_harness.settings.home / "work"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", folder], capture_output=True)
@@ -40,11 +40,11 @@ def supervisor(server_harness: ServerHarness) -> JobSupervisor:
     return JobSupervisor(server_harness.settings, server_harness.database, threading.Event())
 
 
-def said(server_harness: ServerHarness, job_id: str) -> list[str]:
+def states_of(server_harness: ServerHarness, job_id: str) -> list[str]:
     return [event.data["state"] for event in server_harness.events(job_id) if event.kind == "state"]
 
 
-def test_a_full_disk_fails_the_job_with_advice_and_leaves_nothing(
+def test_a_full_disk_fails_the_job_with_advice_and_leaves_no_files(
     ready: ServerHarness, small_work_folder: Path
 ) -> None:
     job_id, before = ready.add_distil(steps=3), ready.store.list()
@@ -63,19 +63,19 @@ def test_a_full_disk_fails_the_job_with_advice_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_a_store_that_is_away_costs_no_attempt(
+def test_an_unreachable_store_costs_no_attempt(
     server_harness: ServerHarness, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the job is done once the store is back and the job has rested."""
+    """The job succeeds once the store is reachable again and its pause is over."""
     server_harness.settings = server_harness.settings.model_copy(
-        update={"storage_url": object_store.new_bucket(), "ring_seconds": 1.0}
+        update={"storage_url": object_store.new_bucket(), "notify_seconds": 1.0}
     )
     server_harness.store = BlobStore.from_settings(server_harness.settings)
     server_harness.add_target()
     server_harness.add_corpus()
     job_id = server_harness.add_distil(steps=3)
     with monkeypatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{LOOPBACK}:{free_port()}")  # where nobody answers
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{LOOPBACK}:{free_port()}")  # nothing listens there
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
         supervisor(server_harness).run(job_id)
     row = server_harness.job(job_id)
@@ -87,9 +87,9 @@ def test_a_store_that_is_away_costs_no_attempt(
 
 
 @pytest.mark.slow
-def test_a_ring_that_redis_gives_to_another_worker_too_does_no_harm(ready: ServerHarness) -> None:
-    """A busy worker keeps a ring for longer than the visibility timeout: the job is done by another one, and once."""
-    ready.settings = ready.settings.model_copy(update={"visibility_seconds": 1.0, "ring_seconds": 1000.0})
+def test_a_notification_that_is_redelivered_to_another_worker_does_no_harm(ready: ServerHarness) -> None:
+    """A busy worker holds a notification for longer than the visibility timeout; another one runs the job, once."""
+    ready.settings = ready.settings.model_copy(update={"visibility_seconds": 1.0, "notify_seconds": 1000.0})
     endless, short = ready.add_distil(steps=ENDLESS), ready.add_distil(steps=3, name="short")
     notifier.notify(endless, ready.settings)
     busy = ready.start_worker()
@@ -97,7 +97,7 @@ def test_a_ring_that_redis_gives_to_another_worker_too_does_no_harm(ready: Serve
     with Redis.from_url(ready.settings.redis_url) as client:
         notifier.notify(short, ready.settings)
         wait_for(lambda: client.hlen("unacked") == 1)
-        wait_for(lambda: notifier.waiting(ready.settings) == 1)  # given back, while the busy one still keeps its own
+        wait_for(lambda: notifier.waiting(ready.settings) == 1)  # redelivered while the first worker is busy
     other = ready.start_worker()
     row = ready.ended(short)
     assert (row.state, row.attempt) == (JobState.SUCCEEDED, 1)
@@ -108,15 +108,16 @@ def test_a_ring_that_redis_gives_to_another_worker_too_does_no_harm(ready: Serve
     for worker in (busy, other):
         worker.terminate()
         assert worker.wait(20) == 0
-    assert said(ready, short) == ["queued", "running", "succeeded"]
-    assert said(ready, endless) == ["queued", "running", "cancelling", "cancelled"]
+    assert states_of(ready, short) == ["queued", "running", "succeeded"]
+    assert states_of(ready, endless) == ["queued", "running", "cancelling", "cancelled"]
 
 
 @pytest.mark.slow
-def test_a_job_that_hangs_is_found_out_and_tried_again(ready: ServerHarness) -> None:
-    """Its process is alive and its worker keeps the lease, but nothing moves."""
+def test_a_hanging_job_is_detected_and_retried(ready: ServerHarness) -> None:
+    """Its process is alive and its worker renews the lease, but it makes no progress."""
     ready.settings = ready.settings.model_copy(
-        update={"progress_seconds": 30.0, "max_attempts": 2, "lease_seconds": 60.0}  # a busy machine is no lost worker
+        # a long lease, so that a busy machine doesn't look like a lost worker
+        update={"progress_seconds": 30.0, "max_attempts": 2, "lease_seconds": 60.0}
     )
     job_id = ready.add_distil(steps=ENDLESS)
     notifier.notify(job_id, ready.settings)
@@ -133,16 +134,16 @@ def test_a_job_that_hangs_is_found_out_and_tried_again(ready: ServerHarness) -> 
     assert row.error is not None
     assert row.error["code"] == "job_stalled"
     assert "POST_PROGRESS_SECONDS" in row.error["detail"]
-    assert said(ready, job_id) == ["queued", "running", "queued", "running", "failed"]
+    assert states_of(ready, job_id) == ["queued", "running", "queued", "running", "failed"]
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in hung)
 
 
-def test_a_redis_that_hangs_keeps_nobody_who_rings(server_harness: ServerHarness) -> None:
+def test_a_hanging_redis_does_not_block_notify(server_harness: ServerHarness) -> None:
     process = server_harness.start_redis()
     process.send_signal(signal.SIGSTOP)
-    with ThreadPoolExecutor() as apart:
-        rung = apart.submit(notifier.notify, "job_1", server_harness.settings)
+    with ThreadPoolExecutor() as executor:
+        notified = executor.submit(notifier.notify, "job_1", server_harness.settings)
         try:
-            assert rung.result(30) is False
+            assert notified.result(30) is False
         finally:
             process.send_signal(signal.SIGCONT)

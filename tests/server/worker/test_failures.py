@@ -1,11 +1,11 @@
-"""What an error of a store means: it is away, or it refuses."""
+"""Which storage errors are outages, and which are refusals."""
 
 from __future__ import annotations
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-from post_server.storage.outages import is_away
+from post_server.storage.outages import is_unreachable
 
 
 def refusal(status: int) -> ClientError:
@@ -27,7 +27,7 @@ def refusal(status: int) -> ClientError:
     ],
 )
 def test_a_server_that_refuses_is_not_away(error: Exception, away: bool) -> None:
-    assert is_away(error) is away
-    outer = OSError("said by a library")
+    assert is_unreachable(error) is away
+    outer = OSError("raised by a library")
     outer.__cause__ = error
-    assert is_away(outer) is away
+    assert is_unreachable(outer) is away

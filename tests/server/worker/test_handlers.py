@@ -1,4 +1,4 @@
-"""What a job makes equals what the plain functions make; what can't work fails with a code that says why."""
+"""A job's results equal those of direct calls; a job that can't succeed fails with its error code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from post_server.db.tables import JobRow, ModelRow, PromptRow
 from post_server.jobs import states
 from post_server.models.service import add_model, materialise_model, model_facts
 from post_server.prompts.service import add_prompt
+from post_server.worker import progress
 from post_server.worker.job_process import ENDED, INTERRUPTED, LOST, JobProcess
 from post_server.worker.progress import ProgressWriter
 from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
+from post_shared.engine.precision import Precision
 from post_shared.errors import Cancelled
 from post_shared.files.prompt_file import PromptFile, read_prompt, write_prompt
 from post_shared.inference.evaluation import evaluate
@@ -37,16 +39,31 @@ from tests.server.server_harness import PUBLIC, TASK, ServerHarness
 ROWS = [Row(text, label) for text, label in PUBLIC]
 
 
+class KnownStages(dict[str, tuple[float, float]]):
+    """The spans of stages, without a default."""
+
+    def get(self, stage: str, default: Any = None) -> Any:
+        return self[stage]
+
+
+@pytest.fixture(autouse=True)
+def every_stage_has_its_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage without one would make the progress bar jump; here its job fails."""
+    monkeypatch.setattr(progress, "SPANS", KnownStages(progress.SPANS))
+
+
 def run(server_harness: ServerHarness, job_id: str, *, interrupted: bool = False) -> tuple[int, JobRow]:
-    """The job in this process, as its own process would do it."""
+    """Run the job in this process, as its own process would."""
     settings = server_harness.settings
     with server_harness.database.write() as session:
-        found = states.claim(session, job_id, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
-    assert found is not None
-    told = threading.Event()
+        claimed = states.claim(
+            session, job_id, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts
+        )
+    assert claimed is not None
+    stop = threading.Event()
     if interrupted:
-        told.set()
-    return JobProcess(settings, found[1], told).run(), server_harness.job(job_id)
+        stop.set()
+    return JobProcess(settings, claimed[1], stop).run(), server_harness.job(job_id)
 
 
 def add_student(server_harness: ServerHarness, target: ModelRow, *, seed: int = 1) -> ModelRow:
@@ -89,9 +106,9 @@ def test_a_transfer_job_is_a_transfer(server_harness: ServerHarness, tmp_path: P
     assert (status, job.state, job.error) == (ENDED, JobState.SUCCEEDED, None)
     assert job.result is not None
     with server_harness.database.read() as session:
-        made = session.get_one(PromptRow, job.result["prompt_id"])
-    assert (made.role, made.source_id, made.owner_key_id) == (PromptRole.TARGET, source.id, server_harness.owner.id)
-    file = read_prompt(server_harness.store.read(made.sha256))
+        row = session.get_one(PromptRow, job.result["prompt_id"])
+    assert (row.role, row.source_id, row.owner_key_id) == (PromptRole.TARGET, source.id, server_harness.owner.id)
+    file = read_prompt(server_harness.store.read(row.sha256))
     assert (file.model_hash, file.task, file.epsilon, file.delta) == (target.hash, TASK, 8.0, 1e-5)
 
     big, small, task = (
@@ -109,7 +126,7 @@ def test_a_transfer_job_is_a_transfer(server_harness: ServerHarness, tmp_path: P
     assert dataset.rows == len(ROWS)
 
 
-def test_jobs_run_on_a_target_that_is_larger_than_the_memory(server_harness: ServerHarness) -> None:
+def test_jobs_run_on_a_target_larger_than_memory(server_harness: ServerHarness) -> None:
     target = server_harness.add_target()
     server_harness.add_rows()
     source = server_harness.add_source_prompt(add_student(server_harness, target))
@@ -125,7 +142,7 @@ def test_jobs_run_on_a_target_that_is_larger_than_the_memory(server_harness: Ser
 
 
 @pytest.mark.parametrize(("precision", "rounded"), [("auto", True), ("float32", False)])
-def test_a_cpu_made_for_bfloat16_is_used_so_unless_told_not_to(
+def test_a_cpu_with_fast_bfloat16_uses_it_unless_disabled(
     server_harness: ServerHarness, monkeypatch: pytest.MonkeyPatch, precision: str, rounded: bool
 ) -> None:
     target = server_harness.add_target()
@@ -133,21 +150,22 @@ def test_a_cpu_made_for_bfloat16_is_used_so_unless_told_not_to(
     server_harness.add_corpus()
     transfer_job = add_transfer(server_harness, server_harness.add_source_prompt(add_student(server_harness, target)))
     _, plain = run(server_harness, transfer_job)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
-    monkeypatch.setattr("post_shared.engine.devices.WIDE", 1)
+    bfloat16 = Precision(torch.bfloat16, "a test")
+    monkeypatch.setattr("post_shared.model.language_model.choose_precision", lambda *_: bfloat16)
     server_harness.settings = server_harness.settings.model_copy(update={"precision": precision})
     _, again = run(server_harness, server_harness.add_job(JobKind.TRANSFER, plain.request, server_harness.owner))
     _, student = run(server_harness, server_harness.add_distil(steps=2))
     assert (plain.error, again.error, student.error) == (None, None, None)
     assert plain.result is not None
     assert again.result is not None
+    assert student.result is not None
     assert (again.result["last_loss"] != plain.result["last_loss"]) is rounded
+    says = {"dtype": "bfloat16", "reason": "a test"} if rounded else {"dtype": "float32", "reason": "as asked for"}
+    assert (again.result["precision"], student.result["precision"]) == (says, says)
 
 
 @pytest.mark.parametrize("pattern", ["even", "search"])
-def test_a_distillation_says_which_layers_it_kept_and_what_it_tried(
-    server_harness: ServerHarness, pattern: str
-) -> None:
+def test_a_distillation_reports_the_layers_it_kept_and_tried(server_harness: ServerHarness, pattern: str) -> None:
     server_harness.add_target()
     server_harness.add_corpus()
     more = {
@@ -175,8 +193,8 @@ def test_a_distillation_says_which_layers_it_kept_and_what_it_tried(
 def test_an_evaluation_job_is_an_evaluation(server_harness: ServerHarness, tmp_path: Path, with_prompt: bool) -> None:
     target, _ = server_harness.add_target(), server_harness.add_rows()
     source = server_harness.add_source_prompt(target)
-    asked = {"prompt": source.id} if with_prompt else {"task": TASK.model_dump()}
-    _, job = run(server_harness, add_evaluation(server_harness, **asked))
+    subject = {"prompt": source.id} if with_prompt else {"task": TASK.model_dump()}
+    _, job = run(server_harness, add_evaluation(server_harness, **subject))
     prompt = torch.from_numpy(read_prompt(server_harness.store.read(source.sha256)).embeddings)
     expected = evaluate(
         load(server_harness, target, tmp_path), Task.from_spec(TASK), ROWS, prompt if with_prompt else None
@@ -193,29 +211,29 @@ def test_a_masked_model_is_evaluated_with_a_prompt(server_harness: ServerHarness
     assert job.result["rows"] == len(ROWS)
 
 
-def test_a_damaged_model_fails_without_the_providers_paths(server_harness: ServerHarness) -> None:
+def test_a_damaged_model_fails_without_revealing_paths(server_harness: ServerHarness) -> None:
     target, _ = server_harness.add_target(), server_harness.add_rows()
     config = next(file["sha256"] for file in target.files if file["path"] == "config.json")
-    place = server_harness.store.local_path(config)
-    place.chmod(0o600)
-    place.write_text("{}")
+    path = server_harness.store.local_path(config)
+    path.chmod(0o600)
+    path.write_text("{}")
     _, job = run(server_harness, add_evaluation(server_harness, task=TASK.model_dump()))
     assert job.error is not None
     assert job.error["code"] == "integrity_error"
     assert str(server_harness.settings.home) not in str(job.error)
 
 
-def test_answers_that_are_no_numbers_are_no_accuracy(server_harness: ServerHarness) -> None:
+def test_outputs_that_are_nan_give_no_accuracy(server_harness: ServerHarness) -> None:
     target, _ = server_harness.add_target(family="gpt2"), server_harness.add_rows()
     vectors = np.full((2, target.hidden_size), 3e38, dtype=np.float32)
     data = write_prompt(PromptFile(vectors, target.hash, TASK))
     with server_harness.database.write() as session:
-        kept, _ = add_prompt(
+        row, _ = add_prompt(
             session, server_harness.store, data, role=PromptRole.SOURCE, owner_key_id=server_harness.owner.id
         )
-    _, job = run(server_harness, add_evaluation(server_harness, prompt=kept.id))
+    _, job = run(server_harness, add_evaluation(server_harness, prompt=row.id))
     assert job.error is not None
-    assert (job.error["code"], "no numbers" in job.error["detail"]) == ("invalid_input", True)
+    assert (job.error["code"], "NaN or infinite" in job.error["detail"]) == ("invalid_input", True)
 
 
 REFUSED = {
@@ -241,7 +259,7 @@ REFUSED = {
         "task_invalid",
     ),
     "a target model can't be a student's name": (lambda b: b.add_distil(steps=1, name="target"), "conflict"),
-    "more layers than there are": (lambda b: b.add_distil(steps=1, keep_layers=[0, 99]), "invalid_input"),
+    "more layers than the target has": (lambda b: b.add_distil(steps=1, keep_layers=[0, 99]), "invalid_input"),
     "a transfer of a target prompt": (
         lambda b: add_transfer(b, _target_prompt(b)),
         "not_found",
@@ -264,13 +282,13 @@ def _foreign_prompt(server_harness: ServerHarness) -> PromptRow:
     return server_harness.add_source_prompt(add_student(server_harness, other, seed=7))
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_work_fails_with_its_code_and_leaves_nothing(server_harness: ServerHarness, what: str) -> None:
+@pytest.mark.parametrize("case", REFUSED)
+def test_invalid_jobs_fail_with_their_code_and_leave_no_rows(server_harness: ServerHarness, case: str) -> None:
     server_harness.add_target()
     server_harness.add_rows()
     server_harness.add_corpus()
-    make, code = REFUSED[what]
-    job_id = make(server_harness)
+    add_job, code = REFUSED[case]
+    job_id = add_job(server_harness)
 
     def count() -> tuple[int | None, ...]:
         with server_harness.database.read() as session:
@@ -293,32 +311,32 @@ def test_a_process_without_the_lease_does_nothing(server_harness: ServerHarness)
     assert server_harness.job(job_id).state is JobState.RUNNING
 
 
-def test_an_interrupted_job_leaves_its_end_to_the_supervisor(server_harness: ServerHarness) -> None:
+def test_an_interrupted_job_leaves_its_state_to_the_supervisor(server_harness: ServerHarness) -> None:
     server_harness.add_target()
     server_harness.add_corpus()
     status, job = run(server_harness, server_harness.add_distil(steps=5), interrupted=True)
     assert (status, job.state) == (INTERRUPTED, JobState.RUNNING)
 
 
-def test_reports_are_few_and_have_no_nan(server_harness: ServerHarness) -> None:
+def test_progress_is_written_rarely_and_without_nan(server_harness: ServerHarness) -> None:
     job_id = server_harness.add_distil(steps=1)
     with server_harness.database.write() as session:
-        found = states.claim(session, job_id, lease_seconds=30, max_attempts=3)
-    assert found is not None
+        claimed = states.claim(session, job_id, lease_seconds=30, max_attempts=3)
+    assert claimed is not None
     stop = threading.Event()
 
-    def stop_if_told() -> None:
+    def stop_if_interrupted() -> None:
         if stop.is_set():
             raise Cancelled("stop")
 
-    report = ProgressWriter(server_harness.database, found[1], stop_if_told)
+    on_progress = ProgressWriter(server_harness.database, claimed[1], stop_if_interrupted)
     for step in range(1, 1001):
-        report(Progress(step, 2000, "distil", {"loss": float("nan"), "ce": 1.0}))
+        on_progress(Progress(step, 2000, "distil", {"loss": float("nan"), "ce": 1.0}))
     kinds = [event.kind for event in server_harness.events(job_id)]
     assert kinds.count("progress") <= 4
     assert server_harness.job(job_id).metrics == {"ce": 1.0}
-    report(Progress(2000, 2000, "distil", {}))
+    on_progress(Progress(2000, 2000, "distil", {}))
     assert server_harness.job(job_id).progress == pytest.approx(0.98)
     stop.set()
     with pytest.raises(Cancelled):
-        report(Progress(1, 2, "distil", {}))
+        on_progress(Progress(1, 2, "distil", {}))

@@ -1,4 +1,4 @@
-"""Workers on several hosts: network namespaces of this machine, whose cables are cut and mended."""
+"""Workers on several hosts: network namespaces of this machine, whose cables are cut and restored."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import sys
 
 import pytest
 
-from tests.server.backing import check_real_parts, skip_or_fail
+from tests.server.backing import check_external_services, skip_or_fail
 
 
 @pytest.fixture
 def can_make_hosts() -> None:
-    check_real_parts()
-    skip_or_fail([name for name in ("ip", "unshare") if not shutil.which(name)], "a test of several hosts")
-    inside = "ip netns add post-try && ip netns del post-try && ip link add post-try type veth peer name post-tried"
-    made = subprocess.run(["unshare", "--net", "sh", "-c", inside], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no network namespaces can be made here: {made.stderr.strip()}")
+    check_external_services()
+    skip_or_fail([name for name in ("ip", "unshare") if not shutil.which(name)], "the test of several hosts")
+    commands = "ip netns add post-try && ip netns del post-try && ip link add post-try type veth peer name post-tried"
+    result = subprocess.run(["unshare", "--net", "sh", "-c", commands], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"network namespaces can't be created here: {result.stderr.strip()}")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("can_make_hosts")
-def test_a_cut_off_worker_does_no_harm_and_works_again() -> None:
+def test_a_disconnected_worker_does_no_harm_and_works_again() -> None:
     scenario = ["unshare", "--net", sys.executable, "-m", "tests.server.worker.several_hosts"]
-    done = subprocess.run(scenario, env=os.environ, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-4000:]}"
+    result = subprocess.run(scenario, env=os.environ, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-4000:]}"

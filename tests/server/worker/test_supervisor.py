@@ -1,4 +1,4 @@
-"""The worker with its real processes, killed, stopped, paused and cancelled in the middle of a real distillation."""
+"""The worker and its processes, killed, stopped, paused and cancelled in the middle of a real distillation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from post_server.db.tables import JobRow
 from post_server.jobs import notifier, states
 from post_server.worker.supervisor import work_folder
 from post_shared.schemas.jobs import JobState
-from tests.server.server_harness import ServerHarness, job_processes, undisturbed, wait_for
+from tests.server.server_harness import ServerHarness, job_processes, undisturbed_hash, wait_for
 
 STEPS = 400
 ENDLESS = 10_000_000
@@ -28,18 +28,18 @@ def succeeded(server_harness: ServerHarness, job_id: str) -> JobRow:
 
 
 def first_steps(server_harness: ServerHarness, job_id: str) -> list[int]:
-    """The first step of the distillation that each attempt reported."""
+    """The first distillation step that each attempt reported."""
     steps: list[int] = []
-    fresh = False
+    started = False
     for event in server_harness.events(job_id):
-        fresh = fresh or event.data.get("state") == "running"
-        if fresh and event.kind == "progress" and event.data["stage"] == "distil":
+        started = started or event.data.get("state") == "running"
+        if started and event.kind == "progress" and event.data["stage"] == "distil":
             steps.append(event.data["step"])
-            fresh = False
+            started = False
     return steps
 
 
-def test_a_killed_worker_takes_its_job_along_and_another_goes_on(ready: ServerHarness, tmp_path: Path) -> None:
+def test_the_job_of_a_killed_worker_is_continued_by_another(ready: ServerHarness, tmp_path: Path) -> None:
     job_id = ready.add_distil(steps=STEPS)
     assert notifier.notify(job_id, ready.settings)
     worker = ready.start_worker()
@@ -54,11 +54,11 @@ def test_a_killed_worker_takes_its_job_along_and_another_goes_on(ready: ServerHa
     assert row.attempt == 2
     assert first_steps(ready, job_id)[1] > 1, "it started from its checkpoint"
     assert row.result is not None
-    assert row.result["hash"] == undisturbed(ready, job_id, tmp_path)
+    assert row.result["hash"] == undisturbed_hash(ready, job_id, tmp_path)
 
 
 def test_a_killed_job_process_and_a_stopped_worker(ready: ServerHarness, tmp_path: Path) -> None:
-    """Out of memory looks like this; the worker lives on. A stop then uses up no attempt."""
+    """Running out of memory looks like this; the worker survives. A stop then costs no attempt."""
     ready.settings = ready.settings.model_copy(update={"job_nice": 1})
     job_id = ready.add_distil(steps=STEPS)
     notifier.notify(job_id, ready.settings)
@@ -67,7 +67,7 @@ def test_a_killed_job_process_and_a_stopped_worker(ready: ServerHarness, tmp_pat
     (process,) = job_processes(worker)
     assert process.nice() == min(19, psutil.Process(worker.pid).nice() + ready.settings.job_nice)
     process.kill()
-    wait_for(lambda: len(first_steps(ready, job_id)) == 2)  # the row alone still shows what the first attempt reported
+    wait_for(lambda: len(first_steps(ready, job_id)) == 2)  # the row still shows the progress of the first attempt
     worker.terminate()
     assert worker.wait(15) == 0
     row = ready.job(job_id)
@@ -80,11 +80,11 @@ def test_a_killed_job_process_and_a_stopped_worker(ready: ServerHarness, tmp_pat
     assert starts == sorted(starts)
     assert len(set(starts)) == 3
     assert row.result is not None
-    assert row.result["hash"] == undisturbed(ready, job_id, tmp_path)
+    assert row.result["hash"] == undisturbed_hash(ready, job_id, tmp_path)
 
 
-def test_a_stop_releases_the_job_whatever_its_process_does(ready: ServerHarness) -> None:
-    """It hangs, so it can't reach the end of its step: it is killed, and its last checkpoint stands."""
+def test_a_stop_releases_the_job_even_if_its_process_hangs(ready: ServerHarness) -> None:
+    """The process can't reach the end of its step: it is killed, and its last checkpoint stays."""
     ready.settings = ready.settings.model_copy(update={"stop_seconds": 3.0, "lease_seconds": 600.0})
     job_id = ready.add_distil(steps=ENDLESS)
     notifier.notify(job_id, ready.settings)
@@ -102,14 +102,14 @@ def test_a_stop_releases_the_job_whatever_its_process_does(ready: ServerHarness)
     assert (work_folder(ready.settings, job_id) / "checkpoint").is_dir()
 
 
-def test_a_paused_worker_that_wakes_up_does_no_harm(ready: ServerHarness) -> None:
+def test_a_paused_worker_that_resumes_does_no_harm(ready: ServerHarness) -> None:
     ready.settings = ready.settings.model_copy(update={"lease_seconds": 2.0})
     job_id = ready.add_distil(steps=ENDLESS)
     notifier.notify(job_id, ready.settings)
     paused = ready.start_worker()
     ready.reaches(job_id, stage="distil")
     old = job_processes(paused)
-    with ready.database.write() as session:  # stopped amid a write it would keep the others from the records
+    with ready.database.write() as session:  # not amid a write, which would lock the database
         session.get_one(JobRow, job_id, with_for_update=True)
         paused.send_signal(signal.SIGSTOP)
     other = ready.start_worker()
@@ -121,14 +121,14 @@ def test_a_paused_worker_that_wakes_up_does_no_harm(ready: ServerHarness) -> Non
     paused.terminate()
     assert paused.wait(15) == 0
     row = ready.job(job_id)
-    assert (row.state, row.attempt, row.token) == (JobState.RUNNING, 2, token), "the other's job was left alone"
+    assert (row.state, row.attempt, row.token) == (JobState.RUNNING, 2, token), "the paused worker left the job alone"
     other.terminate()
     assert other.wait(15) == 0
     assert ready.job(job_id).state is JobState.QUEUED
 
 
 def test_cancel_and_duplicate_deliveries(ready: ServerHarness) -> None:
-    """One worker, an endless job cancelled in mid-step, then a short one that was announced five times."""
+    """One worker: an endless job cancelled during a step, then a short one that was announced five times."""
     endless, short = ready.add_distil(steps=ENDLESS), ready.add_distil(steps=3)
     for job_id in (endless, short, short, short, short, short):
         assert notifier.notify(job_id, ready.settings)
@@ -141,13 +141,13 @@ def test_cancel_and_duplicate_deliveries(ready: ServerHarness) -> None:
     row = succeeded(ready, short)
     wait_for(lambda: notifier.waiting(ready.settings) == 0)
     assert not work_folder(ready.settings, endless).exists()
-    said = [event.data.get("state") for event in ready.events(short) if event.kind == "state"]
-    assert said == ["queued", "running", "succeeded"]
+    job_states = [event.data.get("state") for event in ready.events(short) if event.kind == "state"]
+    assert job_states == ["queued", "running", "succeeded"]
     assert row.attempt == 1
 
 
-def test_the_reconciler_delivers_what_the_doorbell_could_not(server_harness: ServerHarness) -> None:
-    """And a process that dies every time makes the job fail, with a code that says so."""
+def test_the_reconciler_announces_jobs_that_notify_could_not(server_harness: ServerHarness) -> None:
+    """A job whose process dies every time fails with its own error code."""
     settings = server_harness.settings.model_copy(update={"max_attempts": 2})
     server_harness.settings = settings
     server_harness.add_target()

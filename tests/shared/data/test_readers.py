@@ -45,8 +45,8 @@ def parquet(path: Path) -> Path:
 
 
 def zipped(path: Path) -> Path:
-    whole = jsonl(path.with_suffix(".plain"))
-    path.write_bytes(gzip.compress(whole.read_bytes()))
+    plain = jsonl(path.with_suffix(".plain"))
+    path.write_bytes(gzip.compress(plain.read_bytes()))
     return path
 
 
@@ -83,7 +83,7 @@ def test_objects_in_memory_give_the_same_rows() -> None:
     assert [row.label for row in read_rows(unnamed)] == ["1", "0", "1"]
 
 
-def test_a_data_set_of_splits_asks_for_one() -> None:
+def test_a_data_set_with_splits_is_refused_and_names_them() -> None:
     splits = datasets.DatasetDict(train=datasets.Dataset.from_list(TABLE))
     with pytest.raises(DataInvalid, match="train"):
         read_rows(splits)
@@ -95,7 +95,7 @@ def test_numbers_are_labels_and_other_columns_are_ignored() -> None:
     ]
 
 
-def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_blank_lines_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "one"}\n\n  \n{"text": "two"}')
     assert read_rows(path) == [Row("one"), Row("two")]
@@ -116,8 +116,8 @@ def test_texts_survive_json_lines_and_csv(tmp_path_factory: pytest.TempPathFacto
 
 
 BAD = {
-    "no JSON": ("rows.jsonl", '{"text": "a"}\n{"text": oops}\n', r"rows.jsonl, line 2, character 10"),
-    "no object": ("rows.jsonl", '{"text": "a"}\n["a"]\n', r"rows.jsonl, line 2.*list"),
+    "invalid JSON": ("rows.jsonl", '{"text": "a"}\n{"text": oops}\n', r"rows.jsonl, line 2, character 10"),
+    "not an object": ("rows.jsonl", '{"text": "a"}\n["a"]\n', r"rows.jsonl, line 2.*list"),
     "deep": ("rows.jsonl", "[" * 100_000, r"rows.jsonl, line 1"),
     "no text column": ("rows.jsonl", '{"txt": "a"}\n', r"line 1.*no column 'text'.*txt"),
     "text is a number": ("rows.jsonl", '{"text": 3}\n', r"line 1, column 'text'.*int"),
@@ -134,28 +134,28 @@ BAD = {
     "CSV, column twice": ("rows.csv", "text,text\na,b\n", r"rows.csv, line 1.*'text'.*twice"),
     "CSV, empty cell": ("rows.csv", "text,label\n,b\n", r"rows.csv, line 2, column 'text'"),
     "unknown kind": ("rows.xlsx", "x", r"rows.xlsx: unknown kind.*\.jsonl"),
-    "text is no table": ("rows.txt", "x", r"rows.txt.*no rows"),
-    "no Parquet": ("rows.parquet", "PAR1", r"rows.parquet: not a Parquet file"),
+    "text is not a table": ("rows.txt", "x", r"rows.txt.*no rows"),
+    "not Parquet": ("rows.parquet", "PAR1", r"rows.parquet: not a Parquet file"),
     "damaged gzip": ("rows.jsonl.gz", "\x1f\x8b", r"rows.jsonl.gz"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_refused_with_their_place(name: str, tmp_path: Path) -> None:
+def test_bad_files_are_refused_with_the_location(name: str, tmp_path: Path) -> None:
     file, content, message = BAD[name]
     (tmp_path / file).write_bytes(content.encode("latin-1"))
     with pytest.raises(DataInvalid, match=message):
         read_rows(tmp_path / file)
 
 
-def test_a_cut_off_gzip_file_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
     path = zipped(tmp_path / "rows.jsonl.gz")
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(DataInvalid, match="damaged or cut off"):
+    with pytest.raises(DataInvalid, match="damaged or truncated"):
         read_rows(path)
 
 
-def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused_with_the_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(DataInvalid, match=r"line 2: not UTF-8 text \(byte 11\)"):
@@ -199,7 +199,7 @@ def test_an_error_does_not_quote_the_text(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_corpus_is_one_paragraph_a_line(tmp_path: Path) -> None:
+def test_a_corpus_is_one_paragraph_per_line(tmp_path: Path) -> None:
     plain = tmp_path / "corpus.txt"
     plain.write_text("first paragraph \n\n  second\n")
     packed = tmp_path / "corpus.txt.gz"
@@ -209,7 +209,7 @@ def test_a_corpus_is_one_paragraph_a_line(tmp_path: Path) -> None:
     nameless.write_bytes(packed.read_bytes())
     assert read_corpus(nameless, format="txt") == ["first paragraph", "second"]
     plain.write_text(" \n")
-    with pytest.raises(DataInvalid, match=r"corpus.txt.*no text"):
+    with pytest.raises(DataInvalid, match=r"corpus.txt.*contains no text"):
         read_corpus(plain)
 
 
@@ -219,7 +219,7 @@ def test_a_user_column_names_who_wrote_a_row(tmp_path: Path) -> None:
     assert [row.user for row in read_rows(tmp_path / "r.csv", user_column="who")] == ["ann", "7"]
     assert [row.user for row in read_rows(tmp_path / "r.jsonl", user_column="who")] == ["7", "ann"]
     assert read_rows(tmp_path / "r.csv")[0].user is None
-    for line, says in (
+    for line, message in (
         ('{"text": "x"}', "no user column 'who'"),
         ('{"text": "x", "who": null}', "the user is missing"),
         ('{"text": "x", "who": " "}', "the user is missing"),
@@ -227,5 +227,5 @@ def test_a_user_column_names_who_wrote_a_row(tmp_path: Path) -> None:
         ('{"text": "x", "who": true}', "not bool"),
     ):
         (tmp_path / "bad.jsonl").write_text(line)
-        with pytest.raises(DataInvalid, match=f"line 1.*{says}"):
+        with pytest.raises(DataInvalid, match=f"line 1.*{message}"):
             read_rows(tmp_path / "bad.jsonl", user_column="who")

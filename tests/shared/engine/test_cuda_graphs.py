@@ -1,4 +1,4 @@
-"""Passes that are replayed give what they give run as they are. The graphs themselves: ``tests/test_cuda.py``."""
+"""Replayed passes give the results of eager ones. ``tests/test_cuda.py`` tests real CUDA graphs."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("go
 
 
 class Tape:
-    """What all passes of a graphs write to, as CUDA graphs write to their pool."""
+    """Stands for the pool that all passes of a model share: only the last one's memory is valid."""
 
     def __init__(self) -> None:
         self.last: TapePass | None = None
-        self.made: list[TapePass] = []
+        self.captured: list[TapePass] = []
         self.replayed = 0
 
     def __call__(self, run: Run, prompt: Tensor, others: Sequence[Tensor], pool: Any) -> TapePass:
-        self.made.append(TapePass(self, run, prompt, others))
-        return self.made[-1]
+        self.captured.append(TapePass(self, run, prompt, others))
+        return self.captured[-1]
 
 
 class TapePass:
-    """A pass that keeps what it keeps where the next one writes."""
+    """A captured pass whose saved tensors are overwritten by the next one."""
 
     def __init__(self, tape: Tape, run: Run, prompt: Tensor, others: Sequence[Tensor]) -> None:
-        self.tape, self.run, self.shapes = tape, run, [each.shape for each in (prompt, *others)]
+        self.tape, self.run, self.shapes = tape, run, [tensor.shape for tensor in (prompt, *others)]
 
     def forward(self, prompt: Tensor, others: Sequence[Tensor]) -> Tensor:
-        assert [each.shape for each in (prompt, *others)] == self.shapes
+        assert [tensor.shape for tensor in (prompt, *others)] == self.shapes
         self.tape.last, self.tape.replayed = self, self.tape.replayed + 1
         self.prompt = prompt.detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -64,7 +64,7 @@ def encoded(model: LanguageModel) -> EncodedRows:
     return encode_rows(model, TASK, TEXTS)
 
 
-def found(model: LanguageModel, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+def logits_and_gradient(model: LanguageModel, index: Sequence[int]) -> tuple[Tensor, Tensor]:
     leaf = SoftPrompt.random(model, 5).embeddings.clone().requires_grad_()
     logits = model.answer_logits(encoded(model).batch(index), leaf)
     logits.logsumexp(-1).sum().backward()
@@ -75,41 +75,41 @@ def found(model: LanguageModel, index: Sequence[int]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox", "opt"])
 def test_a_replayed_pass_is_the_pass(family: str) -> None:
     model, tape = tiny_model(family), Tape()
-    some = [[0, 1, 2], [3, 4, 5], [5, 4, 3], [0, 2, 1], [1, 2, 0]]
-    expected = [found(model, index) for index in some]
-    with model.replaying(CudaGraphs(tape)):
-        replayed = [found(model, index) for index in some]
-    assert 0 < len(tape.made) < tape.replayed < len(some) + 1  # the first of a shape isn't
-    for mine, plain in zip(replayed, expected, strict=True):
-        torch.testing.assert_close(mine, plain)
-    assert all(each.shapes[1][1] % TOKENS == 0 for each in tape.made)
+    batches = [[0, 1, 2], [3, 4, 5], [5, 4, 3], [0, 2, 1], [1, 2, 0]]
+    expected = [logits_and_gradient(model, index) for index in batches]
+    with model.using_graphs(CudaGraphs(tape)):
+        replayed = [logits_and_gradient(model, index) for index in batches]
+    assert 0 < len(tape.captured) < tape.replayed < len(batches) + 1  # the first pass of a shape is eager
+    for actual, plain in zip(replayed, expected, strict=True):
+        torch.testing.assert_close(actual, plain)
+    assert all(captured.shapes[1][1] % TOKENS == 0 for captured in tape.captured)
 
 
 def test_padding_ends_where_the_models_positions_do(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tape = tiny_model(), Tape()
-    expected = found(model, [3, 4])
+    expected = logits_and_gradient(model, [3, 4])
     longest = encoded(model).batch([3, 4]).longest
     assert longest % TOKENS
     monkeypatch.setitem(vars(model), "packs", 5 + longest)
-    with model.replaying(CudaGraphs(tape)):
+    with model.using_graphs(CudaGraphs(tape)):
         for _ in range(2):
-            torch.testing.assert_close(found(model, [3, 4]), expected)
-    (made,) = tape.made
-    assert made.shapes[1] == (2, longest)
+            torch.testing.assert_close(logits_and_gradient(model, [3, 4]), expected)
+    (captured,) = tape.captured
+    assert captured.shapes[1] == (2, longest)
 
 
-def test_as_many_tokens_in_other_rows_are_another_pass() -> None:
+def test_the_same_number_of_tokens_in_other_rows_is_another_pass() -> None:
     model, tape = tiny_model(), Tape()
     short, long = [0, 2, 5, 6], [3, 4]  # four rows of 16 tokens, two of 32
-    expected = [found(model, index) for index in (short, long)]
-    with model.replaying(CudaGraphs(tape)):
+    expected = [logits_and_gradient(model, index) for index in (short, long)]
+    with model.using_graphs(CudaGraphs(tape)):
         for _ in range(2):
             for index, plain in zip((short, long), expected, strict=True):
-                torch.testing.assert_close(found(model, index), plain)
-    assert [each.shapes[1] for each in tape.made] == [(4, 16), (2, 32)]
+                torch.testing.assert_close(logits_and_gradient(model, index), plain)
+    assert [captured.shapes[1] for captured in tape.captured] == [(4, 16), (2, 32)]
 
 
-def test_while_the_way_back_is_to_come_passes_run_as_they_are() -> None:
+def test_while_a_backward_pass_is_pending_other_passes_are_eager() -> None:
     model, tape = tiny_model(), Tape()
     leaf = SoftPrompt.random(model, 5).embeddings.requires_grad_()
     batch = encoded(model).batch([0, 1])
@@ -119,47 +119,46 @@ def test_while_the_way_back_is_to_come_passes_run_as_they_are() -> None:
         other = model.answer_logits(batch, 2 * leaf).sum() if twice else torch.zeros(())
         with torch.no_grad():
             model.answer_logits(batch, 3 * leaf)
-        (made,) = torch.autograd.grad(one + other, leaf)
-        return made
+        return torch.autograd.grad(one + other, leaf)[0]
 
     expected = gradient(True), gradient(False)
-    with model.replaying(CudaGraphs(tape)):
+    with model.using_graphs(CudaGraphs(tape)):
         gradient(False)
-        assert not tape.made, "a look without gradients is no meeting"
+        assert not tape.captured, "a pass without gradients doesn't count towards capturing a shape"
         torch.testing.assert_close(gradient(True), expected[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(gradient(False), expected[1], rtol=1e-3, atol=1e-3)
         assert tape.replayed == 2
         with torch.no_grad():
             model.answer_logits(batch, leaf)
         assert tape.replayed == 3
-        model.answer_logits(batch, leaf)  # nobody will go back through it
+        model.answer_logits(batch, leaf)  # its backward pass never runs
         torch.testing.assert_close(gradient(False), expected[1], rtol=1e-3, atol=1e-3)
     assert tape.replayed == 5
 
 
-def test_a_replayed_pass_is_gone_back_through_once() -> None:
+def test_a_replayed_pass_has_one_backward_pass() -> None:
     model = tiny_model()
     leaf = SoftPrompt.random(model, 5).embeddings.requires_grad_()
     batch = encoded(model).batch([0, 1])
-    with model.replaying(CudaGraphs(Tape())):
+    with model.using_graphs(CudaGraphs(Tape())):
         model.answer_logits(batch, leaf)
         summed = model.answer_logits(batch, leaf).sum()
         torch.autograd.grad(summed, leaf, retain_graph=True)
-        with pytest.raises(RuntimeError, match="once"):
+        with pytest.raises(RuntimeError, match="one backward pass"):
             torch.autograd.grad(summed, leaf)
 
 
-def test_only_so_many_shapes_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_captured_shapes_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("post_shared.engine.cuda_graphs.MAX_GRAPHS", 1)
     model, tape = tiny_model(), Tape()
-    with model.replaying(CudaGraphs(tape)):
+    with model.using_graphs(CudaGraphs(tape)):
         for index in ([0], [0], [0, 1], [0, 1], [0]):
-            found(model, index)
-    assert [each.shapes[1][0] for each in tape.made] == [1]
+            logits_and_gradient(model, index)
+    assert [captured.shapes[1][0] for captured in tape.captured] == [1]
     assert tape.replayed == 2
 
 
-def test_what_is_recorded_gives_way_where_memory_ends(caplog: pytest.LogCaptureFixture) -> None:
+def test_captured_passes_are_freed_when_memory_runs_out(caplog: pytest.LogCaptureFixture) -> None:
     graphs, calls = CudaGraphs(Tape()), []
 
     def run(prompt: Tensor, ids: Tensor) -> Tensor:
@@ -181,71 +180,71 @@ def test_what_is_recorded_gives_way_where_memory_ends(caplog: pytest.LogCaptureF
         graphs(full, prompt, torch.zeros(3, 1))
 
 
-def test_what_cannot_be_recorded_is_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pass_that_cannot_be_captured_is_eager(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(*_: Any) -> TapePass:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model = tiny_model()
-    expected = found(model, [0, 1])
-    with caplog.at_level(logging.WARNING, "post.cuda_graphs"), model.replaying(CudaGraphs(refuse)):
+    expected = logits_and_gradient(model, [0, 1])
+    with caplog.at_level(logging.WARNING, "post.cuda_graphs"), model.using_graphs(CudaGraphs(refuse)):
         for _ in range(3):
-            torch.testing.assert_close(found(model, [0, 1]), expected)
+            torch.testing.assert_close(logits_and_gradient(model, [0, 1]), expected)
     assert [record.message for record in caplog.records] == [
         "passes aren't recorded, which costs time: operation not permitted when stream is capturing"
     ]
 
 
 @pytest.mark.parametrize("family", ["bloom", "gemma2", *MASKED])
-def test_families_that_look_at_their_masks_run_as_they_are(family: str) -> None:
+def test_families_that_inspect_their_masks_are_eager(family: str) -> None:
     model, tape = tiny_model(family), Tape()
     task = TASK if family not in MASKED else Task("{text}, it was {mask}", TASK.label_words)
     batch = encode_rows(model, task, TEXTS).batch([0, 1])
-    with model.replaying(CudaGraphs(tape)), torch.no_grad():
+    with model.using_graphs(CudaGraphs(tape)), torch.no_grad():
         for _ in range(3):
             model.answer_logits(batch, SoftPrompt.random(model, 5).embeddings)
-    assert not tape.made
+    assert not tape.captured
 
 
-def test_what_else_runs_runs_as_it_is() -> None:
+def test_all_other_passes_are_eager() -> None:
     model, other, tape = tiny_model(), tiny_model(seed=1), Tape()
     batch = encoded(model).batch([0, 1])
     prompt = SoftPrompt.random(model, 5).embeddings
-    with model.replaying(CudaGraphs(tape)), torch.no_grad():
+    with model.using_graphs(CudaGraphs(tape)), torch.no_grad():
         for _ in range(3):
             other.answer_logits(batch, prompt)
             model.answer_logits(batch, prompt.expand(2, -1, -1))
             model.answer_logits(batch, torch.stack([prompt, prompt]), prompt_index=torch.tensor([1, 0]))
-        assert not tape.made
-        with model.replaying(None):
+        assert not tape.captured
+        with model.using_graphs(None):
             model.answer_logits(batch, prompt)
-        assert not tape.made
-    assert model.new_graphs() is None  # no GPU holds it
+        assert not tape.captured
+    assert model.new_graphs() is None  # the model isn't on a GPU
 
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Those of all recorders that are made."""
-    every: list[Tape] = []
+    """The tapes of all graphs that are created."""
+    created: list[Tape] = []
 
-    def make(_: LanguageModel) -> CudaGraphs:
-        every.append(Tape())
-        return CudaGraphs(every[-1])
+    def new_graphs(_: LanguageModel) -> CudaGraphs:
+        created.append(Tape())
+        return CudaGraphs(created[-1])
 
-    monkeypatch.setattr(LanguageModel, "new_graphs", make)
-    return every
+    monkeypatch.setattr(LanguageModel, "new_graphs", new_graphs)
+    return created
 
 
-def same(work: Callable[[], SoftPrompt], tapes: list[Tape]) -> None:
-    replayed = work()
+def check_same(run: Callable[[], SoftPrompt], tapes: list[Tape]) -> None:
+    replayed = run()
     assert tapes
     assert all(tape.replayed for tape in tapes)
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(LanguageModel, "new_graphs", lambda _: None)
-        expected = work()
+        expected = run()
     torch.testing.assert_close(replayed.embeddings, expected.embeddings, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("texts", [1, 24], ids=["no lean", "lean"])
+@pytest.mark.parametrize("texts", [1, 24], ids=["no bias", "bias"])
 def test_tuning(texts: int, tapes: list[Tape]) -> None:
     rows = [
         Row(f"{text} {number}" if texts > 1 else text, label)
@@ -254,7 +253,7 @@ def test_tuning(texts: int, tapes: list[Tape]) -> None:
     ]
     config = TuneOptions(num_virtual_tokens=4, steps=12, batch_size=8)
     model = tiny_model()
-    same(lambda: tune(model, TASK, rows, config, privacy=None).prompt, tapes)
+    check_same(lambda: tune(model, TASK, rows, config, privacy=None).prompt, tapes)
     assert len(tapes) == (2 if texts > 1 else 1)
 
 
@@ -264,4 +263,4 @@ def test_a_transfer(method: str, tapes: list[Tape]) -> None:
     student, prompt = copy_student(target, [0, 3]), SoftPrompt.random(target, 4)
     texts = [f"{text} {number}" for number in range(10) for text in TEXTS]
     config = TransferOptions(steps=12, batch_size=5, method=method, learning_rate=0.003)  # type: ignore[arg-type]
-    same(lambda: transfer(target, student, TASK, prompt, texts, config).prompt, tapes)
+    check_same(lambda: transfer(target, student, TASK, prompt, texts, config).prompt, tapes)

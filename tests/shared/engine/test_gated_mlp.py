@@ -1,4 +1,4 @@
-"""Gated blocks that keep less are the same blocks; heads at some tokens are the head at those tokens."""
+"""Gated blocks that recompute activations give the same results; a head at some tokens equals the whole head there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from post_shared.engine.gated_mlp import keep_less
+from post_shared.engine.gated_mlp import recompute_activations
 from post_shared.model.language_model import LanguageModel
 from tests.models import CAUSAL, MASKED, tiny_model
 
@@ -34,9 +34,9 @@ def kept_and_gradients(model: nn.Module) -> tuple[int, list[torch.Tensor]]:
     inputs = torch.linspace(-1, 1, 3 * 7 * 16).reshape(3, 7, 16).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = model(inputs_embeds=inputs).logits
-    asked = [inputs, *(weight for weight in model.parameters() if weight.requires_grad)]
-    gradients = torch.autograd.grad(logits.square().sum(), asked, allow_unused=True)
-    return sum(kept.values()), [torch.zeros(1) if each is None else each for each in gradients]
+    leaves = [inputs, *(weight for weight in model.parameters() if weight.requires_grad)]
+    gradients = torch.autograd.grad(logits.square().sum(), leaves, allow_unused=True)
+    return sum(kept.values()), [torch.zeros(1) if gradient is None else gradient for gradient in gradients]
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -44,17 +44,17 @@ def test_values_and_gradients_are_the_same_to_the_last_bit_and_less_is_kept(trai
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG).eval().requires_grad_(trained)
     slim = copy.deepcopy(model)
-    keep_less(slim)
+    recompute_activations(slim)
     assert any("forward" in vars(module) for module in slim.modules())
     more, expected = kept_and_gradients(model)
-    less, found = kept_and_gradients(slim)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    less, actual = kept_and_gradients(slim)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     assert less < more or trained  # a trained down_proj keeps its own input
 
 
-def test_a_copy_of_such_a_model_stands_on_its_own() -> None:
+def test_a_copy_of_such_a_model_is_independent() -> None:
     model = AutoModelForCausalLM.from_config(CONFIG).eval()
-    keep_less(model)
+    recompute_activations(model)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for weight in other.parameters():
@@ -75,18 +75,18 @@ def test_a_block_that_does_something_else_is_left_alone() -> None:
             return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
     block = Other()
-    keep_less(block)
+    recompute_activations(block)
     assert "forward" not in vars(block)
 
 
 @pytest.mark.parametrize("family", CAUSAL + MASKED)
-def test_a_head_at_some_tokens_says_what_the_head_says_there(family: str) -> None:
+def test_a_head_at_some_tokens_gives_the_logits_of_the_whole_head_there(family: str) -> None:
     model: LanguageModel = tiny_model(family)
     hidden = torch.randn(5, model.hidden_size, requires_grad=True)
     tokens = torch.tensor([7, 3, 11])
     whole, some = model.head(hidden)[:, tokens], model.head(hidden, tokens)
     torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-6)
     (expected,) = torch.autograd.grad(whole.square().sum(), hidden, retain_graph=True)
-    (found,) = torch.autograd.grad(some.square().sum(), hidden)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    (actual,) = torch.autograd.grad(some.square().sum(), hidden)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     assert model.head(hidden).shape == (5, model.vocabulary)

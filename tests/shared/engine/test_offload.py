@@ -1,4 +1,4 @@
-"""Laws of models that are larger than a device: with weights on the disk they say and learn what they do in memory."""
+"""Models larger than a device: with weights on the disk, results and gradients are those of the model in memory."""
 
 from __future__ import annotations
 
@@ -46,54 +46,54 @@ def test_answers_and_prompt_gradients_are_those_of_the_model_in_memory(
     assert "disk" in spread.model.hf_device_map.values()
     assert any(weight.is_meta for weight in spread.model.parameters())
     batch = encode_rows(plain, task_for(plain), TEXTS).batch(range(8))
-    some, found = torch.tensor([7, 3, 11]), []
+    tokens, results = torch.tensor([7, 3, 11]), []
     for model in both:
         prompt = SoftPrompt.random(plain, 5, seed=1).embeddings.clone().requires_grad_()
         shared = model.answer_logits(batch, prompt)
         shared.logsumexp(-1).sum().backward()
-        once = prompt.grad
+        shared_gradient = prompt.grad
         prompt.grad = None
-        model.answer_logits(batch, per_row(prompt, batch), tokens=some).square().sum().backward()
-        found.append((shared.detach(), once, prompt.grad))
-    for mine, expected in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+        model.answer_logits(batch, per_row(prompt, batch), tokens=tokens).square().sum().backward()
+        results.append((shared.detach(), shared_gradient, prompt.grad))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_known_of_the_model_in_memory_is_known_of_the_other(both: tuple[LanguageModel, LanguageModel]) -> None:
+def test_properties_are_those_of_the_model_in_memory(both: tuple[LanguageModel, LanguageModel]) -> None:
     plain, spread = both
-    for mine, expected in zip(weights_of(spread.model), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, expected.detach(), rtol=0, atol=0)
+    for actual, expected in zip(weights_of(spread.model), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected.detach(), rtol=0, atol=0)
     assert fingerprint(spread) == fingerprint(plain)
     assert (spread.nbytes, spread.parameters, spread.device) == (plain.nbytes, plain.parameters, plain.device)
     assert spread.devices == {torch.device("cpu")}
     assert saved_per_position(spread) == saved_per_position(plain)
 
 
-def test_the_way_back_loads_the_weights_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backward_pass_loads_the_weights_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model().save(tmp_path)
     spread = LanguageModel.load(tmp_path, device="spread", memory={"cpu": 0})
     loaded: list[str] = []
     load = OffloadedWeightsLoader.__getitem__
 
-    def noted(self: OffloadedWeightsLoader, key: str) -> torch.Tensor:
+    def recorded(self: OffloadedWeightsLoader, key: str) -> torch.Tensor:
         loaded.append(key)
         return load(self, key)  # type: ignore[no-any-return]
 
     batch = encode_rows(spread, task_for(spread), TEXTS).batch(range(8))
     prompt = SoftPrompt.random(spread, 5).embeddings.clone().requires_grad_()
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", noted)
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", recorded)
     answers = spread.answer_logits(batch, per_row(prompt, batch), tokens=torch.tensor([3, 5]))
-    there = set(loaded)
+    in_forward = set(loaded)
     loaded.clear()
     answers.sum().backward()
     matrices = {f"model.layers.{n}.{name}.weight" for n in range(4) for name in ("self_attn.q_proj", "mlp.down_proj")}
-    assert matrices <= there
+    assert matrices <= in_forward
     assert matrices <= set(loaded)
     assert not any(name.startswith("lm_head") for name in loaded)
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_it_is_evaluated_served_and_generates_as_in_memory(family: str, tmp_path: Path) -> None:
+def test_evaluation_serving_and_generation_are_as_in_memory(family: str, tmp_path: Path) -> None:
     tiny_model(family).save(tmp_path)
     plain = LanguageModel.load(tmp_path, device="cpu")
     spread = LanguageModel.load(tmp_path, device="spread", memory={"cpu": 0})
@@ -103,21 +103,21 @@ def test_it_is_evaluated_served_and_generates_as_in_memory(family: str, tmp_path
     served = [
         classify_mixed(model, TEXTS, [ServedPrompt.of(model, task, prompt)] * len(TEXTS)) for model in (plain, spread)
     ]
-    for mine, expected in zip(served[1], served[0], strict=True):
-        assert mine.scores == pytest.approx(expected.scores, abs=1e-6)
+    for actual, expected in zip(served[1], served[0], strict=True):
+        assert actual.scores == pytest.approx(expected.scores, abs=1e-6)
     if family == "llama":
-        made = []
+        generated = []
         for model in (plain, spread):
             lines = [Line([5, 6, 7 + at], model.prefix(prompt), 4) for at in range(3)]
             decoder = Decoder(model)
             decoder.add(lines)
             while decoder.rows:
                 decoder.step()
-            made.append([line.made for line in lines])
-        assert made[0] == made[1]
+            generated.append([line.made for line in lines])
+        assert generated[0] == generated[1]
 
 
-def test_a_model_that_fits_is_an_ordinary_one(tmp_path: Path) -> None:
+def test_a_model_that_fits_has_no_hooks(tmp_path: Path) -> None:
     tiny_model().save(tmp_path)
     model = LanguageModel.load(tmp_path, device="spread")
     assert not any(weight.is_meta for weight in model.model.parameters())

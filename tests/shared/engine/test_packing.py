@@ -23,7 +23,7 @@ from tests.models import CAUSAL, MASKED, TEXTS, per_row, tiny_model, tokenizer
 
 TASK = Task("{text}, it was", {"negative": ("terrible",), "positive": ("great",)})
 WITHOUT = {"bloom", "gemma2"}
-"""Families that have an attention of their own."""
+"""Families with their own attention."""
 
 
 def rows_of(*rows: list[int]) -> EncodedRows:
@@ -49,9 +49,9 @@ def test_prompts_and_texts_of_all_lengths_take_one_pass(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(model, "run_body", counted)
     model.answer_logits(batch, prompt)
-    (ran,) = positions
+    (run_positions,) = positions
     needed = 7 + sum(len(row.token_ids) for row in batch.encoded.rows)
-    assert needed <= ran < 7 + len(batch) * batch.longest
+    assert needed <= run_positions < 7 + len(batch) * batch.longest
 
 
 def test_no_text_sees_another() -> None:
@@ -63,25 +63,25 @@ def test_no_text_sees_another() -> None:
     assert not torch.equal(one[1], other[1])
 
 
-def test_one_mask_for_the_whole_row_says_what_its_groups_say() -> None:
+def test_one_mask_for_the_whole_row_equals_its_groups() -> None:
     texts = [Texts(2, 3, torch.tensor([1, 0])), Texts(3, 5, torch.tensor([2, 0, 1]))]
     row = Packing(3, 4, texts, torch.device("cpu"))
     length = 3 * 4 + 2 * 3 + 3 * 5
     query, key, value = torch.randn(3, 1, 2, length, 8)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
-    assert row.seen.shape == (1, 1, length, length)
-    torch.testing.assert_close(attend(query, key, value, row.seen), row.attend(attend, query, key, value))
+    assert row.mask.shape == (1, 1, length, length)
+    torch.testing.assert_close(attend(query, key, value, row.mask), row.attend(attend, query, key, value))
 
 
-def test_an_attention_that_does_not_know_packing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_without_packing_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, attention.NAME, sdpa_attention_forward)
     assert tiny_model().packs == 0
 
 
-def test_what_is_longer_than_a_sliding_window_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_longer_than_a_sliding_window_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=9, **sizes)
@@ -90,35 +90,41 @@ def test_what_is_longer_than_a_sliding_window_is_not_packed(monkeypatch: pytest.
     prompt = torch.linspace(-1, 1, 4 * 32).reshape(4, 32)
     for longest in (5, 6):
         batch = rows_of([1, 2, 3], list(range(1, longest + 1))).whole
-        found = model.answer_logits(batch, prompt)
-        torch.testing.assert_close(found, model.answer_logits(batch, per_row(prompt, batch)), rtol=1e-4, atol=1e-5)
+        actual = model.answer_logits(batch, prompt)
+        torch.testing.assert_close(actual, model.answer_logits(batch, per_row(prompt, batch)), rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_are_filled_and_hold_every_row_once() -> None:
     batch = rows_of(*([1] * length for length in (9, 2, 5, 3, 30, 4))).whole
     parts = filled(batch, 14)
-    assert sorted(at for part in parts for at in part.index) == list(range(6))
-    assert [sorted(len(batch.encoded.rows[at].token_ids) for at in part.index) for part in parts] == [
+    assert sorted(row for part in parts for row in part.index) == list(range(6))
+    assert [sorted(len(batch.encoded.rows[row].token_ids) for row in part.index) for part in parts] == [
         [2, 3, 4, 5],
         [9],
         [30],
     ]
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), most=st.integers(1, 120), each=st.integers(0, 3))
-def test_the_largest_micro_batch_is_as_small_as_their_number_allows(lengths: list[int], most: int, each: int) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    limit=st.integers(1, 120),
+    per_row=st.integers(0, 3),
+)
+def test_the_largest_micro_batch_is_as_small_as_their_number_allows(
+    lengths: list[int], limit: int, per_row: int
+) -> None:
     batch = rows_of(*([1] * length for length in lengths)).whole
 
-    def sizes(limit: int) -> list[int]:
-        return [sum(lengths[at] + each for at in part.index) for part in filled(batch, limit, each=each)]
+    def sizes(tokens: int) -> list[int]:
+        return [sum(lengths[row] + per_row for row in part.index) for part in filled(batch, tokens, per_row=per_row)]
 
-    found = sizes(most)
-    assert sum(found) == sum(lengths) + each * len(lengths)
-    assert max(found) <= max(most, max(lengths) + each)
-    if max(lengths) + each < max(found):  # then it isn't one row: a limit of less takes more parts
-        assert len(sizes(max(found) - 1)) > len(found)
+    parts = sizes(limit)
+    assert sum(parts) == sum(lengths) + per_row * len(lengths)
+    assert max(parts) <= max(limit, max(lengths) + per_row)
+    if max(lengths) + per_row < max(parts):  # then it isn't a single row, and a lower limit needs more parts
+        assert len(sizes(max(parts) - 1)) > len(parts)
 
 
-def test_two_parts_share_a_step_evenly() -> None:
+def test_two_micro_batches_share_a_step_evenly() -> None:
     batch = rows_of(*([1] * 10 for _ in range(10))).whole
     assert [len(part) for part in filled(batch, 90)] == [5, 5]

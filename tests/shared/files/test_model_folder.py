@@ -1,4 +1,4 @@
-"""A model is known by the hash of its files, and each unsafe form of a folder is refused by name."""
+"""A model is identified by the hash of its files, and each kind of unsafe folder is refused with the reason."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_model_that_post_saves_is_safe_and_keeps_its_hash(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         (lambda folder: (folder / "merges.txt").write_text("a c\n"), "merges.txt differs"),
         (lambda folder: (folder / "merges.txt").write_text("a b\n\n"), "merges.txt differs"),
@@ -74,10 +74,10 @@ def test_a_model_that_post_saves_is_safe_and_keeps_its_hash(tmp_path: Path) -> N
         (lambda folder: (folder / "more.txt").write_text("x"), "more.txt isn't in the manifest"),
     ],
 )
-def test_a_changed_folder_is_noticed(folder: Path, change: Callable[[Path], object], said: str) -> None:
+def test_a_changed_folder_is_noticed(folder: Path, change: Callable[[Path], object], reason: str) -> None:
     files = manifest(folder)
     change(folder)
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=reason):
         verify(folder, files)
 
 
@@ -92,7 +92,7 @@ def test_the_hash_covers_names_and_sizes(folder: Path) -> None:
         assert model_hash([other, *files[1:]]) != model_hash(files)
 
 
-# --- unsafe forms -------------------------------------------------------------------------------------
+# --- unsafe folders -----------------------------------------------------------------------------------
 
 
 def test_the_safe_folder_is_safe_and_so_are_shards(folder: Path) -> None:
@@ -126,7 +126,7 @@ UNSAFE: dict[str, tuple[Callable[[Path], object], str]] = {
     "GGUF": (lambda f: (f / "model.gguf").write_bytes(b"GGUF"), "model.gguf"),
     "a shared library": (lambda f: (f / "kernel.so").write_bytes(b"\x7fELF"), "kernel.so"),
     "no suffix": (lambda f: (f / "weights").write_bytes(b""), "weights"),
-    "hidden file": (lambda f: (f / ".config.json").write_text("{}"), "hides"),
+    "hidden file": (lambda f: (f / ".config.json").write_text("{}"), "hidden"),
     "adapter": (lambda f: write_json(f / "adapter_config.json", {"base_model_name_or_path": "x/y"}), "adapter"),
     "link to a file": (lambda f: (f / "extra.json").symlink_to("/etc/passwd"), "link"),
     "link to a folder": (lambda f: (f / "more").symlink_to("/etc"), "link"),
@@ -136,23 +136,23 @@ UNSAFE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: write_json(f / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}),
         "tokenizer_config.json: 'auto_map'",
     ),
-    "trust asked for": (config(trust_remote_code=True), "trust_remote_code"),
+    "trust_remote_code": (config(trust_remote_code=True), "trust_remote_code"),
     "kernel from elsewhere": (config(_attn_implementation="evil/kernels"), "_attn_implementation"),
     "kernel in parts": (config(attn_implementation={"text_config": "evil/kernels"}), "attn_implementation"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     "absurd vocabulary": (config(vocab_size=10**12), "vocab_size"),
     "absurd width, deep": (config(text_config={"hidden_size": 10**9}), "hidden_size"),
     "fractional layers": (config(num_hidden_layers=1e9), "num_hidden_layers"),
-    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
     "config nested deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: not JSON"),
-    "config no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json: not JSON"),
+    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json: not JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "needs config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "needs config.json and weights"),
     "2 GB header": (weights((2 * 2**30).to_bytes(8, "little") + b"{}"), "header of 2147483648"),
     "empty weights": (weights(b""), "0 bytes"),
-    "cut off weights": (
+    "truncated weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
-        "cut off",
+        "truncated",
     ),
     "overlapping tensors": (
         weights(
@@ -173,7 +173,7 @@ UNSAFE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shards elsewhere": (index(weight="../other/model.safetensors"), "leaves the model's folder"),
     "shards by absolute path": (index(weight="/etc/passwd"), "leaves the model's folder"),
     "missing shard": (index(weight="model-2.safetensors"), "missing"),
-    "shard list no object": (
+    "shard list not an object": (
         lambda f: write_json(f / "model.safetensors.index.json", {"weight_map": ["x"]}),
         "weight_map",
     ),
@@ -200,13 +200,13 @@ def test_an_enormous_sparse_file_is_refused_without_reading_it(folder: Path) -> 
         check_safe(folder)
 
 
-def test_a_missing_folder_is_said(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelUnsafe, match="no such folder"):
         check_safe(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("path", ["config.json", "model-00001-of-00002.safetensors", "sub/tokenizer.model"])
-def test_plain_paths_are_taken(path: str) -> None:
+def test_plain_paths_are_accepted(path: str) -> None:
     check_path(path)
 
 

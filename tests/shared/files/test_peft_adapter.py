@@ -1,4 +1,4 @@
-"""PEFT loads what POST writes, and computes the same; POST reads what PEFT writes."""
+"""PEFT loads adapters that POST writes and computes the same; POST reads adapters that PEFT writes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from post_shared.files.prompt_file import PromptFile, read_prompt
 from post_shared.schemas.tasks import TaskSpec
 from tests.models import tiny_model
 
-FORM = TaskSpec(template="{text}, it was", label_words={"positive": ["good"], "negative": ["bad"]})
+SPEC = TaskSpec(template="{text}, it was", label_words={"positive": ["good"], "negative": ["bad"]})
 
 
 def prompt_file(length: int = 5, width: int = 32) -> PromptFile:
     embeddings = np.random.default_rng(0).normal(size=(length, width)).astype(np.float32)
-    return PromptFile(embeddings, "0" * 64, FORM)
+    return PromptFile(embeddings, "0" * 64, SPEC)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
-def test_peft_computes_the_logits_of_the_prompt_put_before_the_text(family: str, tmp_path: Path) -> None:
+def test_peft_computes_the_same_logits_as_a_prepended_prompt(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     prompt = prompt_file()
     to_peft_adapter(prompt, tmp_path, "tiny", kind=model.kind)
@@ -39,15 +39,15 @@ def test_peft_computes_the_logits_of_the_prompt_put_before_the_text(family: str,
             attention_mask=torch.ones(2, prompt.length + 4, dtype=torch.long),
         ).logits
         adapted = PeftModel.from_pretrained(model.model, tmp_path)
-        found = adapted(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found[:, prompt.length :], model.model(input_ids=ids).logits, atol=1e-3)
+        actual = adapted(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(actual[:, prompt.length :], model.model(input_ids=ids).logits, atol=1e-3)
 
 
 def test_the_adapters_weights_are_the_prompt_file(tmp_path: Path) -> None:
     prompt = prompt_file()
     to_peft_adapter(prompt, tmp_path, "tiny")
-    assert read_prompt((tmp_path / "adapter_model.safetensors").read_bytes()).task == FORM
+    assert read_prompt((tmp_path / "adapter_model.safetensors").read_bytes()).task == SPEC
     np.testing.assert_array_equal(from_peft_adapter(tmp_path), prompt.embeddings)
 
 
@@ -57,9 +57,9 @@ def test_an_adapter_that_peft_saved_is_read(dtype: torch.dtype, tmp_path: Path) 
     tuned = get_peft_model(tiny_model().model, config)
     weights = tuned.prompt_encoder.to(dtype)["default"].embedding.weight.detach().clone()
     tuned.save_pretrained(tmp_path)
-    found = from_peft_adapter(tmp_path)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, weights.float().numpy())
+    embeddings = from_peft_adapter(tmp_path)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_array_equal(embeddings, weights.float().numpy())
 
 
 def broken(folder: Path, **changes: object) -> None:

@@ -1,4 +1,4 @@
-"""A prompt file has one form, holds what is documented and nothing else, and is checked before it is a tensor."""
+"""A prompt file has one form, contains only the documented data, and is checked before it becomes a tensor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from post_shared.errors import PromptFileInvalid
 from post_shared.files.prompt_file import MAX_HEADER, PromptFile, read_prompt, write_prompt
 from post_shared.schemas.tasks import TaskSpec
 
-FORM = TaskSpec(template="{text}, it was", label_words={"positive": ["good", "great"], "negative": ["bad"]})
+SPEC = TaskSpec(template="{text}, it was", label_words={"positive": ["good", "great"], "negative": ["bad"]})
 HASH = "0123456789abcdef" * 4
-GOOD = PromptFile(np.arange(12, dtype=np.float32).reshape(3, 4), HASH, FORM, epsilon=8.0, delta=1e-5)
+GOOD = PromptFile(np.arange(12, dtype=np.float32).reshape(3, 4), HASH, SPEC, epsilon=8.0, delta=1e-5)
 DATA = write_prompt(GOOD)
 
 
@@ -53,11 +53,11 @@ def changed(metadata: dict[str, str | None] | None = None, tensor: dict[str, obj
     return packed(header)
 
 
-# --- the good ones ------------------------------------------------------------------------------------
+# --- valid files --------------------------------------------------------------------------------------
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(str.strip)
-forms = st.one_of(
+specs = st.one_of(
     st.just(TaskSpec(template="{text} =>")),
     st.dictionaries(names, names, min_size=2, max_size=4)
     .filter(lambda words: len({word.strip() for word in words.values()}) == len(words))
@@ -76,8 +76,8 @@ privacies = st.one_of(
 )
 
 
-@given(matrices, forms, privacies)
-def test_what_is_written_is_read(
+@given(matrices, specs, privacies)
+def test_a_written_prompt_is_read_back(
     embeddings: np.ndarray, spec: TaskSpec, privacy: tuple[float | None, float | None]
 ) -> None:
     prompt = PromptFile(embeddings, HASH, spec, *privacy)
@@ -87,8 +87,8 @@ def test_what_is_written_is_read(
 
 
 def test_the_bytes_are_always_the_same() -> None:
-    """Frozen here: a change of a single byte is a new version of the format."""
-    assert write_prompt(PromptFile(GOOD.embeddings.copy(), HASH, FORM, 8.0, 1e-5)) == DATA
+    """These bytes are frozen: changing a single one needs a new version of the format."""
+    assert write_prompt(PromptFile(GOOD.embeddings.copy(), HASH, SPEC, 8.0, 1e-5)) == DATA
     assert (
         packed(
             {
@@ -118,11 +118,11 @@ def test_safetensors_sees_one_tensor_and_the_documented_metadata(tmp_path: Path)
             "format": "post.prompt",
             "version": "1",
             "model_hash": HASH,
-            "task": json.dumps(FORM.model_dump(), separators=(",", ":")),
+            "task": json.dumps(SPEC.model_dump(), separators=(",", ":")),
             "epsilon": "8.0",
             "delta": "1e-05",
         }
-    path.write_bytes(write_prompt(PromptFile(GOOD.embeddings, HASH, FORM)))
+    path.write_bytes(write_prompt(PromptFile(GOOD.embeddings, HASH, SPEC)))
     with safe_open(path, framework="np") as file:
         assert set(file.metadata()) == {"format", "version", "model_hash", "task"}
 
@@ -132,15 +132,15 @@ def test_labels_keep_their_order() -> None:
     assert list(task.label_words or {}) == ["positive", "negative"]
 
 
-def test_a_torch_tensor_is_taken_and_what_is_read_belongs_to_the_reader() -> None:
+def test_a_torch_tensor_is_copied_and_a_read_prompt_is_writable() -> None:
     tensor = torch.ones(2, 3, requires_grad=True)
-    prompt = PromptFile(tensor, HASH, FORM)  # type: ignore[arg-type]
+    prompt = PromptFile(tensor, HASH, SPEC)  # type: ignore[arg-type]
     assert (prompt.length, prompt.width) == (2, 3)
     tensor.data.zero_()
     assert prompt.embeddings.all()
-    read = read_prompt(DATA).embeddings
-    read[0, 0] = 5.0
-    assert read.flags.owndata or read.base is not None
+    embeddings = read_prompt(DATA).embeddings
+    embeddings[0, 0] = 5.0
+    assert embeddings.flags.owndata or embeddings.base is not None
 
 
 @pytest.mark.parametrize(
@@ -155,18 +155,18 @@ def test_a_torch_tensor_is_taken_and_what_is_read_belongs_to_the_reader() -> Non
         np.full((2, 2), np.inf, np.float32),
     ],
 )
-def test_a_prompt_that_could_not_be_read_can_not_be_made(embeddings: np.ndarray) -> None:
+def test_a_prompt_that_could_not_be_read_can_not_be_created(embeddings: np.ndarray) -> None:
     with pytest.raises(PromptFileInvalid):
-        PromptFile(embeddings, HASH, FORM)
+        PromptFile(embeddings, HASH, SPEC)
 
 
 @pytest.mark.parametrize(
     ("epsilon", "delta"),
     [(8.0, None), (None, 1e-5), (0.0, 1e-5), (-1.0, 1e-5), (float("inf"), 1e-5), (8.0, 0.0), (8.0, 1.0)],
 )
-def test_half_a_guarantee_or_none_can_not_be_claimed(epsilon: float | None, delta: float | None) -> None:
+def test_an_incomplete_or_empty_guarantee_can_not_be_claimed(epsilon: float | None, delta: float | None) -> None:
     with pytest.raises(PromptFileInvalid):
-        PromptFile(GOOD.embeddings, HASH, FORM, epsilon, delta)
+        PromptFile(GOOD.embeddings, HASH, SPEC, epsilon, delta)
 
 
 def test_a_task_too_long_for_the_header_can_not_be_written() -> None:
@@ -175,7 +175,7 @@ def test_a_task_too_long_for_the_header_can_not_be_written() -> None:
         write_prompt(PromptFile(GOOD.embeddings, HASH, TaskSpec(template="{text}", label_words=words)))
 
 
-# --- the bad ones -------------------------------------------------------------------------------------
+# --- invalid files ------------------------------------------------------------------------------------
 
 
 def with_value(value: float) -> bytes:
@@ -206,21 +206,21 @@ def duplicated() -> bytes:
     return packed(text.encode())
 
 
-TASK_TEXT = json.dumps(FORM.model_dump(), separators=(",", ":"))
+TASK_TEXT = json.dumps(SPEC.model_dump(), separators=(",", ":"))
 BAD: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "0 bytes"),
+    "empty": (b"", "0 bytes"),
     "three bytes": (b"abc", "3 bytes"),
     "pickle": (pickle.dumps({"prompt_embeddings": GOOD.embeddings}), "header"),
     "zip, as torch.save writes": (b"PK\x03\x04" + b"\0" * 500, "header"),
     "2 GB header": ((2 * 2**30).to_bytes(8, "little") + b"{}", "header of 2147483648 bytes"),
     "2^63 header": (b"\xff" * 8 + b"{}", "header"),
-    "header longer than the file": ((100).to_bytes(8, "little") + b"{}", "cut off"),
-    "truncated header": (DATA[:60], "cut off"),
-    "truncated tensor": (DATA[:-1], "cut off"),
+    "header longer than the file": ((100).to_bytes(8, "little") + b"{}", "truncated"),
+    "truncated header": (DATA[:60], "truncated"),
+    "truncated tensor": (DATA[:-1], "truncated"),
     "one byte more": (DATA + b"\0", "too long"),
-    "header no JSON": (packed(b"{,}"), "not JSON"),
-    "header no text": (packed(b"\xff\xfe\xfd"), "not JSON"),
-    "header a list": (packed([]), "no.* JSON object"),
+    "header not JSON": (packed(b"{,}"), "not JSON"),
+    "header not text": (packed(b"\xff\xfe\xfd"), "not JSON"),
+    "header a list": (packed([]), "not.* JSON object"),
     "header nested deep": (packed(b"[" * 200_000), "not JSON"),
     "no tensor": (packed({"__metadata__": {}}, b""), "0 tensors"),
     "two tensors": (two_tensors(), "2 tensors"),
@@ -241,7 +241,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "true for a shape": (changed(tensor={"shape": [True, 12]}), "shape"),
     "offsets elsewhere": (changed(tensor={"data_offsets": [4, 52]}), "starts at byte 4"),
     "unknown dtype": (changed(tensor={"dtype": "C64"}), "dtype"),
-    "more about the tensor": (changed(tensor={"comment": "row 17"}), "nothing else"),
+    "extra member of the tensor": (changed(tensor={"comment": "row 17"}), "nothing else"),
     "metadata a list": (packed(header_of(DATA) | {"__metadata__": []}), "metadata"),
     "metadata a number": (changed({"epsilon": 8.0}), "metadata"),  # type: ignore[dict-item]
     "no metadata": (save({"prompt_embeddings": GOOD.embeddings}), "missing"),
@@ -251,18 +251,18 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no hash": (changed({"model_hash": None}), "'model_hash' is missing"),
     "hash in capitals": (changed({"model_hash": HASH.upper()}), "SHA-256"),
     "short hash": (changed({"model_hash": HASH[:-1]}), "SHA-256"),
-    "task no JSON": (changed({"task": "{"}), "task"),
+    "task not JSON": (changed({"task": "{"}), "task"),
     "task nested deep": (changed({"task": "[" * 50_000}), "task"),
     "task without a text slot": (changed({"task": '{"template":"it was"}'}), "task.*{text}"),
     "task with more in it": (changed({"task": TASK_TEXT[:-1] + ',"rows":4598}'}), "task"),
     "task with one label": (changed({"task": '{"template":"{text}","label_words":{"a":["b"]}}'}), "two labels"),
-    "task with spaces": (changed({"task": json.dumps(FORM.model_dump())}), "one form"),
+    "task with spaces": (changed({"task": json.dumps(SPEC.model_dump())}), "one form"),
     "task with a lone surrogate": (
         changed({"task": '{"template":"{text} ' + chr(92) + 'ud800"}'}),
         "task",
     ),
     "epsilon alone": (changed({"delta": None}), "both or neither"),
-    "epsilon no number": (changed({"epsilon": "eight"}), "not a number"),
+    "epsilon not a number": (changed({"epsilon": "eight"}), "not a number"),
     "epsilon NaN": (changed({"epsilon": "nan"}), "epsilon"),
     "epsilon infinite": (changed({"epsilon": "1e999"}), "epsilon"),
     "epsilon negative": (changed({"epsilon": "-8.0"}), "epsilon"),
@@ -278,7 +278,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_bytes_are_refused_and_the_reason_is_said(name: str) -> None:
+def test_bad_bytes_are_refused_with_the_reason(name: str) -> None:
     data, reason = BAD[name]
     with pytest.raises(PromptFileInvalid, match=reason):
         read_prompt(data)
@@ -300,8 +300,8 @@ def test_nothing_large_is_allocated_for_a_refusal(name: str) -> None:
         tracemalloc.stop()
 
 
-def test_a_lie_about_the_size_is_found_before_the_tensor_is_made() -> None:
-    """A megabyte of NaN behind a wrong header: the header's lie is reported, the numbers are never looked at."""
+def test_a_wrong_size_is_found_before_the_tensor_is_created() -> None:
+    """A megabyte of NaN behind a wrong header: the wrong size is reported, and the values are never read."""
     data = packed(header_of(DATA), b"\xff" * 1_000_000)
     with pytest.raises(PromptFileInvalid, match="too long"):
         read_prompt(data)
@@ -318,13 +318,13 @@ edits = st.lists(
 @given(edits)
 def test_mutated_bytes_read_equal_or_are_refused(changes: list[tuple[str, int, bytes]]) -> None:
     data = DATA
-    for kind, at, some in changes:
+    for kind, at, inserted in changes:
         if kind == "set":
-            data = data[:at] + some + data[at + len(some) :]
+            data = data[:at] + inserted + data[at + len(inserted) :]
         elif kind == "cut":
             data = data[:at]
         elif kind == "insert":
-            data = data[:at] + some + data[at:]
+            data = data[:at] + inserted + data[at:]
         else:
             data = data[at:] + data[:at]
     try:

@@ -1,4 +1,4 @@
-"""Laws of serving: rows with prompts of their own, in shared batches, are what each is alone on the slow path."""
+"""Laws of classification in shared batches: each row, with its own prompt, gets the result of the slow path alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ready(model: LanguageModel, task: Task, length: int, seed: int = 0) -> Serve
 
 
 def slow(model: LanguageModel, text: str, prompt: ServedPrompt) -> torch.Tensor:
-    """The plain Transformers model: the prompt put before the one unpadded text, all positions, whole vocabulary."""
+    """The plain Transformers model: the prompt before one unpadded text, all positions, the whole vocabulary."""
     row = encode_rows(model, prompt.task, [text], model.max_length - prompt.length).rows[0]
     inputs = model.model.get_input_embeddings()(torch.tensor([row.token_ids]))
     if prompt.embeddings is not None:
@@ -36,17 +36,17 @@ def slow(model: LanguageModel, text: str, prompt: ServedPrompt) -> torch.Tensor:
 
 
 def check(model: LanguageModel, prompts: Sequence[ServedPrompt], texts: Sequence[str] = TEXTS) -> None:
-    for found, text, prompt in zip(classify_mixed(model, texts, prompts), texts, prompts, strict=True):
-        assert found.scores is not None
-        assert not found.truncated
-        torch.testing.assert_close(torch.tensor(found.scores), slow(model, text, prompt), rtol=1e-4, atol=1e-5)
+    for result, text, prompt in zip(classify_mixed(model, texts, prompts), texts, prompts, strict=True):
+        assert result.scores is not None
+        assert not result.truncated
+        torch.testing.assert_close(torch.tensor(result.scores), slow(model, text, prompt), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CAUSAL + MASKED)
 @pytest.mark.parametrize("lengths", [(7,) * 8, (7, 3, 0, 12, 1, 3, 7, 0)], ids=["one-length", "many-lengths"])
-def test_every_row_has_a_prompt_and_a_task_of_its_own(family: str, lengths: Sequence[int]) -> None:
+def test_every_row_has_its_own_prompt_and_task(family: str, lengths: Sequence[int]) -> None:
     model = tiny_model(family)
-    check(model, [ready(model, TASKS[at], length, seed=at) for at, length in enumerate(lengths)])
+    check(model, [ready(model, TASKS[i], length, seed=i) for i, length in enumerate(lengths)])
 
 
 def test_prompts_longer_than_the_sliding_window() -> None:
@@ -65,43 +65,44 @@ def test_many_rows_of_one_prompt_in_bounded_batches(monkeypatch: pytest.MonkeyPa
     prompt = ready(model, TWO, 5)
     run = model.run_body
 
-    def watched(**inputs: object) -> object:
+    def recording(**inputs: object) -> object:
         sizes.append(inputs["inputs_embeds"].shape[:2])  # type: ignore[attr-defined]
         return run(**inputs)
 
-    monkeypatch.setattr(model, "run_body", watched)
-    found = classify_mixed(model, TEXTS * 4, [prompt] * 32, batch_tokens=60)
+    monkeypatch.setattr(model, "run_body", recording)
+    results = classify_mixed(model, TEXTS * 4, [prompt] * 32, batch_tokens=60)
     assert all(rows * tokens <= 60 for rows, tokens in sizes), "the prompt isn't run again, and no batch is too large"
-    for at, each in enumerate(found):
-        assert each.scores == pytest.approx(found[at % 8].scores, abs=1e-5)
+    for i, result in enumerate(results):
+        assert result.scores == pytest.approx(results[i % 8].scores, abs=1e-5)
 
 
-def test_what_is_too_long_is_cut_and_said() -> None:
+def test_a_long_text_is_truncated_and_marked() -> None:
     model = tiny_model("llama")
     long = "a film that was nice " * 200
     prompts = [ready(model, TWO, length) for length in (200, 10, 10)]
-    found = classify_mixed(model, [long, long, "nice"], prompts)
-    assert [each.truncated for each in found] == [True, True, False]
-    for each, prompt in zip(found[:2], prompts, strict=False):
+    results = classify_mixed(model, [long, long, "nice"], prompts)
+    assert [result.truncated for result in results] == [True, True, False]
+    for result, prompt in zip(results[:2], prompts, strict=False):
         row = encode_rows(model, TWO, [long], model.max_length - prompt.length).rows[0]
         assert len(row.token_ids) + prompt.length <= model.max_length < len(row.token_ids) + prompt.length + 6
-        torch.testing.assert_close(torch.tensor(each.scores), slow(model, long, prompt), rtol=1e-4, atol=1e-5)
-    assert [each.truncated for each in classify_mixed(model, TEXTS[:3], prompts, max_length=8)] == [False, True, False]
+        torch.testing.assert_close(torch.tensor(result.scores), slow(model, long, prompt), rtol=1e-4, atol=1e-5)
+    shortened = classify_mixed(model, TEXTS[:3], prompts, max_length=8)
+    assert [result.truncated for result in shortened] == [False, True, False]
     with pytest.raises(InvalidInput, match="fills"):
         ready(model, TWO, 256)
     with pytest.raises(PromptMismatch):
         ServedPrompt.of(model, TWO, torch.zeros(3, 31))
 
 
-def test_a_prompt_of_no_use_spoils_no_other_row() -> None:
+def test_a_nan_prompt_affects_no_other_row() -> None:
     model = tiny_model("llama")
     good, bad = ready(model, TWO, 4), ServedPrompt.of(model, TWO, torch.full((4, 32), torch.nan))
-    found = classify_mixed(model, TEXTS[:3], [good, bad, good])
-    assert found[1] == Classified(None, False)
-    assert found[0].scores == pytest.approx(classify_mixed(model, TEXTS[:1], [good])[0].scores, abs=1e-5)
+    results = classify_mixed(model, TEXTS[:3], [good, bad, good])
+    assert results[1] == Classified(None, False)
+    assert results[0].scores == pytest.approx(classify_mixed(model, TEXTS[:1], [good])[0].scores, abs=1e-5)
 
 
-def test_the_cache_holds_what_fits_and_keeps_tenants_apart() -> None:
+def test_the_cache_keeps_its_limit_and_separates_tenants() -> None:
     model, made = tiny_model("llama"), []
     one = ready(model, TWO, 5)
     head = model.hidden_size // 4
@@ -120,7 +121,7 @@ def test_the_cache_holds_what_fits_and_keeps_tenants_apart() -> None:
         get(tenant, prompt)
     assert made == [("a", "p"), ("b", "p"), ("a", "q"), ("b", "p")]
     get("a", "large", 11)
-    assert len(cache) == 2, "what is too large for the cache pushes nothing out"
+    assert len(cache) == 2, "a prompt larger than the cache evicts nothing"
     get("a", "large", 11)
     assert made[-2:] == [("a", "large")] * 2
     cache.forget(model="model")

@@ -39,7 +39,7 @@ def test_zero_on_equal_inputs_and_positive_otherwise(temperature: float) -> None
 
 def test_imitation_at_temperature_one_is_the_plain_divergence() -> None:
     target, student = A.softmax(-1), B.softmax(-1)
-    plain = (student * (student / target).log()).sum(-1)  # KL(student || target): the student is right
+    plain = (student * (student / target).log()).sum(-1)  # KL(student || target): the student is the reference
     torch.testing.assert_close(imitation(A, B, 1.0), plain)
 
 
@@ -49,8 +49,8 @@ def test_adding_a_constant_to_all_logits_changes_nothing() -> None:
     torch.testing.assert_close(shifted, shift(A, B, C, D), atol=1e-5, rtol=1e-5)
 
 
-def test_shift_is_blind_to_what_both_models_had_before() -> None:
-    """Eq. 5 compares changes: the same change on top of other plain logits costs nothing."""
+def test_shift_loss_does_not_depend_on_the_plain_logits() -> None:
+    """Eq. 5 compares changes: equal changes of different plain logits have loss 0."""
     change = torch.randn(5, 11)
     torch.testing.assert_close(shift(A + change, A, B + change, B), torch.zeros(5), atol=1e-5, rtol=0)
 
@@ -72,17 +72,17 @@ def test_distillation_loss_is_the_weighted_sum_of_table_8() -> None:
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 0.99))
-def test_alpha_heuristic_stays_in_range_and_follows_eq_6(zero_shot: float, compressed: float, guess: float) -> None:
-    alpha = losses.alpha_heuristic(zero_shot, compressed, guess)
+def test_alpha_heuristic_stays_in_range_and_follows_eq_6(zero_shot: float, prompted: float, guess: float) -> None:
+    alpha = losses.alpha_heuristic(zero_shot, prompted, guess)
     assert 0.0 <= alpha <= 1.0
-    if compressed > guess and 0 <= (zero_shot - guess) / (compressed - guess) <= 1:
-        assert alpha == (zero_shot - guess) / (compressed - guess)
-    if compressed <= guess:
+    if prompted > guess and 0 <= (zero_shot - guess) / (prompted - guess) <= 1:
+        assert alpha == (zero_shot - guess) / (prompted - guess)
+    if prompted <= guess:
         assert alpha == 1.0
 
 
 def test_answer_loss_is_the_mean_over_each_rows_own_tokens() -> None:
     logits, tokens, rows = torch.randn(6, 9), torch.arange(6), torch.tensor([0, 0, 0, 1, 2, 2])
-    each = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
-    wanted = torch.stack([each[:3].mean(), each[3], each[4:].mean()])
-    torch.testing.assert_close(losses.answer_loss(logits, tokens, rows, 3), wanted)
+    per_token = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    expected = torch.stack([per_token[:3].mean(), per_token[3], per_token[4:].mean()])
+    torch.testing.assert_close(losses.answer_loss(logits, tokens, rows, 3), expected)

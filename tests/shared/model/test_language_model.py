@@ -1,4 +1,4 @@
-"""Laws of the wrapper, on every family: what it computes is what the plain model computes, row by row."""
+"""On every family, the wrapper computes what the plain model computes row by row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from post_shared.data.tasks import Task
-from post_shared.engine.devices import WIDE, choose_device, training_dtype
+from post_shared.engine.devices import choose_device
 from post_shared.errors import InvalidInput, PromptMismatch
 from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def single_rows(model: LanguageModel, prompts: list[torch.Tensor | None]) -> torch.Tensor:
-    """The slow path: the plain Transformers model, one row at a time, all positions, unpadded."""
+    """The reference: the plain Transformers model, one row at a time, all positions, unpadded."""
     encoded = encode_rows(model, TASK, TEXTS)
     answers = []
     for row, prompt in zip(encoded.rows, prompts, strict=True):
@@ -40,7 +40,7 @@ def single_rows(model: LanguageModel, prompts: list[torch.Tensor | None]) -> tor
     return torch.stack(answers)
 
 
-def test_without_prompt_equals_the_plain_model_on_token_ids(model: LanguageModel) -> None:
+def test_without_a_prompt_it_equals_the_plain_model_on_token_ids(model: LanguageModel) -> None:
     encoded = encode_rows(model, TASK, TEXTS)
     plain = [model.model(torch.tensor([r.token_ids])).logits[0, r.positions[0]] for r in encoded.rows]
     close(model.answer_logits(encoded.batch(range(8))), torch.stack(plain))
@@ -67,7 +67,7 @@ def test_prefix_equals_running_the_prompt_again(family: str) -> None:
     batch = encode_rows(model, TASK, TEXTS).batch(range(8))
     prompt = SoftPrompt.random(model, 7, seed=2).embeddings
     prefix = model.prefix(prompt)
-    for _ in range(2):  # the second time shows that the first left the prefix as it was
+    for _ in range(2):  # the second time checks that the first left the prefix unchanged
         close(model.answer_logits(batch, prefix), model.answer_logits(batch, per_row(prompt, batch)))
 
 
@@ -75,18 +75,19 @@ def test_prefix_equals_running_the_prompt_again(family: str) -> None:
 def test_prompts_run_once_give_the_logits_and_gradients_of_one_run_per_row(
     model: LanguageModel, index: list[int] | None
 ) -> None:
-    batch, place = encode_rows(model, TASK, TEXTS).batch(range(8)), None if index is None else torch.tensor(index)
+    batch = encode_rows(model, TASK, TEXTS).batch(range(8))
+    prompt_index = None if index is None else torch.tensor(index)
     start = torch.stack([SoftPrompt.random(model, 7, seed=seed).embeddings for seed in (2, 3, 4)])
-    once, each = ((start[0] if index is None else start).clone().requires_grad_() for _ in range(2))
-    shared = model.answer_logits(batch, once, prompt_index=place)
-    plain = model.answer_logits(batch, per_row(each, batch) if place is None else each[place])
+    once, repeated = ((start[0] if index is None else start).clone().requires_grad_() for _ in range(2))
+    shared = model.answer_logits(batch, once, prompt_index=prompt_index)
+    plain = model.answer_logits(batch, per_row(repeated, batch) if prompt_index is None else repeated[prompt_index])
     close(shared, plain)
     weights = torch.randn(shared.shape, generator=torch.Generator().manual_seed(0))
     for logits in (shared, plain):
         (logits * weights).sum().backward()
     assert once.grad is not None
-    assert each.grad is not None
-    torch.testing.assert_close(once.grad, each.grad, rtol=1e-3, atol=1e-4 * float(each.grad.abs().max()))
+    assert repeated.grad is not None
+    torch.testing.assert_close(once.grad, repeated.grad, rtol=1e-3, atol=1e-4 * float(repeated.grad.abs().max()))
 
 
 def test_gradient_reaches_the_prompt_and_no_weight(model: LanguageModel) -> None:
@@ -114,36 +115,37 @@ def test_a_bos_token_stays_first_and_the_prompt_goes_before_it() -> None:
     close(model.answer_logits(encoded.batch(range(8))), single_rows(model, [None] * 8))
 
 
-def test_positions_of_the_roberta_table_are_counted_right() -> None:
-    assert tiny_model("roberta").max_length == 257  # 258 places, padding_idx 0, so numbers start at 1
+def test_positions_of_the_roberta_table_are_counted_correctly() -> None:
+    assert tiny_model("roberta").max_length == 257  # 258 entries, padding_idx 0, so positions start at 1
     assert tiny_model("llama").max_length == 256
 
 
-def test_wrong_width_missing_folder_and_unknown_device_are_said(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_width_missing_folder_and_unknown_device_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = tiny_model("llama")
     with pytest.raises(PromptMismatch, match="width 31"):
         model.answer_logits(encode_rows(model, TASK, TEXTS).batch([0]), torch.zeros(3, 31))
     with pytest.raises(InvalidInput, match="can't load"):
         LanguageModel.load(tmp_path / "nothing")
-    with pytest.raises(InvalidInput, match="no device"):
+    with pytest.raises(InvalidInput, match="not a device"):
         choose_device("quantum")
     with pytest.raises(InvalidInput, match="masked"):
         tiny_model("bert").prefix(torch.zeros(3, 32))
     assert len(LABELS) == len(TEXTS)
 
 
-def test_who_teaches_computes_in_bfloat16_where_a_cpu_is_made_for_it(
+def test_a_model_for_training_computes_in_what_was_measured_faster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu = torch.device("cpu")
     tiny_model().save(tmp_path)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
-    assert training_dtype(cpu, WIDE) is torch.float32
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
-    assert training_dtype(cpu, WIDE) is torch.bfloat16
-    assert training_dtype(cpu, WIDE - 1) is torch.float32
-    assert training_dtype(torch.device("cuda"), 1) is torch.bfloat16
-    monkeypatch.setattr("post_shared.engine.devices.WIDE", 1)
-    assert LanguageModel.load(tmp_path, device="cpu", teaches=True).dtype is torch.bfloat16
+    monkeypatch.setattr("post_shared.engine.precision.NARROW", 1)
+    monkeypatch.setattr("post_shared.engine.precision.time_share", lambda *_: 0.5)
+    fast = LanguageModel.load(tmp_path, device="cpu", for_training=True)
+    assert fast.dtype is torch.bfloat16
+    assert fast.precision.document() == {
+        "dtype": "bfloat16",
+        "reason": "measured: 2.0 times as fast as float32 (training)",
+    }
     assert LanguageModel.load(tmp_path, device="cpu").dtype is torch.float32
-    assert LanguageModel.load(tmp_path, device="cpu", dtype=torch.float32, teaches=True).dtype is torch.float32
+    assert LanguageModel.load(tmp_path, device="cpu", dtype=torch.float32, for_training=True).dtype is torch.float32
+    monkeypatch.setattr("post_shared.engine.precision.time_share", lambda *_: 1.2)
+    assert LanguageModel.load(tmp_path, device="cpu", for_training=True).dtype is torch.float32

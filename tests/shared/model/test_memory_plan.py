@@ -1,4 +1,4 @@
-"""The memory plan, and that cutting a step into what fits changes nothing but its memory."""
+"""The memory plan: cutting a step into micro-batches that fit changes nothing but its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from post_shared.data.batches import PASS, EncodedRow, EncodedRows
+from post_shared.data.batches import PASS_COST, EncodedRow, EncodedRows
 from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
 from post_shared.engine.memory_profiler import peak_bytes
@@ -20,7 +20,7 @@ from post_shared.inference import evaluation
 from post_shared.inference.classification import ServedPrompt, classify_mixed
 from post_shared.inference.evaluation import generate
 from post_shared.inference.generation import continuations as continued
-from post_shared.method.tuning.tune import OWN_BATCH, PUBLIC_BATCH, planned, tuning_objective
+from post_shared.method.tuning.tune import PLAIN_BATCH, PUBLIC_BATCH, plan_tuning, tuning_objective
 from post_shared.model import memory_plan
 from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
@@ -38,21 +38,21 @@ def rows_of(lengths: list[int]) -> EncodedRows:
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 12), st.integers(1, 200))
-def test_no_other_way_of_cutting_a_batch_costs_less(lengths: list[int], size: int, tokens: int) -> None:
+def test_no_other_cut_of_a_batch_costs_less(lengths: list[int], size: int, tokens: int) -> None:
     batch = rows_of(lengths).batch(range(len(lengths)))
     parts = batch.places(size, tokens=tokens)
-    assert sorted(at for part in parts for at in part) == list(range(len(lengths)))
-    held = [len(part) * max(lengths[at] for at in part) for part in parts]
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    padded = [len(part) * max(lengths[row] for row in part) for part in parts]
     assert all(len(part) <= size for part in parts)
-    assert all(len(part) == 1 or of <= tokens for part, of in zip(parts, held, strict=True))
+    assert all(len(part) == 1 or count <= tokens for part, count in zip(parts, padded, strict=True))
     ordered = sorted(lengths)
 
     def least(end: int) -> int:
-        """By trying all."""
-        ways = [n for n in range(1, min(size, end) + 1) if n == 1 or n * ordered[end - 1] <= tokens]
-        return min((least(end - n) + n * ordered[end - 1] + PASS for n in ways), default=0) if end else 0
+        """By exhaustive search."""
+        counts = [n for n in range(1, min(size, end) + 1) if n == 1 or n * ordered[end - 1] <= tokens]
+        return min((least(end - n) + n * ordered[end - 1] + PASS_COST for n in counts), default=0) if end else 0
 
-    assert sum(held) + PASS * len(parts) == least(len(lengths))
+    assert sum(padded) + PASS_COST * len(parts) == least(len(lengths))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
@@ -74,7 +74,7 @@ def test_a_step_in_parts_is_the_step(family: str) -> None:
         torch.testing.assert_close(prompt, moved[0][2], rtol=0, atol=1e-4)
 
 
-def test_what_a_position_keeps_grows_with_the_layers_and_leaves_the_weights_out() -> None:
+def test_memory_per_position_grows_with_the_layers_and_excludes_the_weights() -> None:
     small, large = (saved_per_position(tiny_model(layers=layers)) for layers in (2, 6))
     assert 2.0 < large / small < 4.0
     wide = tiny_model(layers=2)
@@ -84,59 +84,63 @@ def test_what_a_position_keeps_grows_with_the_layers_and_leaves_the_weights_out(
 
 def test_a_plan_fits_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    each = saved_per_position(model)
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 100 * each)
+    per_position = saved_per_position(model)
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 100 * per_position)
     plan = plan_step(model, longest=20)
     assert plan.positions == 60
-    assert plan.bytes == 60 * each
+    assert plan.bytes == 60 * per_position
     with pytest.raises(OutOfMemory, match=r"61 positions.*MB are free on cpu"):
         plan_step(model, longest=61)
     monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 10**12)
-    assert plan_step(model, longest=20, most=50 * each).positions == 50
-    assert plan_step(model, longest=900, most=50 * each).positions == 900
+    assert plan_step(model, longest=20, max_bytes=50 * per_position).positions == 50
+    assert plan_step(model, longest=900, max_bytes=50 * per_position).positions == 900
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_a_plain_step_and_its_lean_fit_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_step_and_its_label_bias_fit_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = tiny_model(family), TuneOptions(num_virtual_tokens=4, max_length=32)
     task = TASK if model.kind == "causal" else Task("{text}, it was {mask}", TASK.label_words)
     rows = [Row(f"{text} {at}", LABELS[0]) for at, text in enumerate(TEXTS * 9)]
     encoded = encode_rows(model, task, [row.text for row in rows], 32, reserved=4)
-    longest, each = 4 + encoded.whole.longest, saved_per_position(model)
+    longest, per_position = 4 + encoded.whole.longest, saved_per_position(model)
     for several in (1, 3):
-        reserved = (OWN_BATCH + several) * longest
+        reserved = (PLAIN_BATCH + several) * longest
         monkeypatch.setattr(
-            memory_plan, "free_bytes", lambda _, reserved=reserved: int((reserved + 0.5) * each / memory_plan.SHARE)
+            memory_plan,
+            "free_bytes",
+            lambda _, reserved=reserved: int((reserved + 0.5) * per_position / memory_plan.SHARE),
         )
-        split, calibrated = planned(model, task, rows, None, encoded, config, private=False)
+        split, calibrated = plan_tuning(model, task, rows, None, encoded, config, private=False)
         assert calibrated is not None
-        assert calibrated.batches.batch_size == OWN_BATCH, "what is learnt doesn't depend on the memory"
+        assert calibrated.batches.batch_size == PLAIN_BATCH, "the result doesn't depend on the memory"
         for part in split(encoded.whole):
             assert config.num_virtual_tokens + sum(map(encoded.length, part.index)) <= reserved - calibrated.held
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: int(OWN_BATCH * longest * each / memory_plan.SHARE))
+    monkeypatch.setattr(
+        memory_plan, "free_bytes", lambda _: int(PLAIN_BATCH * longest * per_position / memory_plan.SHARE)
+    )
     with pytest.raises(OutOfMemory):
-        planned(model, task, rows, None, encoded, config, private=False)
-    _, private = planned(model, task, rows, [row.text for row in rows], encoded, config, private=True)
+        plan_tuning(model, task, rows, None, encoded, config, private=False)
+    _, private = plan_tuning(model, task, rows, [row.text for row in rows], encoded, config, private=True)
     assert private is not None
-    assert private.batches.batch_size == PUBLIC_BATCH, "of a private run nothing depends on what is free"
+    assert private.batches.batch_size == PUBLIC_BATCH, "a private run doesn't depend on the free memory"
     assert private.held == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_a_packed_step_with_a_long_prompt_keeps_what_was_planned(family: str) -> None:
+def test_a_packed_step_with_a_long_prompt_takes_the_planned_memory(family: str) -> None:
     model = tiny_model(family)
     encoded, loss = encode_rows(model, TASK, TEXTS * 8, labels=LABELS * 8, reserved=40), tuning_objective(model, TASK)
     plan, batch = plan_step(model, longest=60), encoded.whole
     positions = 40 + sum(encoded.length(row) for row in batch.index)
     prompt = torch.randn(40, model.hidden_size).mul(0.1).requires_grad_()
     kept = memory_plan.kept_bytes(lambda: loss(prompt, batch), model.model.parameters())
-    texts = len(batch) * 40 * plan.copied
+    texts = len(batch) * 40 * plan.prompt_copy
     assert kept <= 1.15 * (positions + texts) * plan.per_position
     cut = replace(plan, positions=positions).cut(40, packed=True)
     assert len(cut(batch)) > 1, "each text's own keys and values of the prompt count"
 
 
-def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "CGROUP", tmp_path)
     unlimited = free_bytes(CPU)
     assert unlimited > 10**6
@@ -149,7 +153,7 @@ def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.Monk
     assert free_bytes(CPU) == 0
 
 
-def test_texts_of_all_lengths_behind_one_prompt_are_in_their_order() -> None:
+def test_texts_of_all_lengths_behind_one_prompt_keep_their_order() -> None:
     model: LanguageModel = tiny_model()
     encoded = encode_rows(model, TASK, [*TEXTS, " ".join(TEXTS) * 2], reserved=4)
     batch, prompt = encoded.batch([8, 2, 4, 0, 5, 8, 1]), torch.randn(4, model.hidden_size)
@@ -167,7 +171,7 @@ def test_texts_of_all_lengths_behind_one_prompt_are_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("family", CAUSAL + MASKED)
-def test_what_a_position_holds_is_near_what_a_batch_takes(family: str) -> None:
+def test_memory_per_position_predicts_that_of_a_batch(family: str) -> None:
     model = tiny_model(family)
 
     @torch.no_grad()
@@ -176,11 +180,15 @@ def test_what_a_position_holds_is_near_what_a_batch_takes(family: str) -> None:
 
     measured = (peak(6, 40) - peak(1, 16)) / (6 * 40 - 16)
     assert 0.6 * measured < held_per_position(model) < 1.6 * measured
-    assert held_per_position(tiny_model(family, layers=8)) < 1.2 * held_per_position(model), "one layer's at a time"
+    assert held_per_position(tiny_model(family, layers=8)) < 1.2 * held_per_position(model), (
+        "the activations of one layer at a time"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_answers_in_little_memory_are_the_same_in_smaller_batches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_little_memory_answers_are_the_same_in_smaller_batches(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(family)
     task = TASK if model.kind == "causal" else Task("{text}, it was {mask}", TASK.label_words)
     served = [ServedPrompt.of(model, task, torch.randn(7, model.hidden_size))] * len(TEXTS)
@@ -192,21 +200,21 @@ def test_answers_in_little_memory_are_the_same_in_smaller_batches(family: str, m
     sizes.clear()
     small = classify_mixed(model, TEXTS, served)
     assert max(sizes) < len(TEXTS)
-    for mine, expected in zip(small, ample, strict=True):
-        assert mine.scores == pytest.approx(expected.scores, abs=1e-5)
+    for actual, expected in zip(small, ample, strict=True):
+        assert actual.scores == pytest.approx(expected.scores, abs=1e-5)
     monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 10 * held_per_position(model))
     with pytest.raises(OutOfMemory, match=r"positions\) takes .* MB are free on cpu"):
         classify_mixed(model, TEXTS, served)
 
 
-def test_free_answers_in_little_memory_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_little_memory_free_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = tiny_model(), Task("{text} is")
     prompt = torch.randn(5, model.hidden_size)
     ample = generate(model, task, TEXTS, prompt, max_new_tokens=4, max_length=32)
     plan = plan_pass(model, longest=41, kept=2 * model.prefix(torch.zeros(1, model.hidden_size)).nbytes)
     sizes: list[int] = []
-    noted = lambda model, rows, *more: sizes.append(len(rows)) or continued(model, rows, *more)  # noqa: E731
-    monkeypatch.setattr(evaluation, "continuations", noted)
+    recorded = lambda model, rows, *more: sizes.append(len(rows)) or continued(model, rows, *more)  # noqa: E731
+    monkeypatch.setattr(evaluation, "continuations", recorded)
     monkeypatch.setattr(memory_plan, "free_bytes", lambda _: int(3.5 * 41 * plan.per_position / memory_plan.SHARE))
     assert generate(model, task, TEXTS, prompt, max_new_tokens=4, max_length=32) == ample
     assert max(sizes) == 3

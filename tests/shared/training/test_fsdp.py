@@ -1,4 +1,4 @@
-"""A target that two processes share (FSDP, gloo) answers, learns and is transferred to as in one."""
+"""A target sharded over two processes (FSDP, gloo) gives the outputs, gradients and transfer of one process."""
 
 from __future__ import annotations
 
@@ -44,56 +44,56 @@ def gradient(model: LanguageModel) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.detach(), prompt.grad
 
 
-def moved(model: LanguageModel, group: Group | None, rows: int) -> tuple[float, torch.Tensor]:
-    """A step on so many rows, in micro-batches of two."""
+def step(model: LanguageModel, group: Group | None, rows: int) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a step on ``rows`` rows, in micro-batches of two."""
     task = task_for(model)
     batch = encode_rows(model, task, TEXTS, labels=LABELS, reserved=4).batch(range(rows))
     prompt = torch.nn.Parameter(SoftPrompt.random(tiny_model(), 4).embeddings.clone())
-    split = lambda some: some.split(2)  # noqa: E731
+    split = lambda batch: batch.split(2)  # noqa: E731
     adam = SharedAdam(prompt, 0.01, split, group) if group else PromptAdam(prompt, 0.01, split)
     value = adam.update(tuning_objective(model, task), batch)
     assert prompt.grad is not None
     return value, prompt.grad
 
 
-def shared(rank: int, port: int, family: str, folder: Path) -> None:
-    """What each of the two processes does."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+def run_process(rank: int, port: int, family: str, folder: Path) -> None:
+    """The checks that each of the two processes runs."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     group, plain = Group.join(cpu=True), tiny_model(family)
     target, student = shard(tiny_model(family), group), copy_student(plain, [0, 3])
-    held = sum(weight.to_local().numel() for weight in target.model.parameters() if hasattr(weight, "to_local"))
-    whole = sum(weight.numel() for weight in target.model.parameters() if hasattr(weight, "to_local"))
-    assert 0.45 < held / whole < 0.55
+    local = sum(weight.to_local().numel() for weight in target.model.parameters() if hasattr(weight, "to_local"))
+    total = sum(weight.numel() for weight in target.model.parameters() if hasattr(weight, "to_local"))
+    assert 0.45 < local / total < 0.55
     assert fingerprint(target) == fingerprint(plain)
     assert saved_per_position(target) == saved_per_position(plain)
-    for mine, expected in zip(gradient(target), gradient(plain), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
-    for rows in (8, 3, 1):  # one process may be left without a row
-        mine, expected = moved(target, group, rows), moved(plain, None, rows)
-        assert mine[0] == pytest.approx(expected[0], rel=1e-5)
-        torch.testing.assert_close(mine[1], expected[1], rtol=1e-4, atol=1e-6)
+    for actual, expected in zip(gradient(target), gradient(plain), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for rows in (8, 3, 1):  # with one row, one process has none
+        actual, expected = step(target, group, rows), step(plain, None, rows)
+        assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-6)
     prompt, task = SoftPrompt.random(plain, 4), task_for(plain)
     alone = transfer(plain, student, task, prompt, TEXTS, CONFIG)
 
     def stop(progress: Progress) -> None:
         if progress.stage == "transfer" and progress.step == 2:
-            raise Cancelled("enough")
+            raise Cancelled("stop")
 
     checkpoint = folder / "checkpoint"
-    for report in (stop, None):  # both are told to stop, and go on from what the leader kept
+    for on_progress in (stop, None):  # both are cancelled, and resume from the leader's checkpoint
         try:
-            more = {"on_progress": report} if report else {}
+            more = {"on_progress": on_progress} if on_progress else {}
             together = transfer(
                 target, student, task, prompt, TEXTS, CONFIG, checkpoint=checkpoint, group=group, **more
             )
         except Cancelled:
-            torch.distributed.barrier()  # the leader has written it
+            torch.distributed.barrier()  # the leader has written the checkpoint
     torch.testing.assert_close(together.prompt.embeddings, alone.prompt.embeddings, rtol=1e-3, atol=1e-4)
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_two_processes_say_and_learn_what_one_does(family: str, tmp_path: Path) -> None:
-    multiprocessing.spawn(shared, (_free_port(), family, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+def test_two_processes_compute_and_learn_what_one_does(family: str, tmp_path: Path) -> None:
+    multiprocessing.spawn(run_process, (_free_port(), family, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]

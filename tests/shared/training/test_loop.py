@@ -1,4 +1,4 @@
-"""Laws of the training loop: killed and resumed equals undisturbed; a foreign or broken state is not ours."""
+"""Laws of the training loop: killed and resumed equals undisturbed; the state of another run is ignored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.models import LABELS, TEXTS, per_row, tiny_model
 TASK = Task("{text}, it was", {"negative": ("bad", "terrible"), "positive": ("good", "great")})
 
 
-def work(checkpoint: Checkpoint | None = None, stop_at: int | None = None, steps: int = 12) -> Tensor:
+def train(checkpoint: Checkpoint | None = None, stop_at: int | None = None, steps: int = 12) -> Tensor:
     model = tiny_model()
     encoded = encode_rows(model, TASK, TEXTS, labels=LABELS)
     words = label_words(model, TASK)
@@ -34,9 +34,9 @@ def work(checkpoint: Checkpoint | None = None, stop_at: int | None = None, steps
     def loss(prompt: Tensor, batch: Batch) -> Tensor:
         return label_word_loss(words.of(model.answer_logits(batch, per_row(prompt, batch))), batch.labels)
 
-    def report(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.step == stop_at:
-            raise Cancelled("enough")
+            raise Cancelled("stop")
 
     start = SoftPrompt.random(model, 3).embeddings
     return train_prompt(
@@ -46,22 +46,22 @@ def work(checkpoint: Checkpoint | None = None, stop_at: int | None = None, steps
         steps=steps,
         learning_rate=0.05,
         stage="tune",
-        on_progress=report,
+        on_progress=on_progress,
         checkpoint=checkpoint,
     )
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
 def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path, stop_at: int) -> None:
-    kept = Checkpoint(tmp_path, "work")
+    kept = Checkpoint(tmp_path, "run")
     with pytest.raises(Cancelled):
-        work(kept, stop_at)
+        train(kept, stop_at)
     assert kept.begun()
-    assert torch.equal(work(kept), work())
+    assert torch.equal(train(kept), train())
 
 
 def test_a_kill_between_checkpoints_repeats_steps_and_ends_the_same(tmp_path: Path) -> None:
-    kept = Checkpoint(tmp_path, "work", every_seconds=0.0)
+    kept = Checkpoint(tmp_path, "run", every_seconds=0.0)
 
     class Killed(BaseException):
         pass
@@ -75,21 +75,21 @@ def test_a_kill_between_checkpoints_repeats_steps_and_ends_the_same(tmp_path: Pa
 
     object.__setattr__(kept, "save", save)
     with pytest.raises(Killed):
-        work(kept)
-    assert torch.equal(work(Checkpoint(tmp_path, "work")), work())
+        train(kept)
+    assert torch.equal(train(Checkpoint(tmp_path, "run")), train())
 
 
-def test_a_state_of_other_work_or_a_broken_file_is_ignored(tmp_path: Path) -> None:
-    kept = Checkpoint(tmp_path, "work")
+def test_the_state_of_another_run_or_a_broken_file_is_ignored(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path, "run")
     with pytest.raises(Cancelled):
-        work(kept, stop_at=5)
+        train(kept, stop_at=5)
     assert Checkpoint(tmp_path, "other").load() is None
     kept.path.write_bytes(kept.path.read_bytes()[:100])
     assert kept.load() is None
-    assert torch.equal(work(kept), work())
+    assert torch.equal(train(kept), train())
 
 
-def test_tuning_lowers_the_loss_and_moves_nothing_but_the_prompt() -> None:
+def test_tuning_lowers_the_loss_and_changes_nothing_but_the_prompt() -> None:
     model = tiny_model()
     weights = [p.clone() for p in model.model.parameters()]
     seen: list[float] = []
@@ -109,7 +109,7 @@ def test_tuning_lowers_the_loss_and_moves_nothing_but_the_prompt() -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, model.model.parameters(), strict=True))
 
 
-def test_a_loss_that_is_not_finite_stops_the_work() -> None:
+def test_a_loss_that_is_not_finite_stops_training() -> None:
     class Nothing:
         def state(self) -> dict[str, Tensor]:
             return {}
@@ -127,21 +127,21 @@ def test_the_schedule_rises_then_falls_to_zero() -> None:
 
 
 def test_fingerprints_differ_when_anything_differs() -> None:
-    marks = {fingerprint(*parts) for parts in [(1, "a"), (1, "b"), (torch.ones(2),), (torch.zeros(2),)]}
-    assert len(marks) == 4
+    digests = {fingerprint(*parts) for parts in [(1, "a"), (1, "b"), (torch.ones(2),), (torch.zeros(2),)]}
+    assert len(digests) == 4
     exact = torch.nn.Linear(4, 4)
     rounded = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
-    exact.load_state_dict(rounded.state_dict())  # the same numbers, and other results of what is computed with them
+    exact.load_state_dict(rounded.state_dict())  # the same values, but computations with them differ
     assert fingerprint(exact) != fingerprint(rounded)
     assert fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
 
 
-def test_a_full_disk_ends_no_work(
+def test_a_full_disk_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    undisturbed = work()
+    undisturbed = train()
     with pytest.raises(Cancelled):
-        work(Checkpoint(tmp_path, "this", 0.0), stop_at=3)
+        train(Checkpoint(tmp_path, "this", 0.0), stop_at=3)
     kept = (tmp_path / "checkpoint.safetensors").read_bytes()
 
     def full(_: object, path: Path, *__: object) -> None:
@@ -151,6 +151,6 @@ def test_a_full_disk_ends_no_work(
     monkeypatch.setattr("post_shared.training.checkpoint.save_file", full)
     monkeypatch.setattr(logging.getLogger("post"), "propagate", True)
     caplog.set_level(logging.WARNING, "post")
-    assert torch.equal(work(Checkpoint(tmp_path, "this", 0.0)), undisturbed)
+    assert torch.equal(train(Checkpoint(tmp_path, "this", 0.0)), undisturbed)
     assert "No space left" in caplog.text
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [kept]

@@ -1,4 +1,4 @@
-// Reads /v1 with the key that the person enters and shows it. Texts go into the page as text, never as markup.
+// Shows what /v1 returns for the key that the user enters. Texts are inserted as text, never as markup.
 "use strict";
 
 const KEY = "post-key";
@@ -8,20 +8,20 @@ let timer = null;
 
 class Refused extends Error {}
 
-async function ask(path, key) {
-  const answer = await fetch(path, { headers: { Authorization: `Bearer ${key}` }, cache: "no-store" });
-  if (answer.ok) return answer.json();
-  const problem = await answer.json().catch(() => ({}));
-  const detail = problem.detail || answer.statusText;
-  throw answer.status === 401 ? new Refused(detail) : new Error(detail);
+async function get(path, key) {
+  const response = await fetch(path, { headers: { Authorization: `Bearer ${key}` }, cache: "no-store" });
+  if (response.ok) return response.json();
+  const problem = await response.json().catch(() => ({}));
+  const detail = problem.detail || response.statusText;
+  throw response.status === 401 ? new Refused(detail) : new Error(detail);
 }
 
 function element(name, content, className) {
-  const made = document.createElement(name);
-  if (content instanceof Node) made.append(content);
-  else made.textContent = content === null || content === undefined ? "" : String(content);
-  if (className) made.className = className;
-  return made;
+  const node = document.createElement(name);
+  if (content instanceof Node) node.append(content);
+  else node.textContent = content === null || content === undefined ? "" : String(content);
+  if (className) node.className = className;
+  return node;
 }
 
 function table(id, columns, items) {
@@ -69,7 +69,7 @@ const JOBS = [
   ["State", (job) => job.state, (job) => job.state],
   ["Progress", progress],
   ["Outcome", outcome],
-  ["Begun", (job) => when(job.created_at)],
+  ["Created", (job) => when(job.created_at)],
 ];
 const PROMPTS = [
   ["Prompt", (prompt) => prompt.id, "id"],
@@ -78,7 +78,7 @@ const PROMPTS = [
   ["Length × width", (prompt) => `${prompt.length} × ${prompt.width}`, "number"],
   ["Template", (prompt) => prompt.task.template],
   ["Privacy", (prompt) => (prompt.epsilon === null ? "not stated" : `ε ${prompt.epsilon}, δ ${prompt.delta}`)],
-  ["Made", (prompt) => when(prompt.created_at)],
+  ["Created", (prompt) => when(prompt.created_at)],
 ];
 const MODELS = [
   ["Model", (model) => model.name],
@@ -104,8 +104,8 @@ async function refresh() {
   if (!key) return;
   try {
     const kinds = ["jobs", "prompts", "models", "datasets"];
-    const pages = await Promise.all(kinds.map((kind) => ask(`/v1/${kind}?limit=50`, key)));
-    [JOBS, PROMPTS, MODELS, DATASETS].forEach((columns, at) => table(kinds[at], columns, pages[at].items));
+    const pages = await Promise.all(kinds.map((kind) => get(`/v1/${kind}?limit=50`, key)));
+    [JOBS, PROMPTS, MODELS, DATASETS].forEach((columns, index) => table(kinds[index], columns, pages[index].items));
     showError("");
     byId("enter").hidden = true;
     byId("overview").hidden = byId("who").hidden = false;

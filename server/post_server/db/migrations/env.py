@@ -1,4 +1,4 @@
-"""Run migrations on the connection that the caller passes, or else on POST_DATABASE_URL."""
+"""Run migrations on the caller's connection, or on POST_DATABASE_URL."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def run(connection: Connection) -> None:
         context.run_migrations()
 
 
-given = context.config.attributes.get("connection")
-if given is not None:
-    run(given)
+existing = context.config.attributes.get("connection")
+if existing is not None:
+    run(existing)
 else:
     with Database.from_settings(get_settings()).engine.begin() as connection:
         run(connection)

@@ -1,1 +1,1 @@
-"""Audit: membership inference and bounds on ε (method §5)."""
+"""Audit: membership inference and lower bounds on ε (method §5)."""

@@ -1,7 +1,7 @@
-"""LiRA, the likelihood ratio attack (Carlini et al. 2022), with every shadow prompt in turn as the target.
+"""LiRA, the likelihood ratio attack (Carlini et al. 2022), with each shadow prompt in turn as the attacked one (§5.4).
 
-For each row, the confidences of the prompts that saw it are one Gaussian and those of the others another one. The
-attack asks which of the two the target's confidence fits. The target never helps to fit them.
+For each row, one Gaussian is fitted to the confidences of the prompts that were tuned on it and one to those of the
+others. The attack compares their likelihoods at the attacked prompt's confidence, which takes no part in the fit.
 Shapes: K prompts, N rows.
 """
 
@@ -24,61 +24,61 @@ Members = NDArray[np.bool_]
 
 Variant = Literal["online", "offline"]
 VARIANTS: tuple[Variant, ...] = ("online", "offline")
-LEAST_PROMPTS = 4
-LEAST_ROWS = 8
-FALSE_ALARMS = (0.001, 0.01)
-"""The false positive rates at which attacks are compared (Carlini et al. 2022)."""
+MIN_PROMPTS = 4
+MIN_ROWS = 8
+FALSE_POSITIVE_RATES = (0.001, 0.01)
+"""At which attacks are compared (Carlini et al. 2022)."""
 
 
 def check_size(prompts: int, rows: int) -> None:
-    """Raise :class:`InvalidInput` when there is too little to fit and compare."""
-    if prompts < LEAST_PROMPTS or rows < LEAST_ROWS:
+    """Raise :class:`InvalidInput` if there are too few prompts or rows to fit and compare."""
+    if prompts < MIN_PROMPTS or rows < MIN_ROWS:
         raise InvalidInput(
-            f"LiRA needs {LEAST_PROMPTS} shadow prompts and {LEAST_ROWS} rows at least, not {prompts} and {rows}"
+            f"LiRA needs at least {MIN_PROMPTS} shadow prompts and {MIN_ROWS} rows, not {prompts} and {rows}"
         )
 
 
 def likelihood_ratios(confidences: Numbers, members: Members) -> dict[Variant, Numbers]:
-    """How likely each row is a member of each prompt by all *other* prompts, (K, N); NaN where those can't say.
+    """Membership scores of each row for each prompt, fitted on all *other* prompts: (K, N), NaN if these are too few.
 
-    ``online``: log of the ratio of the two Gaussians' densities at the target's confidence. ``offline`` knows only
-    prompts that did not see the row: how many standard deviations the target lies above them.
+    ``online``: log ratio of the two Gaussians' densities at the attacked prompt's confidence. ``offline`` uses only
+    prompts that weren't tuned on the row: how many standard deviations the attacked prompt lies above their mean.
     The variances are pooled over the rows, as the authors advise for few shadow models.
     """
-    centred = confidences - confidences.mean(0)  # a row's own level cancels; the sums of squares stay exact
-    mean_in, deviation_in = _others(centred, members)
-    mean_out, deviation_out = _others(centred, ~members)
-    from_in, from_out = (centred - mean_in) / deviation_in, (centred - mean_out) / deviation_out
-    ratio = 0.5 * (from_out**2 - from_in**2) + np.log(deviation_out / deviation_in)
-    return {"online": ratio, "offline": np.where(np.isnan(ratio), np.nan, from_out)}
+    centred = confidences - confidences.mean(0)  # a row's level cancels out; the sums of squares stay exact
+    mean_in, deviation_in = _leave_one_out(centred, members)
+    mean_out, deviation_out = _leave_one_out(centred, ~members)
+    z_in, z_out = (centred - mean_in) / deviation_in, (centred - mean_out) / deviation_out
+    ratio = 0.5 * (z_out**2 - z_in**2) + np.log(deviation_out / deviation_in)
+    return {"online": ratio, "offline": np.where(np.isnan(ratio), np.nan, z_out)}
 
 
-def _others(values: Numbers, chosen: NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Of the chosen values of each row without the target's own: mean (K, N) and pooled deviation (K, 1)."""
-    own = chosen.astype(float)
-    count = own.sum(0) - own
-    total = (own * values).sum(0) - own * values
-    squares = (own * values**2).sum(0) - own * values**2
+def _leave_one_out(values: Numbers, chosen: NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
+    """Mean (K, N) and pooled deviation (K, 1) of the chosen values of each row, without each prompt's own."""
+    weight = chosen.astype(float)
+    count = weight.sum(0) - weight
+    total = (weight * values).sum(0) - weight * values
+    squares = (weight * values**2).sum(0) - weight * values**2
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(count > 0, total / count, np.nan)
-    spread = np.where(count > 0, squares - total * np.nan_to_num(mean), 0.0).clip(0.0).sum(1)
-    freedom = (count - 1).clip(0.0).sum(1)
-    deviation = np.sqrt(spread / freedom.clip(1.0)).clip(1e-9)
+    squared_error = np.where(count > 0, squares - total * np.nan_to_num(mean), 0.0).clip(0.0).sum(1)
+    degrees_of_freedom = (count - 1).clip(0.0).sum(1)
+    deviation = np.sqrt(squared_error / degrees_of_freedom.clip(1.0)).clip(1e-9)
     return mean, deviation[:, None]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What one variant of LiRA reaches over all pairs of a target prompt and a row."""
+    """The result of one variant of LiRA over all pairs of an attacked prompt and a row."""
 
     variant: Variant
     auc: Estimate
     true_positives: Mapping[float, Estimate]
-    """The share of members found, by the false positive rate allowed."""
+    """True positive rate by false positive rate."""
     chance: tuple[float, float]
-    """Where the AUC lies, with the same confidence, if prompts tell nothing of their rows."""
+    """Interval of the AUC, with the same confidence, if the prompts leak nothing about their rows."""
     p_value: float
-    """How often chance alone reaches this AUC or more."""
+    """Probability of this AUC or a larger one if nothing leaks."""
     members: int
     others: int
     curve: Curve
@@ -87,11 +87,14 @@ class Attack:
 def attack(
     confidences: Numbers, members: Members, variant: Variant, *, confidence: float = 0.95, seed: int = 0
 ) -> Attack:
-    """Run LiRA against every prompt by means of the others.
+    """Run LiRA against each prompt, fitted on the others.
 
-    Two kinds of uncertainty are given. The intervals of AUC and true positives resample rows and prompts together
-    (a pair depends on both, so pairs are no independent draws; Clopper and Pearson's interval would be too narrow).
-    ``chance`` and ``p_value`` draw the memberships anew and attack again: an exact test of "nothing leaks".
+    The result has two kinds of uncertainty. The intervals of AUC and true positive rates resample both rows and prompts
+    (pairs aren't independent, so a Clopper-Pearson interval would be too narrow). ``chance`` and ``p_value`` redraw the
+    memberships and attack again: an exact test of "nothing leaks".
+
+    Raises:
+        InvalidInput: too few prompts or rows; see :func:`check_size`.
     """
     prompts, rows = confidences.shape
     check_size(prompts, rows)
@@ -99,15 +102,15 @@ def attack(
     curve = ranking.curve()
     generator = np.random.default_rng(seed)
     resampled = [ranking.curve(_weights(keep, generator)) for _ in range(RESAMPLES)]
-    aucs = np.array([each.auc for each in resampled])
-    drawn = [random_halves(prompts, rows, int(generator.integers(2**62))) for _ in range(RESAMPLES // 5)]
-    chance = np.array([_ranked(confidences, each, variant)[0].curve().auc for each in drawn])
+    aucs = np.array([sample.auc for sample in resampled])
+    redrawn = [random_halves(prompts, rows, int(generator.integers(2**62))) for _ in range(RESAMPLES // 5)]
+    chance = np.array([_ranked(confidences, halves, variant)[0].curve().auc for halves in redrawn])
     return Attack(
         variant=variant,
         auc=estimate(curve.auc, aucs, confidence),
         true_positives={
-            rate: estimate(curve.at(rate), np.array([each.at(rate) for each in resampled]), confidence)
-            for rate in FALSE_ALARMS
+            rate: estimate(curve.at(rate), np.array([sample.at(rate) for sample in resampled]), confidence)
+            for rate in FALSE_POSITIVE_RATES
         },
         chance=interval(chance, confidence),
         p_value=float((1 + (chance >= curve.auc).sum()) / (1 + len(chance))),
@@ -124,21 +127,21 @@ def _ranked(confidences: Numbers, members: Members, variant: Variant) -> tuple[R
 
 
 def _weights(keep: NDArray[np.bool_], generator: np.random.Generator) -> Numbers:
-    """How often each kept pair is in a resample of prompts and rows, each with replacement (Owen 2007)."""
+    """Weights of the kept pairs when prompts and rows are each resampled with replacement (Owen 2007)."""
     prompts, rows = keep.shape
-    often_prompt = np.bincount(generator.integers(prompts, size=prompts), minlength=prompts)
-    often_row = np.bincount(generator.integers(rows, size=rows), minlength=rows)
-    return (often_prompt[:, None] * often_row)[keep].astype(float)
+    prompt_counts = np.bincount(generator.integers(prompts, size=prompts), minlength=prompts)
+    row_counts = np.bincount(generator.integers(rows, size=rows), minlength=rows)
+    return (prompt_counts[:, None] * row_counts)[keep].astype(float)
 
 
 def random_halves(prompts: int, rows: int, seed: int) -> Members:
-    """A random half of the rows for each prompt.
+    """A random half of the rows for each prompt, drawn independently.
 
-    Drawn independently. Were each row given to exactly half of the prompts, then the number of other prompts that
-    have it would betray whether this one has.
+    If each row were given to exactly half of the prompts, the number of other prompts with the row would reveal whether
+    the attacked one has it.
     """
     generator = np.random.default_rng(seed)
     members = np.zeros((prompts, rows), dtype=bool)
-    for own in members:
-        own[generator.permutation(rows)[: rows // 2]] = True
+    for row in members:
+        row[generator.permutation(rows)[: rows // 2]] = True
     return members

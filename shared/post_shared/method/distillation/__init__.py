@@ -1,1 +1,1 @@
-"""Distil: Φt -> Φs (method §1, Eq. 1)."""
+"""Distillation: Φt -> Φs (method §1, Eq. 1)."""

@@ -1,4 +1,4 @@
-"""Which layers a student keeps, found by trying: each candidate is started from a few blocks and scored on others."""
+"""Search for the layers that a student keeps: each candidate is initialised on a few blocks and scored on others."""
 
 from __future__ import annotations
 
@@ -17,110 +17,110 @@ from post_shared.model.language_model import LanguageModel
 from post_shared.model.layers import copy_student
 from post_shared.training.checkpoint import fingerprint
 from post_shared.training.progress import Progress, ProgressCallback, ignore
-from post_shared.training.progress_file import Notes
+from post_shared.training.progress_file import ProgressFile
 
-TRIES = 24
+MAX_TRIALS = 24
 MOVES = (2, -2, 1, -1)
 """How far one kept layer is moved to make the next candidate."""
 
-Kept = tuple[int, ...]
+Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The kept layers, and L_cos right after the start of each pattern that was tried for them."""
+    """The kept layers, and L_cos of each candidate before training."""
 
-    kept: Kept
-    scores: dict[Kept, float] = field(default_factory=dict)
+    kept: Layers
+    scores: dict[Layers, float] = field(default_factory=dict)
 
 
 class LayerSearch:
-    """Tries patterns of kept layers. What all of them share is computed once: the target on the blocks.
+    """Scores candidates. The target's hidden states are the same for all of them and computed once.
 
-    The score is L_cos (Eq. 1) of the started student on ``held`` (B, T), text that no start was fitted on. It told
-    best which pattern has the lowest L_ce after some training, better than L_ce itself, and needs no head.
+    The score is L_cos (Eq. 1) of the initialised student on ``held_out`` (B, T), text that no student was fitted on.
+    It predicts L_ce after some training better than L_ce before training does, and needs no head.
     """
 
-    def __init__(self, target: LanguageModel, start: str, blocks: Sequence[Tensor], held: Tensor) -> None:
-        self._target, self._start, self._held = target, STUDENT_INITS[start], held
-        self._states = TargetStates(target, blocks, ahead=range(1, target.layers))
-        self._wanted: Tensor | None = None
+    def __init__(self, target: LanguageModel, student_init: str, blocks: Sequence[Tensor], held_out: Tensor) -> None:
+        self._target, self._init, self._held_out = target, STUDENT_INITS[student_init], held_out
+        self._states = TargetStates(target, blocks, prefetch=range(1, target.layers))
+        self._reference: Tensor | None = None
 
     @torch.no_grad()
-    def score(self, kept: Kept) -> float:
+    def score(self, kept: Layers) -> float:
         """L_cos of the student of these layers before any training."""
-        if self._wanted is None:
-            self._wanted = self._target.hidden(self._held)  # (B, T, d)
+        if self._reference is None:
+            self._reference = self._target.hidden(self._held_out)  # (B, T, d)
         student = copy_student(self._target, kept)
-        self._start(student, kept, self._states)
-        return float(cosine_loss(self._wanted, student.hidden(self._held)).mean())
+        self._init(student, kept, self._states)
+        return float(cosine_loss(self._reference, student.hidden(self._held_out)).mean())
 
 
 def search_layers(
-    score: Callable[[Kept], float],
+    score: Callable[[Layers], float],
     count: int,
     layers: int,
     *,
-    tries: int = TRIES,
-    known: dict[Kept, float] | None = None,
-    keep: Callable[[dict[Kept, float]], None] = lambda scores: None,
+    max_trials: int = MAX_TRIALS,
+    known: dict[Layers, float] | None = None,
+    save: Callable[[dict[Layers, float]], None] = lambda scores: None,
     on_progress: ProgressCallback = ignore,
 ) -> LayerChoice:
-    """The best of the named patterns, then of its neighbours as long as one is better, in at most ``tries`` tries.
+    """Hill climbing from the best of :data:`PATTERNS`, in at most ``max_trials`` trials.
 
-    ``known`` are scores of an interrupted search: it goes the same way again without trying these. ``keep`` is
-    handed all scores after each try. The last layer is kept always: the head reads its output.
+    ``known`` holds the scores of an interrupted search, which takes the same path again without computing them.
+    ``save`` is called with all scores after each trial. The last layer is always kept: the head reads its output.
 
     Raises:
-        InvalidInput: not 1 to ``layers - 1`` layers, so there is nothing to choose.
+        InvalidInput: ``count`` isn't in 1..``layers - 1``, so there is nothing to choose.
     """
     if not 1 <= count < layers:
-        raise InvalidInput(f"a search is for 1 to {layers - 1} of {layers} layers, not {count}")
-    scores: dict[Kept, float] = {}
+        raise InvalidInput(f"a search keeps 1 to {layers - 1} of {layers} layers, not {count}")
+    scores: dict[Layers, float] = {}
 
-    def tried(kept: Kept) -> float:
+    def trial(kept: Layers) -> float:
         if kept not in scores:
             scores[kept] = known[kept] if known and kept in known else score(kept)
-            keep({**(known or {}), **scores})
+            save({**(known or {}), **scores})
             best = min(scores.values())
-            on_progress(Progress(len(scores), tries, "search", {"try_cos": scores[kept], "best_cos": best}))
+            on_progress(Progress(len(scores), max_trials, "search", {"try_cos": scores[kept], "best_cos": best}))
         return scores[kept]
 
-    shapes = {tuple(shape(count, layers)) for shape in PATTERNS.values()}
-    best = min(sorted(kept for kept in shapes if kept[-1] == layers - 1), key=tried)
-    moved = True
-    while moved and len(scores) < tries:
-        moved = False
+    patterns = {tuple(pattern(count, layers)) for pattern in PATTERNS.values()}
+    best = min(sorted(kept for kept in patterns if kept[-1] == layers - 1), key=trial)
+    improved = True
+    while improved and len(scores) < max_trials:
+        improved = False
         for kept in _neighbours(best):
-            if len(scores) >= tries:
+            if len(scores) >= max_trials:
                 break
-            if kept not in scores and tried(kept) < scores[best]:
-                best, moved = kept, True
+            if kept not in scores and trial(kept) < scores[best]:
+                best, improved = kept, True
                 break
     return LayerChoice(best, scores)
 
 
-def _neighbours(kept: Kept) -> Iterator[Kept]:
-    """The pattern with one layer moved; the last one stays."""
+def _neighbours(kept: Layers) -> Iterator[Layers]:
+    """The candidates in which one layer is moved; the last one stays."""
     for move in MOVES:
-        for place in range(len(kept) - 1):
-            low = kept[place - 1] if place else -1
-            if low < kept[place] + move < kept[place + 1]:
-                yield (*kept[:place], kept[place] + move, *kept[place + 1 :])
+        for index in range(len(kept) - 1):
+            previous = kept[index - 1] if index else -1
+            if previous < kept[index] + move < kept[index + 1]:
+                yield (*kept[:index], kept[index] + move, *kept[index + 1 :])
 
 
-class SearchNotes:
-    """The scores of a search, noted after each try."""
+class SearchProgress:
+    """The scores of a search, saved after each trial."""
 
     def __init__(self, folder: Path, *run_id: object) -> None:
-        self._notes = Notes(folder / "layers.json", fingerprint(*run_id))
+        self._file = ProgressFile(folder / "layers.json", fingerprint(*run_id))
 
-    def read(self) -> dict[Kept, float]:
-        """What an interrupted search of the same work has found."""
+    def read(self) -> dict[Layers, float]:
+        """The scores that an interrupted search with the same run id has saved."""
         try:
-            return {tuple(kept): float(score) for kept, score in self._notes.read() or []}
+            return {tuple(kept): float(score) for kept, score in self._file.read() or []}
         except (ValueError, TypeError):
             return {}
 
-    def write(self, scores: dict[Kept, float]) -> None:
-        self._notes.write([[*pair] for pair in scores.items()])
+    def write(self, scores: dict[Layers, float]) -> None:
+        self._file.write([[*pair] for pair in scores.items()])

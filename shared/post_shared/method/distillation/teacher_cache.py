@@ -1,4 +1,4 @@
-"""The target's last hidden states, kept in a file: a corpus that is passed again needs no second pass of the target."""
+"""A file cache of the target's last hidden states: a second pass over the corpus doesn't run the target again."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from post_shared.training.checkpoint import fingerprint
 log = logging.getLogger("post.distillation")
 
 CACHE_BYTES = 2 * 2**30
-"""Room on the disk, unless more or less is given."""
-_SUM = struct.Struct("<Q")
+"""Default budget on disk."""
+_CHECKSUM = struct.Struct("<Q")
 _WRITTEN = 1 << 32
-"""Set in every checksum that was written, so that a hole in the file is none."""
+"""Set in every written checksum, so that a hole in the file is never a valid one."""
 
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """How much may be kept, and in which type: float16 is off by at most 2^-11 of each value."""
+    """How many bytes may be stored, and in which type: float16 has a relative error of at most 2^-11."""
 
     max_bytes: int
     dtype: torch.dtype = torch.float16
-    """A target in 16 bits keeps its own type, and so its exact states."""
+    """The states of a 16-bit target are stored in its own type, exactly."""
 
 
 class TeacherCache:
-    """States (T, d) of whole blocks of one corpus; a corpus that is larger than the room is kept in part.
+    """Hidden states (T, d) of whole blocks of one corpus; only the first blocks if the corpus exceeds the budget.
 
-    Block i has place i. A state is followed by its checksum: what a killed process, or a full disk, left half
-    written is never read. States come rounded to the file's type, whether they were just made or read back.
+    Block i is record i, followed by its checksum: a record that a killed process or a full disk left half written is
+    never read. States are rounded to the file's type, whether they were just computed or read back.
     """
 
     def __init__(
@@ -50,61 +50,63 @@ class TeacherCache:
         self._dtype = target.dtype if target.dtype.itemsize <= 2 else cache_budget.dtype
         blocks, length = shape
         self._shape = (length, target.hidden_size)
-        self._record = length * target.hidden_size * self._dtype.itemsize + _SUM.size
-        self.blocks = min(blocks, cache_budget.max_bytes // self._record)
-        work = fingerprint(corpus, str(self._dtype), target)
-        self.path = folder / f"teacher-{work[:16]}.states"
-        self._writes = self.blocks > 0
+        self._record_bytes = length * target.hidden_size * self._dtype.itemsize + _CHECKSUM.size
+        self.capacity = min(blocks, cache_budget.max_bytes // self._record_bytes)
+        """Blocks that are cached."""
+        run_id = fingerprint(corpus, str(self._dtype), target)
+        self.path = folder / f"teacher-{run_id[:16]}.states"
+        self._writes = self.capacity > 0
         if self._writes:
             folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.truncate(self.blocks * self._record)  # a hole: the disk is used as states come
+                file.truncate(self.capacity * self._record_bytes)  # sparse: disk is used as records are written
             self._file = os.open(self.path, os.O_RDWR)
-            self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r", shape=(self.blocks, self._record))
+            self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r", shape=(self.capacity, self._record_bytes))
 
     @torch.no_grad()
     def hidden(self, blocks: Sequence[int], token_ids: Tensor) -> Tensor:
-        """The target's last hidden states (B, T, d) on the blocks of those numbers; it runs on unknown ones only."""
-        known = [self._read(at) for at in blocks]
-        missing = [row for row, states in enumerate(known) if states is None]
+        """The target's last hidden states (B, T, d) on ``blocks`` with the tokens ``token_ids`` (B, T). The target runs
+        only on blocks that aren't cached."""
+        hidden = [self._read(block) for block in blocks]
+        missing = [row for row, states in enumerate(hidden) if states is None]
         if missing:
-            made = self.target.hidden(token_ids[missing])
-            for row, states in zip(missing, made, strict=True):
-                known[row] = self._keep(blocks[row], states)
-        return torch.stack([states for states in known if states is not None])
+            computed = self.target.hidden(token_ids[missing])
+            for row, states in zip(missing, computed, strict=True):
+                hidden[row] = self._store(blocks[row], states)
+        return torch.stack([states for states in hidden if states is not None])
 
     def remove(self) -> None:
-        """Free the disk."""
-        if self.blocks:
+        """Delete the file."""
+        if self.capacity:
             os.close(self._file)
             del self._bytes
-            self.blocks, self._writes = 0, False
+            self.capacity, self._writes = 0, False
             self.path.unlink(missing_ok=True)
 
-    def _read(self, at: int) -> Tensor | None:
-        if at >= self.blocks:
+    def _read(self, block: int) -> Tensor | None:
+        if block >= self.capacity:
             return None
-        record = self._bytes[at].tobytes()
-        data, written = record[: -_SUM.size], _SUM.unpack(record[-_SUM.size :])[0]
-        if written != _checksum(at, data):
+        record = self._bytes[block].tobytes()
+        data, checksum = record[: -_CHECKSUM.size], _CHECKSUM.unpack(record[-_CHECKSUM.size :])[0]
+        if checksum != _checksum(block, data):
             return None
         states = torch.frombuffer(bytearray(data), dtype=self._dtype).reshape(self._shape)
         return states.to(self.target.device, self.target.dtype)
 
-    def _keep(self, at: int, states: Tensor) -> Tensor:
-        """The states as later passes will read them; larger ones than the type holds aren't kept."""
+    def _store(self, block: int, states: Tensor) -> Tensor:
+        """The states (T, d) as later passes will read them; values beyond the type's range aren't stored."""
         rounded = states.to(self._dtype)
-        if at >= self.blocks or not bool(rounded.isfinite().all()):
+        if block >= self.capacity or not bool(rounded.isfinite().all()):
             return states
         data = rounded.contiguous().cpu().view(torch.uint8).numpy().tobytes()
         if self._writes:
             try:
-                os.pwrite(self._file, data + _SUM.pack(_checksum(at, data)), at * self._record)
+                os.pwrite(self._file, data + _CHECKSUM.pack(_checksum(block, data)), block * self._record_bytes)
             except OSError as error:
                 self._writes = False
-                log.warning("the target's states are kept no further: %s", error)
+                log.warning("no more of the target's hidden states are cached: %s", error)
         return rounded.to(states.dtype)
 
 
-def _checksum(at: int, data: bytes) -> int:
-    return _WRITTEN | zlib.crc32(data, at)
+def _checksum(block: int, data: bytes) -> int:
+    return _WRITTEN | zlib.crc32(data, block)

@@ -1,4 +1,4 @@
-"""What never changes while a prompt is transferred, computed once: Φs(p_s + x), Φs(x) and Φt(x), where texts end."""
+"""The constants of a transfer, computed once: Φs(p_s + x), Φs(x) and Φt(x) at the answer positions."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from post_shared.model.verbalizer import LabelWords
 from post_shared.training.progress import Progress, ProgressCallback, ignore
 
 BATCH_LIMITS: dict[str, tuple[int, int | None]] = {"cpu": (32, None), "cuda": (128, 8192)}
-"""Texts that are answered, and tokens in all that they may have, by where the model is: a GPU is filled by no less."""
+"""(texts, tokens) of a batch at most, by device type. A smaller batch doesn't fill a GPU."""
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What never changes during a transfer, one row per text and answer position: logits (N, V) or scores (N, C)."""
+    """The constant outputs, a row for each text's answer positions: logits (N, V) or class scores (N, C)."""
 
     student: Tensor
     """Φs(p_s + x)"""
     student_plain: Tensor
-    """Φs(x); left empty with class scores"""
+    """Φs(x); empty with class scores"""
     target_plain: Tensor
     """Φt(x)"""
     texts: Batch
-    """All of them, in their order."""
+    """All texts, in order."""
 
-    def of(self, batch: Batch) -> Tensor:
-        """The positions of a batch's rows in the tensors above: (P,)."""
+    def rows_of(self, batch: Batch) -> Tensor:
+        """Indices of the batch's answer positions in the tensors above: (P,)."""
         return self.texts.answers_at(batch.index)
 
 
@@ -42,9 +42,9 @@ def teacher_outputs(
     encoded: EncodedRows,
     words: LabelWords | None = None,
 ) -> TeacherOutputs:
-    """Run each of the three constant forward passes once over all rows; with ``words``, keep class scores only."""
-    said = student_outputs(student, prompt, encoded, words)
-    return TeacherOutputs(*said, model_outputs(target, encoded, words), encoded.whole)
+    """The three constant forward passes over all rows; with ``words``, only class scores are kept."""
+    from_student = student_outputs(student, prompt, encoded, words)
+    return TeacherOutputs(*from_student, model_outputs(target, encoded, words), encoded.whole)
 
 
 def student_outputs(
@@ -55,20 +55,19 @@ def student_outputs(
     *,
     on_progress: ProgressCallback = ignore,
 ) -> tuple[Tensor, Tensor]:
-    """Φs(p_s + x) and Φs(x); the latter, which only Eq. 5 looks at, is left empty with class scores."""
+    """Φs(p_s + x) and Φs(x). Only Eq. 5 needs the latter: with class scores it is empty."""
     passes = 1 if words else 2
-    prompted = model_outputs(student, encoded, words, prompt, on_progress=in_turn(on_progress, 0, passes, "student"))
-    plain = (
-        None
-        if words
-        else model_outputs(student, encoded, words, on_progress=in_turn(on_progress, 1, passes, "student"))
-    )
+    first, second = (progress_of_pass(on_progress, index, passes, "student") for index in range(2))
+    prompted = model_outputs(student, encoded, words, prompt, on_progress=first)
+    plain = None if words else model_outputs(student, encoded, words, on_progress=second)
     return prompted, torch.empty(0) if plain is None else plain
 
 
-def in_turn(on_progress: ProgressCallback, at: int, passes: int, stage: str = "precompute") -> ProgressCallback:
-    """For pass number ``at`` of so many alike, which together are one stage."""
-    return lambda each: on_progress(Progress(at * each.steps + each.step, passes * each.steps, stage))
+def progress_of_pass(
+    on_progress: ProgressCallback, index: int, passes: int, stage: str = "precompute"
+) -> ProgressCallback:
+    """The progress callback of pass ``index``, one of ``passes`` equal passes that together are one stage."""
+    return lambda own: on_progress(Progress(index * own.steps + own.step, passes * own.steps, stage))
 
 
 @torch.no_grad()
@@ -80,15 +79,15 @@ def model_outputs(
     *,
     on_progress: ProgressCallback = ignore,
 ) -> Tensor:
-    """What the model says at every answer position: logits (N, V) or, with ``words``, class scores (N, C)."""
+    """The model's outputs at every answer position: logits (N, V) or, with ``words``, class scores (N, C)."""
     texts = encoded.whole
-    found = torch.empty(len(texts.rows), len(words.weights) if words else model.vocabulary)
+    outputs = torch.empty(len(texts.rows), len(words.weights) if words else model.vocabulary)
     tokens = words.token_ids if words else None
-    size, most = BATCH_LIMITS.get(model.device.type, BATCH_LIMITS["cpu"])
-    batches = texts.split(size, tokens=most, reserved=prompt.length if prompt else 0)
+    size, max_tokens = BATCH_LIMITS.get(model.device.type, BATCH_LIMITS["cpu"])
+    batches = texts.split(size, tokens=max_tokens, reserved=prompt.length if prompt else 0)
     for step, batch in enumerate(batches, 1):
-        at = texts.answers_at(batch.index)
+        rows = texts.answers_at(batch.index)
         logits = model.answer_logits(batch, prompt.embeddings if prompt else None, tokens=tokens)
-        found[at] = (words.scores(logits) if words else logits).cpu()
+        outputs[rows] = (words.scores(logits) if words else logits).cpu()
         on_progress(Progress(step, len(batches), "precompute"))
-    return found
+    return outputs

@@ -1,8 +1,8 @@
-"""Move a prompt from the student to the target model with public text alone (method §3, Eq. 3-6).
+"""Transfer a prompt from the student to the target model with public text alone (method §3, Eq. 3-6).
 
-Three of the four forward passes in the paper's loss never change: Φs(p_s + x), Φs(x) and Φt(x). They are
-computed once, without a graph; each step is one forward and one backward pass of Φt, to the prompt only,
-with the head at the answer positions only.
+Three of the four forward passes in the paper's loss are constant: Φs(p_s + x), Φs(x) and Φt(x). They are computed once,
+without a graph. Each step is one forward and one backward pass of Φt: gradients for the prompt only, the LM head at the
+answer positions only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from post_shared.method.transfer.teacher_outputs import TeacherOutputs, student_
 from post_shared.method.transfer.validation import BestStep, hold_out
 from post_shared.method.tuning.tune import template_words
 from post_shared.model.encoding import encode_rows
-from post_shared.model.language_model import LanguageModel, Prompt
+from post_shared.model.language_model import LanguageModel
 from post_shared.model.memory_plan import plan_step, runs_prompt_once
 from post_shared.model.soft_prompt import SoftPrompt
 from post_shared.model.verbalizer import LabelWords, label_words
@@ -42,14 +42,14 @@ from post_shared.training.optimizer import Loss, PromptAdam
 from post_shared.training.progress import Progress, ProgressCallback, ignore
 
 STEP_SHARE = 0.19
-"""Of the target's size in float32: what a step keeps for the way back, so that a transfer takes at most half as much
-again as its target. Less would cost more time: small matrices are slow. A GPU is filled by no less than a batch, and
-has memory of its own: there only what is free is a limit."""
+"""Activations that a step may save for the backward pass, as a share of the target's size in float32: a transfer needs
+at most half as much memory again as its target. Smaller micro-batches are slower. A GPU needs a whole batch to be
+filled, so there only the free memory is a limit."""
 Item = TypeVar("Item")
 ALPHA_ROWS = 200
-"""Public rows on which alpha='auto' is found."""
+"""Public rows on which alpha='auto' is computed."""
 LEARNING_RATES = {"instruction": 0.003, "source": 0.03}
-"""Learning rate by where p_t starts: what words that state the task already say is lost in large steps."""
+"""Learning rate by initialisation of p_t: large steps would destroy an instruction's meaning."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class TransferResult:
     prompt: SoftPrompt
     alpha: float
     steps: int
-    """Steps made; the prompt is that of ``chosen_step``."""
+    """Steps in all; the prompt is that of ``chosen_step``."""
     first_loss: float
     last_loss: float
     chosen_step: int
     held_out_loss: float | None
-    """Mean loss at the chosen step on public rows that weren't trained on; None if there were too few to leave out."""
+    """Mean loss on the held-out public rows at the chosen step; None with too few rows to hold out."""
 
 
-def check_pair(target: LanguageModel, student: LanguageModel, prompt: SoftPrompt) -> None:
-    """The full-vocabulary losses need the same vocabulary, and the prompt the same width, on both sides.
+def check_compatible(target: LanguageModel, student: LanguageModel, prompt: SoftPrompt) -> None:
+    """Check that both models have the same vocabulary, which the losses need, and the prompt's width.
 
     Raises:
         PromptMismatch: they differ.
@@ -80,33 +80,34 @@ def check_pair(target: LanguageModel, student: LanguageModel, prompt: SoftPrompt
         )
 
 
-def paper_objective(target: LanguageModel, known: TeacherOutputs, alpha: float, temperature: float) -> Loss:
-    """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``. What is constant is softened once."""
-    student = soften(known.student, temperature)  # Φs(p_s + x), which Eq. 4 imitates
-    student_shift = soften(known.student - known.student_plain, temperature)  # the change that Eq. 5 reproduces
+def paper_objective(target: LanguageModel, outputs: TeacherOutputs, alpha: float, temperature: float) -> Loss:
+    """Eq. 3 over a batch as ``loss(prompt, batch) -> (P,)``. The constants are softened once."""
+    log_student = soften(outputs.student, temperature)  # Φs(p_s + x), which Eq. 4 imitates
+    log_student_shift = soften(outputs.student - outputs.student_plain, temperature)  # the change Eq. 5 reproduces
 
-    def loss(prompt: Prompt, batch: Batch) -> Tensor:
-        at = known.of(batch)
+    def loss(prompt: Tensor, batch: Batch) -> Tensor:
+        rows = outputs.rows_of(batch)
         logits = target.answer_logits(batch, prompt)  # (P, V)
-        place = logits.device
-        imitation = imitation_loss(logits, student[at].to(place), temperature)
-        shift = shift_loss(logits, known.target_plain[at].to(place), student_shift[at].to(place), temperature)
+        device = logits.device
+        target_plain = outputs.target_plain[rows].to(device)  # Φt(x)
+        imitation = imitation_loss(logits, log_student[rows].to(device), temperature)
+        shift = shift_loss(logits, target_plain, log_student_shift[rows].to(device), temperature)
         return transfer_loss(imitation, shift, alpha)
 
     return loss
 
 
-def ensemble_objective(target: LanguageModel, known: TeacherOutputs, alpha: float, words: LabelWords) -> Loss:
-    """``loss(prompt, batch) -> (P,)``: KL of the target's classes from what it and the student say together.
+def ensemble_objective(target: LanguageModel, outputs: TeacherOutputs, alpha: float, words: LabelWords) -> Loss:
+    """``loss(prompt, batch) -> (P,)``: KL of the target's class distribution from that of the ensemble.
 
-    ``known`` holds class scores. Label words often hold less than a thousandth of the vocabulary's probability, so
-    Eq. 3 hardly sees them; here nothing else counts.
+    ``outputs`` holds class scores. Label words often have less than a thousandth of the vocabulary's probability, so
+    they hardly count in Eq. 3; here nothing else counts.
     """
-    goal = ensemble(known.student, known.target_plain, alpha)  # (N, C) log-probabilities
+    log_ensemble = ensemble(outputs.student, outputs.target_plain, alpha)  # (N, C)
 
-    def loss(prompt: Prompt, batch: Batch) -> Tensor:
+    def loss(prompt: Tensor, batch: Batch) -> Tensor:
         scores = words.scores(target.answer_logits(batch, prompt, tokens=words.token_ids))  # (P, C)
-        return imitation_loss(scores, goal[known.of(batch)].to(scores.device), temperature=1.0)
+        return imitation_loss(scores, log_ensemble[outputs.rows_of(batch)].to(scores.device), temperature=1.0)
 
     return loss
 
@@ -124,44 +125,45 @@ def transfer(
     checkpoint_seconds: float = 60.0,
     group: Group = ALONE,
 ) -> TransferResult:
-    """p_s -> p_t: follow the method's loss on public texts. Labels are never looked at.
+    """p_s -> p_t: train p_t by ``options.method`` on public texts, without labels.
 
-    The ensemble starts from words that state the task (:func:`instruction_prompt`), where the target reads as it does without a
-    prompt; Eq. 3 starts where p_s is, which means little to the target.
+    With method ``paper`` (Eq. 3), p_t is initialised from p_s. With ``ensemble``, it is initialised from an instruction
+    (:func:`instruction_prompt`), which the target understands, unlike p_s. A generation task has no classes and always
+    takes Eq. 3, at the first position of the answer.
 
-    Of enough public texts some are left out of training, and the step at which these are imitated best is chosen.
-    A ``student`` that is loaded by calling it is in memory only until it has answered.
+    If there are enough public texts, some are held out, and the step with the lowest loss on them is chosen.
+    A ``student`` given as a function is in memory only until its outputs are computed.
 
-    With a ``group``, all its processes call this alike, with a target that :func:`post_shared.training.fsdp.shard` shared
-    out to them; each gets the result, and the one that leads keeps the checkpoint.
-
-    A generation task has no classes: it is transferred by the paper's loss, where the answer begins.
+    With a ``group``, all its processes make the same call, with a target sharded by
+    :func:`post_shared.training.fsdp.shard`; each gets the result, and the leader writes the checkpoint.
 
     Raises:
         PromptMismatch: prompt, student and target don't belong together.
         DataInvalid: there is no text.
         OutOfMemory: a step on a single text doesn't fit the free memory.
+        Cancelled: raised by ``on_progress``; the state is saved first.
     """
     if options.alpha == "auto":
-        raise InvalidInput("find alpha by choose_alpha() first: it needs public rows with labels")
-    small = student if isinstance(student, LanguageModel) else student()
-    check_pair(target, small, prompt)
-    chosen = some_of(list(dict.fromkeys(texts)), options.max_rows, options.seed)
-    if not chosen:
+        raise InvalidInput("call choose_alpha() first: alpha='auto' needs public rows with labels")
+    student_model = student if isinstance(student, LanguageModel) else student()
+    check_compatible(target, student_model, prompt)
+    sampled = sample_rows(list(dict.fromkeys(texts)), options.max_rows, options.seed)
+    if not sampled:
         raise DataInvalid("the public dataset has no texts")
-    encoded = encode_rows(target, task, chosen, options.max_length, reserved=prompt.length)
-    words = _shared_label_words(target, small, task) if options.method == "ensemble" else None
-    run_id = fingerprint(options, prompt.embeddings, chosen, task.spec().model_dump(), target, small)
-    kept = Checkpoint(checkpoint, run_id, checkpoint_seconds, writes=group.leads) if checkpoint else None
-    outputs = student_outputs(small, prompt, encoded, words, on_progress=on_progress)
-    del small
+    encoded = encode_rows(target, task, sampled, options.max_length, reserved=prompt.length)
+    words = _shared_label_words(target, student_model, task) if options.method == "ensemble" else None
+    run_id = fingerprint(options, prompt.embeddings, sampled, task.spec().model_dump(), target, student_model)
+    saved = Checkpoint(checkpoint, run_id, checkpoint_seconds, writes=group.leads) if checkpoint else None
+    from_student = student_outputs(student_model, prompt, encoded, words, on_progress=on_progress)
+    del student_model
     gc.collect()
-    own = target_scores(target, encoded, words, task, on_progress=on_progress)
-    objective = _objective(target, TeacherOutputs(*outputs, own, encoded.whole), words, options.alpha, options)
-    start, rate = _start(target, task, prompt, words, options)
-    adam = _adam(target, start, encoded, rate, group)
-    with target.replaying(target.new_graphs() if group.size == 1 else None):
-        return _train(adam, objective, encoded, rate, options, on_progress, kept)
+    from_target = target_scores(target, encoded, words, task, on_progress=on_progress)
+    outputs = TeacherOutputs(*from_student, from_target, encoded.whole)
+    objective = _objective(target, outputs, words, options.alpha, options)
+    initial, learning_rate = _initial_prompt(target, task, prompt, words, options)
+    adam = _adam(target, initial, encoded, learning_rate, group)
+    with target.using_graphs(target.new_graphs() if group.size == 1 else None):
+        return _train(adam, objective, encoded, learning_rate, options, on_progress, saved)
 
 
 def _shared_label_words(target: LanguageModel, student: LanguageModel, task: Task) -> LabelWords | None:
@@ -170,7 +172,7 @@ def _shared_label_words(target: LanguageModel, student: LanguageModel, task: Tas
         return None
     words = label_words(target, task)
     if not torch.equal(words.token_ids, label_words(student, task).token_ids):
-        raise PromptMismatch("student and target cut the task's label words into different tokens")
+        raise PromptMismatch("student and target tokenise the task's label words into different tokens")
     return words
 
 
@@ -183,12 +185,12 @@ def _train(
     on_progress: ProgressCallback,
     checkpoint: Checkpoint | None,
 ) -> TransferResult:
-    """Train on most of the public rows; the rest, if there are enough, choose the step."""
-    trained, left_out = hold_out(len(encoded), options.seed)
-    best = BestStep(adam, objective, encoded.batch(left_out), batch_size=options.batch_size, steps=options.steps)
+    """Train on the public rows that aren't held out, and choose the best step on those that are."""
+    trained, held_out = hold_out(len(encoded), options.seed)
+    best = BestStep(adam, objective, encoded.batch(held_out), batch_size=options.batch_size, steps=options.steps)
     losses: list[float] = []
 
-    def watch(progress: Progress) -> None:
+    def record_loss(progress: Progress) -> None:
         losses.append(progress.metrics["loss"])
         on_progress(progress)
 
@@ -199,60 +201,60 @@ def _train(
         steps=options.steps,
         learning_rate=learning_rate,
         stage="transfer",
-        on_progress=watch,
+        on_progress=record_loss,
         checkpoint=checkpoint,
-        also=lambda step: best.latest,
+        extra_metrics=lambda step: best.latest,
     )
-    moved, step, held_out_loss = best.chosen
-    first, last = float(best.first), losses[-1] if losses else float("nan")
-    return TransferResult(SoftPrompt(moved), float(options.alpha), options.steps, first, last, step, held_out_loss)
+    embeddings, step, held_out_loss = best.chosen
+    first, last = float(best.first_loss), losses[-1] if losses else float("nan")
+    return TransferResult(SoftPrompt(embeddings), float(options.alpha), options.steps, first, last, step, held_out_loss)
 
 
-def some_of(every: Sequence[Item], most: int, seed: int = 0) -> list[Item]:
-    """Drawn by the seed, in their order: a file may be sorted by its labels."""
-    drawn = random.Random(f"public rows/{seed}").sample(range(len(every)), min(most, len(every)))  # noqa: S311
-    return [every[at] for at in sorted(drawn)]
+def sample_rows(rows: Sequence[Item], max_rows: int, seed: int = 0) -> list[Item]:
+    """At most ``max_rows`` rows, drawn with the seed, in order. Not the first ones: a file may be sorted by label."""
+    drawn = random.Random(f"public rows/{seed}").sample(range(len(rows)), min(max_rows, len(rows)))  # noqa: S311
+    return [rows[index] for index in sorted(drawn)]
 
 
 def instruction_prompt(target: LanguageModel, task: Task, length: int) -> SoftPrompt:
-    """The embeddings of words that state the task, as far as an owner says it: its labels and its template."""
+    """The embeddings of a text that states the task, from what the prompt file contains: its labels and template."""
     return SoftPrompt.from_text(target, template_words(task) if task.is_generation else instructions(task)[0], length)
 
 
-def _start(
+def _initial_prompt(
     target: LanguageModel, task: Task, prompt: SoftPrompt, words: LabelWords | None, options: TransferOptions
 ) -> tuple[SoftPrompt, float]:
-    """Where p_t begins, and the learning rate that suits it."""
+    """The initial p_t, and its learning rate."""
     name = options.prompt_init or ("instruction" if words else "source")
-    start = instruction_prompt(target, task, prompt.length) if name == "instruction" else prompt
-    return start, options.learning_rate or LEARNING_RATES[name]
+    initial = instruction_prompt(target, task, prompt.length) if name == "instruction" else prompt
+    return initial, options.learning_rate or LEARNING_RATES[name]
 
 
 def _objective(
-    target: LanguageModel, known: TeacherOutputs, words: LabelWords | None, alpha: float, options: TransferOptions
+    target: LanguageModel, outputs: TeacherOutputs, words: LabelWords | None, alpha: float, options: TransferOptions
 ) -> Loss:
     if words:
-        return ensemble_objective(target, known, alpha, words)
-    return paper_objective(target, known, alpha, options.temperature)
+        return ensemble_objective(target, outputs, alpha, words)
+    return paper_objective(target, outputs, alpha, options.temperature)
 
 
-def max_kept_bytes(target: LanguageModel) -> int | None:
-    """Bytes that a step may keep for the way back; None: what is free is the limit."""
+def max_activation_bytes(target: LanguageModel) -> int | None:
+    """Bytes of activations that a step may save for the backward pass; None: only the free memory is a limit."""
     return None if target.device.type == "cuda" else int(STEP_SHARE * 4 * target.parameters)
 
 
 def _adam(
     target: LanguageModel, prompt: SoftPrompt, encoded: EncodedRows, learning_rate: float, group: Group
 ) -> PromptAdam:
-    """On p_t, which starts as ``prompt``, in micro-batches that the memory plan allows."""
+    """Adam on p_t, initialised as ``prompt``, in the micro-batches of the memory plan."""
     longest = prompt.length + encoded.whole.longest
-    plan = plan_step(target, longest=longest, most=max_kept_bytes(target))
-    start = nn.Parameter(prompt.embeddings.clone().to(target.device))
+    plan = plan_step(target, longest=longest, max_bytes=max_activation_bytes(target))
+    parameter = nn.Parameter(prompt.embeddings.clone().to(target.device))
     packed = runs_prompt_once(target, longest)
-    cut = replace(plan, positions=group.least(plan.positions)).cut(prompt.length, packed=packed)
+    split = replace(plan, positions=group.min(plan.positions)).cut(prompt.length, packed=packed)
     if group.size > 1:
-        return SharedAdam(start, learning_rate, cut, group)
-    return PromptAdam(start, learning_rate, cut)
+        return SharedAdam(parameter, learning_rate, split, group)
+    return PromptAdam(parameter, learning_rate, split)
 
 
 def choose_alpha(
@@ -265,14 +267,14 @@ def choose_alpha(
     max_rows: int = ALPHA_ROWS,
     max_length: int = 128,
 ) -> float:
-    """Eq. 6 on public labelled rows: no private figure is needed.
+    """Eq. 6 with accuracies on public labelled rows: no private accuracy is needed.
 
     Raises:
         InvalidInput: a generation task, or rows whose labels aren't the task's.
     """
     if task.is_generation:
-        raise InvalidInput("alpha='auto' needs classes to guess among; give a number for a generation task")
-    rows = some_of(rows, max_rows)
+        raise InvalidInput("alpha='auto' needs a task with classes; give a number for a generation task")
+    rows = sample_rows(rows, max_rows)
     try:
         check_labels(task, rows)
     except DataInvalid as error:

@@ -1,1 +1,1 @@
-"""Tune: p_s on Φs (method §2)."""
+"""Tuning: p_s on Φs (method §2)."""

@@ -1,4 +1,4 @@
-"""Laws of the Min-K% attack and of the figures by which it is judged."""
+"""Laws of the Min-K% attack, and of the ROC figures and intervals that measure it."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ FAMILIES = ["llama", "gpt2", "bert"]
 
 
 def texts(count: int, seed: int) -> list[str]:
-    """Random strings of words, 12 to 20 each: two seeds share none."""
+    """Random strings of 12 to 20 words; two seeds have none in common."""
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS.split(), k=draw.randint(12, 20))) for _ in range(count)]
 
 
 def plain_log_probabilities(model: LanguageModel, text: str) -> torch.Tensor:
-    """log p of every token of one text, with the library's own model and nothing of POST's."""
-    found = model.tokenizer(text, return_special_tokens_mask=True)
-    ids = torch.tensor(found.input_ids)
+    """log p of every token of one text, by the plain Transformers model."""
+    encoding = model.tokenizer(text, return_special_tokens_mask=True)
+    ids = torch.tensor(encoding.input_ids)
     if model.kind == "causal":
         logits = model.model(input_ids=ids[None]).logits[0, :-1]
         return logits.log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
-    asked = [at for at, special in enumerate(found.special_tokens_mask) if not special]
+    predicted = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
     values = []
-    for at in asked:
+    for i in predicted:
         masked = ids.clone()
-        masked[at] = model.tokenizer.mask_token_id
-        values.append(model.model(input_ids=masked[None]).logits[0, at].log_softmax(-1)[ids[at]])
+        masked[i] = model.tokenizer.mask_token_id
+        values.append(model.model(input_ids=masked[None]).logits[0, i].log_softmax(-1)[ids[i]])
     return torch.stack(values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_scores_are_the_models_own_log_probabilities(family: str) -> None:
-    """Batched with texts of other lengths: padding changes nothing, and texts keep their order."""
-    model, some = tiny_model(family), texts(7, 0)
-    rows = token_rows(model, some, 64)
+    """In batches with texts of other lengths: padding changes nothing, and texts keep their order."""
+    model, sample = tiny_model(family), texts(7, 0)
+    rows = token_rows(model, sample, 64)
     scores = torch.split(score_tokens(model, rows, batch_size=3)[0], list(rows.counts))
-    for text, found in zip(some, scores, strict=True):
-        torch.testing.assert_close(found.float(), plain_log_probabilities(model, text), atol=1e-4, rtol=1e-4)
+    for text, score in zip(sample, scores, strict=True):
+        torch.testing.assert_close(score.float(), plain_log_probabilities(model, text), atol=1e-4, rtol=1e-4)
 
 
-def test_a_text_beside_others_scores_as_it_does_alone() -> None:
-    model, some = tiny_model(), texts(6, 0)
-    together = text_scores(model, some, 64, batch_size=6)
-    alone = torch.cat([text_scores(model, [text], 64) for text in some])
+def test_a_text_in_a_batch_scores_as_it_does_alone() -> None:
+    model, sample = tiny_model(), texts(6, 0)
+    together = text_scores(model, sample, 64, batch_size=6)
+    alone = torch.cat([text_scores(model, [text], 64) for text in sample])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_a_long_text_is_cut() -> None:
+def test_a_long_text_is_truncated() -> None:
     model, words = tiny_model(), " ".join(["film story"] * 200)
     rows = token_rows(model, [words], 16)
     assert rows.counts == (15,)
@@ -67,22 +67,22 @@ def test_a_long_text_is_cut() -> None:
 
 
 def test_with_all_tokens_it_is_the_mean_log_likelihood() -> None:
-    model, some = tiny_model(), texts(4, 0)
-    every = text_scores(model, some, 64)[:, 0, SHARES.index(1.0)]
-    means = torch.stack([plain_log_probabilities(model, text).mean() for text in some])
-    torch.testing.assert_close(every.float(), means, atol=1e-4, rtol=1e-4)
+    model, sample = tiny_model(), texts(4, 0)
+    scores = text_scores(model, sample, 64)[:, 0, SHARES.index(1.0)]
+    means = torch.stack([plain_log_probabilities(model, text).mean() for text in sample])
+    torch.testing.assert_close(scores.float(), means, atol=1e-4, rtol=1e-4)
 
 
 def test_min_k_by_hand() -> None:
     values = torch.tensor([-1.0, -9.0, -3.0, -5.0, -2.0])
     assert min_k(values, 0.2) == -9.0
     assert min_k(values, 0.4) == -7.0
-    assert min_k(values, 0.01) == -9.0  # one token at least
+    assert min_k(values, 0.01) == -9.0  # at least one token
     assert min_k(values, 1.0) == -4.0
 
 
 def test_token_scores_by_hand() -> None:
-    """p = (1/4, 3/4), log p = (-1.386, -0.288): mean -0.562 under p, deviation 0.476."""
+    """p = (1/4, 3/4), log p = (-1.386, -0.288): under p, mean -0.562 and standard deviation 0.476."""
     logits = torch.tensor([[0.25, 0.75]]).log()
     both = token_scores(logits.expand(2, -1), torch.tensor([0, 1]))
     torch.testing.assert_close(both[0], logits[0])
@@ -92,13 +92,13 @@ def test_token_scores_by_hand() -> None:
     torch.testing.assert_close(both[1], torch.tensor(expected, dtype=torch.float32))
 
 
-def test_a_text_of_one_token_has_no_score() -> None:
+def test_a_text_of_one_token_is_refused() -> None:
     with pytest.raises(InvalidInput, match="1 of 2 texts"):
         text_scores(tiny_model(), [*texts(1, 0), "a"], 64)
 
 
 def memorise(model: LanguageModel, members: list[str]) -> None:
-    """Train all weights on the members until they are known."""
+    """Train all weights on the members until the model has memorised them."""
     weights = [weight.requires_grad_(True) for weight in model.model.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=3e-3)
     rows = token_rows(model, members, 64)
@@ -111,12 +111,12 @@ def memorise(model: LanguageModel, members: list[str]) -> None:
     model.model.requires_grad_(False)
 
 
-def test_what_was_memorised_is_found_and_what_was_never_seen_is_not() -> None:
+def test_memorised_texts_are_detected_and_unseen_texts_are_not() -> None:
     model, members, others = tiny_model("gpt2", layers=2), texts(40, 1), texts(40, 2)
     usual = SHARES.index(0.2)
     for values in text_scores(model, [*members, *others], 64)[:, :, usual].T.numpy():
-        (found,) = bootstrap(lambda a, b: [auc(a, b)], values[:40], values[40:])
-        assert found.low < 0.5 < found.high
+        (estimate,) = bootstrap(lambda a, b: [auc(a, b)], values[:40], values[40:])
+        assert estimate.low < 0.5 < estimate.high
     memorise(model, members)
     for values in text_scores(model, [*members, *others], 64)[:, :, usual].T.numpy():
         assert auc(values[:40], values[40:]) > 0.9
@@ -136,26 +136,26 @@ def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
         assert auc(np.exp(a), np.exp(b)) == auc(a, b)  # only the order counts
 
 
-def test_no_more_than_one_in_a_hundred_non_members_is_above_the_threshold() -> None:
+def test_the_true_positive_rate_keeps_the_false_positive_rate() -> None:
     others = np.arange(200.0)
     assert curve_of(np.array([197.0, 197.5, 198.0, 300.0]), others).at(0.01) == 0.75  # 198 and 199 may be above
     assert curve_of(np.array([199.0, 199.5]), np.arange(200.0)).at(0.0) == 0.5
-    assert curve_of(np.zeros(5), np.zeros(50)).at(0.01) == 0.0  # a tie is no find
+    assert curve_of(np.zeros(5), np.zeros(50)).at(0.01) == 0.0  # ties don't count
 
 
-def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+def test_an_interval_contains_the_true_value_about_as_often_as_its_confidence() -> None:
     generator = np.random.default_rng(1)
     hits = 0
     for seed in range(40):
-        (found,) = bootstrap(lambda some: [some.mean()], generator.normal(size=60), seed=seed)
-        assert found.low <= found.value <= found.high
-        hits += found.low <= 0.0 <= found.high
-    assert hits >= 33  # 38 expected; fewer than 33 has a chance below 1 %
+        (estimate,) = bootstrap(lambda sample: [sample.mean()], generator.normal(size=60), seed=seed)
+        assert estimate.low <= estimate.value <= estimate.high
+        hits += estimate.low <= 0.0 <= estimate.high
+    assert hits >= 33  # 38 expected; the probability of fewer than 33 is below 1 %
 
 
 def test_columns_of_a_sample_stay_together() -> None:
-    """Two models that differ by the same on every row have a difference without any doubt."""
+    """If two models differ by the same amount on every row, the interval of the difference has no width."""
     first = np.random.default_rng(2).normal(size=50)
     both = np.stack([first, first + 1.0], axis=1)
-    _, gap = bootstrap(lambda some: [some[:, 0].mean(), (some[:, 1] - some[:, 0]).mean()], both)
+    _, gap = bootstrap(lambda sample: [sample[:, 0].mean(), (sample[:, 1] - sample[:, 0]).mean()], both)
     assert (gap.low, gap.high) == (pytest.approx(1.0), pytest.approx(1.0))

@@ -1,4 +1,4 @@
-"""Laws of distillation: the start, the losses, what is trained, and resuming."""
+"""Laws of distillation: initialisation, losses, trained weights, and resuming."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from transformers import (
     SmolLM3Config,
 )
 
-from post_shared.data.batches import OPEN
+from post_shared.data.batches import IGNORE_INDEX
 from post_shared.errors import Cancelled, DataInvalid, InvalidInput
 from post_shared.method.distillation.corpus import (
     Corpus,
-    _order,
+    _permutation,
     in_templates,
     masked_tokens,
     next_token,
@@ -44,7 +44,7 @@ from tests.models import CAUSAL, MASKED, TEXTS, tiny_model, tokenizer
 PARAGRAPHS = [" ".join(TEXTS)] * 40
 
 
-def test_layers_are_chosen_from_both_ends_or_as_named() -> None:
+def test_layers_are_chosen_by_pattern_or_as_listed() -> None:
     assert chosen_layers(8, 30) == [0, 1, 3, 6, 10, 15, 21, 29]
     assert chosen_layers(3, 12, "ends") == [0, 1, 11]
     assert chosen_layers([0, 5, 11], 12) == [0, 5, 11]
@@ -71,7 +71,7 @@ def test_a_student_is_a_plain_model_of_the_same_architecture(family: str, tmp_pa
     assert (again.layers, again.architecture, again.hidden_size) == (2, target.architecture, target.hidden_size)
     ids = torch.randint(5, 100, (2, 9))
     torch.testing.assert_close(again.hidden(ids), student.hidden(ids))
-    if family in CAUSAL:  # with a key/value cache too: the layers know their new places
+    if family in CAUSAL:  # with a key/value cache too: the layers have their new indices
         plain = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert plain.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 9
 
@@ -107,10 +107,10 @@ SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_att
     ],
     ids=["smollm3", "gpt_neo"],
 )
-def test_what_a_layer_is_said_to_do_goes_with_it(
+def test_per_layer_settings_are_copied_with_the_layers(
     config: PreTrainedConfig, setting: str, expected: list[object], tmp_path: Path
 ) -> None:
-    """Some layers have no positions, or see a window only: lists in the configuration, one entry a layer."""
+    """Some layers have no positions, or attend to a window only: lists in the configuration, one entry per layer."""
     student = copy_student(wrapped(config), [0, 2, 4])
     assert list(getattr(student.config, setting)) == expected
     check_loads(student)
@@ -119,15 +119,15 @@ def test_what_a_layer_is_said_to_do_goes_with_it(
     torch.testing.assert_close(LanguageModel.load(tmp_path, device="cpu").hidden(ids), student.hidden(ids))
 
 
-def test_a_student_that_would_not_load_as_it_is_is_refused() -> None:
-    places = {"n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 400, "scale_attn_by_inverse_layer_idx": True}
+def test_a_student_that_would_not_load_unchanged_is_refused() -> None:
+    settings = {"n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": 400, "scale_attn_by_inverse_layer_idx": True}
     config = DistilOptions(keep_layers=(0, 3), student_init="copy", steps=1, sequence_length=16, batch_tokens=64)
-    target = wrapped(GPT2Config(**places, initializer_range=0.5))
+    target = wrapped(GPT2Config(**settings, initializer_range=0.5))
     with pytest.raises(InvalidInput, match="depend on its place"):
         distil(target, PARAGRAPHS, config)
 
 
-def test_a_mixture_of_experts_is_read_and_copied() -> None:
+def test_a_mixture_of_experts_is_supported() -> None:
     config = MixtralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=3, num_local_experts=4)
     target, ids = wrapped(config), torch.randint(5, 100, (2, 9))
     torch.testing.assert_close(target.head(target.hidden(ids)), target.model(ids).logits.float())
@@ -146,30 +146,30 @@ def test_sequences_longer_than_the_model_has_positions_are_refused() -> None:
     "change",
     [{"max_minutes": -1.0}, {"max_minutes": math.nan}, {"steps": 0}, {"temperature": 0.0}, {"learning_rate": math.inf}],
 )
-def test_lengths_and_rates_that_are_none_are_refused(change: dict[str, float]) -> None:
+def test_invalid_lengths_and_rates_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(InvalidInput, match=r"greater than|finite"):
         DistilOptions(**{"steps": 2, **change})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt", *MASKED])
-def test_the_fold_brings_the_student_closer_than_the_copy(family: str) -> None:
+def test_least_squares_is_closer_to_the_target_than_the_copy(family: str) -> None:
     target = tiny_model(family, layers=6)
     corpus = prepare_corpus(target, PARAGRAPHS, 32, None)
     block = corpus.batch(0, 16, 0)
     kept = [0, 1, 5]
-    plain, folded = copy_student(target, kept), copy_student(target, kept)
-    least_squares(folded, kept, TargetStates(target, [block]))
+    copied, fitted = copy_student(target, kept), copy_student(target, kept)
+    least_squares(fitted, kept, TargetStates(target, [block]))
 
     def gap(student: LanguageModel) -> float:
         return float((student.hidden(block) - target.hidden(block)).norm())
 
-    assert gap(folded) < gap(plain)
+    assert gap(fitted) < gap(copied)
     with pytest.raises(InvalidInput, match="keep the last layer"):
         least_squares(copy_student(target, [0, 1]), [0, 1], TargetStates(target, [block]))
 
 
-def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
-    """A removed layer whose effect is zero leaves nothing to fold: T is the identity, up to the ridge."""
+def test_least_squares_is_exact_if_the_removed_layer_has_no_effect() -> None:
+    """T is the identity, up to the ridge."""
     target = tiny_model("llama", layers=3)
     for weight in target.model.model.layers[1].parameters():
         weight.data.zero_()
@@ -180,8 +180,8 @@ def test_the_fold_of_a_gap_that_adds_a_linear_map_is_exact() -> None:
 
 
 @pytest.mark.parametrize("family", MASKED)
-def test_the_fold_where_a_norm_ends_a_layer_takes_that_norm_over(family: str) -> None:
-    """The removed layer adds nothing and only normalises anew, with a gain and an offset of its own."""
+def test_least_squares_replaces_the_norm_that_ends_a_layer(family: str) -> None:
+    """The removed layer adds nothing; it only normalises again, with its own gain and offset."""
     target = tiny_model(family, layers=3)
     layer = getattr(*layers_of(target))[1]
     for name, weight in layer.named_parameters():
@@ -191,14 +191,14 @@ def test_the_fold_where_a_norm_ends_a_layer_takes_that_norm_over(family: str) ->
     norm.weight.data.uniform_(0.5, 2.0)
     norm.bias.data.normal_()
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 16, 0)
-    plain, student = copy_student(target, [0, 2]), copy_student(target, [0, 2])
-    least_squares(student, [0, 2], TargetStates(target, [block]))
-    apart = [float((each.hidden(block) - target.hidden(block)).norm()) for each in (plain, student)]
-    assert apart[1] < 0.2 * apart[0]
-    check_loads(student)
+    copied, fitted = copy_student(target, [0, 2]), copy_student(target, [0, 2])
+    least_squares(fitted, [0, 2], TargetStates(target, [block]))
+    gaps = [float((student.hidden(block) - target.hidden(block)).norm()) for student in (copied, fitted)]
+    assert gaps[1] < 0.2 * gaps[0]
+    check_loads(fitted)
 
 
-def test_a_model_whose_layers_are_of_another_kind_says_that_it_cannot_fold() -> None:
+def test_a_model_with_other_layers_cannot_be_fitted() -> None:
     target = tiny_model("gemma2")
     block = prepare_corpus(target, PARAGRAPHS, 32, None).batch(0, 4, 0)
     with pytest.raises(InvalidInput, match="student_init='copy'"):
@@ -206,7 +206,7 @@ def test_a_model_whose_layers_are_of_another_kind_says_that_it_cannot_fold() -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_target_in_16_bits_is_measured_against_outside_autocast_too(dtype: torch.dtype) -> None:
+def test_losses_are_finite_for_a_16_bit_target_without_autocast(dtype: torch.dtype) -> None:
     target = tiny_model()
     student = copy_student(target, [0, 3])
     target.model.to(dtype)
@@ -216,16 +216,16 @@ def test_a_target_in_16_bits_is_measured_against_outside_autocast_too(dtype: tor
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
-def test_losses_vanish_for_the_target_itself_and_fall_in_training(family: str) -> None:
+def test_losses_are_zero_for_the_target_itself_and_fall_in_training(family: str) -> None:
     target = tiny_model(family)
     generator = torch.Generator().manual_seed(0)
     corpus = prepare_corpus(target, PARAGRAPHS, 32, None)
     block = corpus.batch(0, 8, 0)
     if family == "llama":
-        prediction = next_token(block, 0.5, generator)
+        targets = next_token(block, 0.5, generator)
     else:
-        prediction = masked_tokens(block, target.tokenizer.mask_token_id, target.vocabulary, corpus.counts, generator)
-    same = distillation_losses(target, target, prediction)
+        targets = masked_tokens(block, target.tokenizer.mask_token_id, target.vocabulary, corpus.counts, generator)
+    same = distillation_losses(target, target, targets)
     assert float(same["ce"]) < 1e-4
     assert float(same["cos"]) < 1e-5
     seen: list[Progress] = []
@@ -237,8 +237,8 @@ def test_losses_vanish_for_the_target_itself_and_fall_in_training(family: str) -
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_frozen_head_and_embeddings_stay_and_the_layers_move() -> None:
-    target = tiny_model("gpt_neox")  # head and embeddings are two matrices
+def test_frozen_head_and_embeddings_do_not_change_and_the_layers_do() -> None:
+    target = tiny_model("gpt_neox")  # head and embeddings aren't tied
     for head, embeddings in [(True, True), (True, False), (False, True)]:
         config = DistilOptions(
             keep_layers=2,
@@ -250,14 +250,14 @@ def test_frozen_head_and_embeddings_stay_and_the_layers_move() -> None:
             freeze_embeddings=embeddings,
         )
         student = distil(target, PARAGRAPHS, config)
-        same = torch.equal(student.model.get_output_embeddings().weight, target.model.get_output_embeddings().weight)
-        assert same == head
-        same = torch.equal(student.model.get_input_embeddings().weight, target.model.get_input_embeddings().weight)
-        assert same == embeddings
-        kept = torch.equal(
+        equal = torch.equal(student.model.get_output_embeddings().weight, target.model.get_output_embeddings().weight)
+        assert equal == head
+        equal = torch.equal(student.model.get_input_embeddings().weight, target.model.get_input_embeddings().weight)
+        assert equal == embeddings
+        equal = torch.equal(
             student.body.layers[0].mlp.dense_4h_to_h.weight, target.body.layers[0].mlp.dense_4h_to_h.weight
         )
-        assert not kept
+        assert not equal
 
 
 def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
@@ -266,13 +266,13 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
 
     def stop(progress: Progress) -> None:
         if progress.stage == "distil" and progress.step == 3:
-            raise Cancelled("enough")
+            raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
         distil(target, PARAGRAPHS, config, on_progress=stop, checkpoint=tmp_path)
     steps: list[int] = []
     with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
-        assert len(file.get_tensor("losses")) == 3  # of the steps before, for the plateau
+        assert len(file.get_tensor("losses")) == 3  # of the steps so far, for early stopping
     resumed = distil(
         target,
         PARAGRAPHS,
@@ -282,83 +282,83 @@ def test_cancelled_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     )
     assert steps[0] == 4
     undisturbed = distil(target, PARAGRAPHS, config)
-    for ours, theirs in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
     assert not any(weight.requires_grad for weight in resumed.model.parameters())
 
 
-def test_a_target_in_bfloat16_teaches_nearly_the_same_and_resumes_exactly(tmp_path: Path) -> None:
-    """As on a CPU with matrix units for it: the pass is in bfloat16, the student's weights are float32."""
+def test_a_bfloat16_target_gives_nearly_the_same_losses_and_resumes_exactly(tmp_path: Path) -> None:
+    """As on a CPU with bfloat16 matrix units: the pass is in bfloat16, the student's weights are float32."""
     target, exact = tiny_model("llama"), tiny_model("llama")
     target.model.to(torch.bfloat16)
     config = DistilOptions(keep_layers=2, steps=8, batch_tokens=64, sequence_length=32)
     losses: dict[str, list[float]] = {}
 
-    def watch(name: str) -> Callable[[Progress], None]:
+    def record(name: str) -> Callable[[Progress], None]:
         return lambda p: losses.setdefault(name, []).append(p.metrics["loss"]) if p.stage == "distil" else None
 
     def stop(progress: Progress) -> None:
         if progress.stage == "distil" and progress.step == 3:
-            raise Cancelled("enough")
+            raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
         distil(target, PARAGRAPHS, config, on_progress=stop, checkpoint=tmp_path)
     resumed = distil(target, PARAGRAPHS, config, checkpoint=tmp_path)
-    undisturbed = distil(target, PARAGRAPHS, config, on_progress=watch("bfloat16"))
-    distil(exact, PARAGRAPHS, config, on_progress=watch("float32"))
+    undisturbed = distil(target, PARAGRAPHS, config, on_progress=record("bfloat16"))
+    distil(exact, PARAGRAPHS, config, on_progress=record("float32"))
     assert undisturbed.dtype == torch.float32
-    for ours, theirs in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert losses["bfloat16"] != losses["float32"]  # or the pass wasn't in bfloat16
+    for actual, expected in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+    assert losses["bfloat16"] != losses["float32"]  # otherwise the pass wasn't in bfloat16
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
-def test_a_checkpoint_of_another_target_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_target_is_not_resumed(tmp_path: Path) -> None:
     config = DistilOptions(keep_layers=2, steps=4, batch_tokens=64, sequence_length=32)
 
     def stop(progress: Progress) -> None:
         if progress.stage == "distil" and progress.step == 3:
-            raise Cancelled("enough")
+            raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
         distil(tiny_model(seed=1), PARAGRAPHS, config, on_progress=stop, checkpoint=tmp_path)
     steps: list[int] = []
-    report = lambda p: steps.append(p.step) if p.stage == "distil" else None  # noqa: E731
-    distil(tiny_model(seed=2), PARAGRAPHS, config, on_progress=report, checkpoint=tmp_path)
+    record = lambda p: steps.append(p.step) if p.stage == "distil" else None  # noqa: E731
+    distil(tiny_model(seed=2), PARAGRAPHS, config, on_progress=record, checkpoint=tmp_path)
     assert steps[0] == 1
 
 
 def test_an_epoch_is_shuffled_once() -> None:
-    """A corpus of 2 GiB took seconds to shuffle, at every step."""
-    _order.cache_clear()
+    """Shuffling a corpus of 2 GiB takes seconds, too much for each step."""
+    _permutation.cache_clear()
     corpus = Corpus(np.arange(40, dtype=np.int32).reshape(20, 2), np.zeros(1, dtype=np.int64))
     seen = [tuple(row) for step in range(10) for row in corpus.batch(step, 2, seed=0).tolist()]
-    assert sorted(seen) == [(at, at + 1) for at in range(0, 40, 2)]
+    assert sorted(seen) == [(first, first + 1) for first in range(0, 40, 2)]
     assert corpus.batch(10, 2, seed=0).tolist() != corpus.batch(0, 2, seed=0).tolist()
-    assert _order.cache_info().misses == 2
+    assert _permutation.cache_info().misses == 2
 
 
-def test_time_alone_ends_it_and_plateau_too() -> None:
+def test_a_time_limit_ends_training_and_early_stopping_too() -> None:
     seen: list[Progress] = []
     config = DistilOptions(keep_layers=2, student_init="copy", max_minutes=0.01, batch_tokens=64, sequence_length=32)
     distil(tiny_model(), PARAGRAPHS, config, on_progress=seen.append)
     assert seen[-1].step >= 1
-    plateau = EarlyStopping(window=3)
+    early_stopping = EarlyStopping(window=3)
     for loss in (3, 2, 1, 1, 1, 1):
-        plateau.add(loss)
-    assert not plateau.reached()  # 6 -> 3 fell
+        early_stopping.add(loss)
+    assert not early_stopping.reached()  # fell from 6 to 3
     resumed, student = (
         EarlyStopping(window=3),
         Student(tiny_model(), learning_rate=1.0, freeze_head=True, freeze_embeddings=True),
     )
-    Training(student, resumed).load_state(Training(student, plateau).state())
-    for one in (plateau, resumed):
+    Training(student, resumed).load_state(Training(student, early_stopping).state())
+    for one in (early_stopping, resumed):
         for loss in (1, 1, 1):
             one.add(loss)
         assert one.reached()
 
 
-def test_the_corpus_is_packed_without_padding_kept_and_read_back(tmp_path: Path) -> None:
+def test_the_corpus_is_packed_without_padding_and_read_back(tmp_path: Path) -> None:
     target = tiny_model("roberta")
     corpus = prepare_corpus(target, PARAGRAPHS, 16, tmp_path)
     assert (corpus.blocks[:, 0] == 1).all()  # <s>
@@ -370,23 +370,23 @@ def test_the_corpus_is_packed_without_padding_kept_and_read_back(tmp_path: Path)
         prepare_corpus(target, ["nice"], 64, None)
 
 
-def test_answer_forms_take_short_paragraphs_and_their_answers_are_always_predicted_and_open() -> None:
+def test_templates_hold_short_paragraphs_and_their_answers_are_always_targets_and_open() -> None:
     target = tiny_model()
     long = "a film " * 100
     assert in_templates(["nice", long], ["{text}, it was"], 0) == ["nice, it was", long]
     assert len(set(in_templates(["nice"] * 20, ["{text} A", "{text} B"], 0))) == 2
     corpus = prepare_corpus(target, TEXTS * 20, 32, None, templates=["{text}, it was"])
     block, end = corpus.batch(0, 8, 0), target.tokenizer.eos_token_id
-    made = next_token(block, 0.1, torch.Generator().manual_seed(0), answer_end=end)
-    predicted = set(zip(made.rows.tolist(), made.positions.tolist(), strict=True))
-    ends = {(row, at - 1) for row, at in (block == end).nonzero().tolist() if at}
-    assert ends <= predicted
-    assert len(predicted) > len(ends)
-    before = target.tokenizer(" was").input_ids[-1]
-    assert {int(block[row, at]) for row, at in ends} == {before}
-    is_open = made.tokens == OPEN
-    assert int(is_open.sum()) == len(ends)
-    losses = language_model_loss(torch.randn(len(made.tokens), 400), made.tokens)
+    targets = next_token(block, 0.1, torch.Generator().manual_seed(0), answer_end=end)
+    predicted = set(zip(targets.rows.tolist(), targets.positions.tolist(), strict=True))
+    answers = {(row, position - 1) for row, position in (block == end).nonzero().tolist() if position}
+    assert answers <= predicted
+    assert len(predicted) > len(answers)
+    last = target.tokenizer(" was").input_ids[-1]
+    assert {int(block[row, position]) for row, position in answers} == {last}
+    is_open = targets.tokens == IGNORE_INDEX
+    assert int(is_open.sum()) == len(answers)
+    losses = language_model_loss(torch.randn(len(targets.tokens), 400), targets.tokens)
     assert torch.equal(losses == 0, is_open)
     config = DistilOptions(keep_layers=2, steps=2, batch_tokens=64, sequence_length=32, templates=("{text}, it was",))
     assert distil(target, TEXTS * 20, config).layers == 2
@@ -396,32 +396,32 @@ def test_answer_forms_take_short_paragraphs_and_their_answers_are_always_predict
         config.replace(templates=("it was",))
 
 
-def test_masking_takes_15_percent_in_shares_of_80_10_10_and_prefers_rare_tokens() -> None:
+def test_masking_covers_15_percent_in_shares_of_80_10_10_and_prefers_rare_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     block = torch.where(torch.rand(200, 100, generator=generator) < 0.1, 7, 9)  # 7 is rare, 9 common
     counts = np.bincount(block.flatten().numpy(), minlength=400)
-    made = masked_tokens(block, 4, 400, counts, generator)
-    assert len(made.tokens) == round(0.15 * block.numel())
-    assert torch.equal(block[made.rows, made.positions], made.tokens)
-    seen = made.inputs[made.rows, made.positions]
-    assert abs(float((seen == 4).float().mean()) - 0.8) < 0.03
-    assert abs(float((seen == made.tokens).float().mean()) - 0.1) < 0.03
-    assert float((made.tokens == 7).float().mean()) > 0.2  # twice its share of the text and more
+    targets = masked_tokens(block, 4, 400, counts, generator)
+    assert len(targets.tokens) == round(0.15 * block.numel())
+    assert torch.equal(block[targets.rows, targets.positions], targets.tokens)
+    inputs = targets.inputs[targets.rows, targets.positions]
+    assert abs(float((inputs == 4).float().mean()) - 0.8) < 0.03
+    assert abs(float((inputs == targets.tokens).float().mean()) - 0.1) < 0.03
+    assert float((targets.tokens == 7).float().mean()) > 0.2  # more than twice its share of the text
 
 
 @pytest.mark.parametrize(
     "change", [{"student_init": "magic"}, {"steps": None}, {"batch_tokens": 16, "sequence_length": 32}]
 )
-def test_a_config_that_cannot_work_is_refused(change: dict[str, object]) -> None:
+def test_an_invalid_config_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(InvalidInput):
         DistilOptions(**{"steps": 1, **change})  # type: ignore[arg-type]
 
 
-def test_a_target_that_lies_on_the_disk_gives_the_student_of_one_in_memory(tmp_path: Path) -> None:
+def test_a_target_offloaded_to_disk_gives_the_same_student(tmp_path: Path) -> None:
     tiny_model("qwen2", layers=6).save(tmp_path)
     config = DistilOptions(keep_layers=3, steps=2, batch_tokens=128, sequence_length=32, alignment=0.5)
     targets = [LanguageModel.load(tmp_path, device="cpu")]
     targets.append(LanguageModel.load(tmp_path, device="spread", memory={"cpu": 0}))
-    plain, spread = (distil(target, PARAGRAPHS, config).model for target in targets)
-    for mine, expected in zip(spread.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    expected_student, offloaded_student = (distil(target, PARAGRAPHS, config).model for target in targets)
+    for actual, expected in zip(offloaded_student.parameters(), expected_student.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create every table, those that others refer to first."""
+    """Create all tables, referenced ones first."""
     _api_keys()
     _models()
     _datasets()

@@ -1,4 +1,4 @@
-"""When a job began to wait, and how often its lease was lost.
+"""When a job was queued, and how often its lease was lost.
 
 Revision: 0002
 """
@@ -15,7 +15,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the columns. Never by remaking the table: SQLite would delete the events that refer to it."""
+    """Add the columns without recreating the table: SQLite would delete the events that refer to it."""
     long_ago = sa.text("'1970-01-01 00:00:00'")
     op.add_column("jobs", sa.Column("queued_at", sa.DateTime(timezone=True), nullable=False, server_default=long_ago))
     op.execute("UPDATE jobs SET queued_at = created_at")
@@ -23,6 +23,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them."""
+    """Drop the columns."""
     op.drop_column("jobs", "lease_losses")
     op.drop_column("jobs", "queued_at")

@@ -1,4 +1,4 @@
-"""API keys get scopes, an end, a former text and a last use.
+"""API keys get scopes, an expiry, a previous hash and a last use.
 
 Revision: 0003
 """
@@ -17,7 +17,7 @@ _TIMES = ("expires_at", "rotated_at", "previous_until", "last_used_at")
 
 
 def upgrade() -> None:
-    """Keys that were there keep all that their role may: their scopes are null."""
+    """Existing keys keep all scopes of their role: theirs are null."""
     op.add_column("api_keys", sa.Column("scopes", sa.JSON(none_as_null=True), nullable=True))
     op.add_column("api_keys", sa.Column("previous_hash", sa.String(64), nullable=True))
     for name in _TIMES:
@@ -26,7 +26,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them."""
+    """Drop the columns."""
     op.drop_index("ix_api_keys_previous_hash", "api_keys")
     for name in ("scopes", "previous_hash", *_TIMES):
         op.drop_column("api_keys", name)

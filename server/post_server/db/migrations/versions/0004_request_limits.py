@@ -1,4 +1,4 @@
-"""A key may have its own limit on requests.
+"""A key may have its own rate limit.
 
 Revision: 0004
 """
@@ -15,10 +15,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Null: the server's setting holds."""
+    """Null means the server's setting."""
     op.add_column("api_keys", sa.Column("requests_per_minute", sa.Integer(), nullable=True))
 
 
 def downgrade() -> None:
-    """Drop it."""
+    """Drop the column."""
     op.drop_column("api_keys", "requests_per_minute")

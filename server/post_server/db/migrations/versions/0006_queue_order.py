@@ -15,7 +15,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """What was there has the middle priority and waits for any device."""
+    """Existing jobs get the default priority and may run on any device."""
     op.add_column("jobs", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("device", sa.String(16), nullable=True))
     op.add_column("api_keys", sa.Column("running_jobs", sa.Integer(), nullable=True))
@@ -23,7 +23,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them."""
+    """Drop the columns."""
     for table, column in (
         ("jobs", "priority"),
         ("jobs", "device"),

@@ -1,4 +1,4 @@
-"""The audit log, which can be added to and nothing else.
+"""The append-only audit log.
 
 Revision: 0007
 """
@@ -18,7 +18,7 @@ _SQLITE = (
     "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END",
     "CREATE TRIGGER audit_log_delete BEFORE DELETE ON audit_log "
     "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END",
-    # INSERT OR REPLACE removes a row without the trigger above.
+    # INSERT OR REPLACE deletes a row without firing the trigger above.
     "CREATE TRIGGER audit_log_replace BEFORE INSERT ON audit_log "
     "WHEN EXISTS (SELECT 1 FROM audit_log WHERE id = NEW.id) "
     "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END",
@@ -33,7 +33,7 @@ _POSTGRESQL = (
 
 
 def upgrade() -> None:
-    """The table, and triggers that refuse to change or remove a row."""
+    """The table, and triggers that refuse to update or delete a row."""
     op.create_table(
         "audit_log",
         sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
@@ -51,7 +51,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop it with its triggers."""
+    """Drop the table with its triggers."""
     op.drop_table("audit_log")
     if op.get_bind().dialect.name != "sqlite":
         op.execute("DROP FUNCTION audit_log_refuse()")

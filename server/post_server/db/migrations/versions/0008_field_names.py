@@ -1,4 +1,4 @@
-"""The field's names in the requests of jobs, and in what reports keep of theirs.
+"""The field's usual terms in the requests of jobs, and in the copies of them that reports keep.
 
 Revision: 0008
 """
@@ -27,7 +27,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "transfer": {"start": "prompt_init"},
 }
-"""Old name -> new name, by the kind of the job."""
+"""Old name -> new name, by kind of job."""
 VALUES = {"student_init": {"fold": "least_squares"}, "prompt_init": {"task": "instruction"}}
 TUNING = {
     "steps": "steps",
@@ -36,45 +36,45 @@ TUNING = {
     "length": "num_virtual_tokens",
     "max_length": "max_length",
 }
-"""What a report says about tuning: old name in the request -> new name under ``tuning``."""
+"""A report's tuning options: old name in the request -> new name under ``tuning``."""
 
 
 def renamed(kind: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request with today's names."""
+    """A request with the new names."""
     if kind == "report":
         tuning = {new: request[old] for old, new in TUNING.items() if old in request}
         rest = {name: value for name, value in request.items() if name not in TUNING}
         return {**rest, **({"tuning": tuning} if tuning else {})}
     names = NAMES.get(kind, {})
-    found = {names.get(name, name): value for name, value in request.items()}
+    fields = {names.get(name, name): value for name, value in request.items()}
     return {
         name: VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
-        for name, value in found.items()
+        for name, value in fields.items()
     }
 
 
 def restored(kind: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request with the names of before."""
+    """A request with the old names."""
     if kind == "report":
         tuning = request.get("tuning") or {}
         rest = {name: value for name, value in request.items() if name != "tuning"}
         return {**rest, **{old: tuning[new] for old, new in TUNING.items() if new in tuning}}
-    back = {new: old for old, new in NAMES.get(kind, {}).items()}
-    values = {name: {new: old for old, new in some.items()} for name, some in VALUES.items()}
-    found = {
-        name: values.get(name, {}).get(value, value) if isinstance(value, str) else value
+    names = {new: old for old, new in NAMES.get(kind, {}).items()}
+    old_values = {name: {new: old for old, new in renames.items()} for name, renames in VALUES.items()}
+    fields = {
+        name: old_values.get(name, {}).get(value, value) if isinstance(value, str) else value
         for name, value in request.items()
     }
-    return {back.get(name, name): value for name, value in found.items()}
+    return {names.get(name, name): value for name, value in fields.items()}
 
 
 def upgrade() -> None:
-    """Jobs that wait go on, and what ended stays readable."""
+    """Queued jobs can still run, and finished ones stay readable."""
     _rewrite(renamed)
 
 
 def downgrade() -> None:
-    """The names of before."""
+    """Restore the old names."""
     _rewrite(restored)
 
 
@@ -97,5 +97,5 @@ def _rewrite(change: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Some drivers hand JSON out as text."""
+    """Some drivers return JSON as text."""
     return json.loads(value) if isinstance(value, str) else value

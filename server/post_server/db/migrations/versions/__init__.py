@@ -1,1 +1,1 @@
-"""One module for each step of the schema, in order."""
+"""One module for each version of the schema, in order."""
