@@ -78,7 +78,10 @@ def tune_shadows(
     if privacy is not None:
         check_keeps_no_state(student, starting_prompt(student, task, options).embeddings, options.max_length)
     count = nominal or int(members[0].sum())
-    run_id = "" if checkpoint is None else run_id_of(student, task, rows, options, privacy, public)
+    run_id = ""
+    if checkpoint is not None:
+        encoded = encode_private(student, task, rows, options)
+        run_id = run_id_of(student, task, rows, options, privacy, public, encoded)
     plan: PrivacyPlan | None = None
     prompts: list[Tensor] = []
     for k, included in enumerate(members):

@@ -30,7 +30,7 @@ def accountant(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Expected rows (or users) per step; default: as in post tune.")
     ] = None,
-    delta: Annotated[float | None, typer.Option(help="Default: chosen from the number of rows (or users).")] = None,
+    delta: Annotated[float | None, typer.Option(help="Default: 1e-6.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Number of runs that share the budget.")] = 1,
     text_column: TextColumn = "text",
     user_column: UserColumn = None,

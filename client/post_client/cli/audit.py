@@ -39,9 +39,7 @@ def audit(
     epsilon: Annotated[
         float | None, typer.Option(help=f"Claimed privacy budget of the private runs; default: {DEFAULT_EPSILON:g}.")
     ] = None,
-    delta: Annotated[
-        float | None, typer.Option(help="Below 1 / rows; default: chosen from the number of rows.")
-    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Below 1 / rows; default: 1e-6.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clipping norm c of each row's gradient.")] = None,
     no_dp: Annotated[bool, typer.Option("--no-dp", help="Audit only tuning without differential privacy.")] = False,
     no_plain: Annotated[bool, typer.Option("--no-plain", help="Audit only tuning with differential privacy.")] = False,

@@ -64,7 +64,7 @@ def tune(
     no_dp: Annotated[
         bool, typer.Option("--no-dp", help="Tune without differential privacy: no privacy guarantee.")
     ] = False,
-    delta: Annotated[float | None, typer.Option(help="Below 1 / rows (or users); default: chosen from it.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Below 1 / rows (or users); default: 1e-6.")] = None,
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Clipping norm c of each row's (or user's) gradient.")
     ] = None,

@@ -24,6 +24,7 @@ from post_client.ledger.queries import (
     lower_cap,
     now,
     one,
+    renew,
     unfinished,
 )
 from post_client.ledger.records import records_of, salted
@@ -155,9 +156,10 @@ class Ledger:
 
     def account(self, rows: Sequence[Row], unit: Unit) -> Account | None:
         """The account of a data set; None if the ledger has no run and no cap for it."""
-        digest = records_of(rows, unit, self._salt).digest
+        records = records_of(rows, unit, self._salt)
         with self._store.transaction() as connection:
-            row = connection.execute("SELECT * FROM data_sets WHERE digest = ?", (digest,)).fetchone()
+            renew(connection, records)
+            row = connection.execute("SELECT * FROM data_sets WHERE digest = ?", (records.digest,)).fetchone()
             return None if row is None else self._account(connection, row)
 
     def accounts(self) -> list[Account]:

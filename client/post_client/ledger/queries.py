@@ -11,6 +11,7 @@ from post_client.ledger.budget import Charge, Total, total
 from post_client.ledger.records import Records
 from post_client.ledger.reservation import Run
 from post_client.privacy.accounting import Mechanism
+from post_client.privacy.text_identity import NORMALIZATION
 from post_shared.errors import BudgetExceeded, InvalidInput
 
 _GROUPS = """
@@ -31,19 +32,39 @@ by text; data sets of different units are matched by text."""
 
 def find_or_insert(connection: sqlite3.Connection, records: Records, rows: int, name: str) -> int:
     """The data set's id; a new data set is inserted with its records. A given name replaces the stored one."""
+    renew(connection, records)
     row = connection.execute("SELECT id FROM data_sets WHERE digest = ?", (records.digest,)).fetchone()
     if row is not None:
         if name:
             connection.execute("UPDATE data_sets SET name = ? WHERE id = ?", (name, row["id"]))
         return int(row["id"])
     inserted = connection.execute(
-        "INSERT INTO data_sets (digest, unit, name, rows, units) VALUES (?, ?, ?, ?, ?)",
-        (records.digest, records.unit, name, rows, records.units),
+        "INSERT INTO data_sets (digest, unit, name, rows, units, normalization) VALUES (?, ?, ?, ?, ?, ?)",
+        (records.digest, records.unit, name, rows, records.units, NORMALIZATION),
     )
     data_set = int(inserted.lastrowid or 0)
     unique_records = ((data_set, unit, text) for unit, text in dict.fromkeys(records.pairs))
     connection.executemany("INSERT INTO records VALUES (?, ?, ?)", unique_records)
     return data_set
+
+
+def renew(connection: sqlite3.Connection, records: Records) -> None:
+    """Give these rows the hashes of today in data sets that an earlier version wrote.
+
+    A ledger keeps no texts, so its hashes can be renewed only when their rows are seen again.
+    """
+    if not one(connection, "SELECT count(*) FROM data_sets WHERE normalization < ?", NORMALIZATION):
+        return
+    for column, only in (("row", ""), ("unit", "AND unit = 'row'")):
+        connection.executemany(
+            f"UPDATE OR REPLACE records SET {column} = ? WHERE {column} = ? AND data_set IN "  # noqa: S608  two constants
+            f"(SELECT id FROM data_sets WHERE normalization < {NORMALIZATION} {only})",
+            ((new, old) for old, new in records.former_rows.items()),
+        )
+    connection.execute(
+        "UPDATE OR IGNORE data_sets SET digest = ?, normalization = ? WHERE digest = ?",
+        (records.digest, NORMALIZATION, records.former_digest),
+    )
 
 
 def unfinished(connection: sqlite3.Connection, data_set: int, run_hash: bytes, charge: Charge) -> Run | None:

@@ -14,7 +14,7 @@ from platformdirs import user_data_path
 from post_shared.errors import LedgerInvalid
 
 LEDGER_VARIABLE = "POST_LEDGER"
-APPLICATION, VERSION = 0x504F5354, 1
+APPLICATION, VERSION = 0x504F5354, 2
 WAIT_SECONDS = 60.0
 """How long to wait for another process's transaction, which may compute a composition."""
 
@@ -22,7 +22,7 @@ SCHEMA = """
 CREATE TABLE salt (value BLOB NOT NULL);
 CREATE TABLE data_sets (
     id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, unit TEXT NOT NULL, name TEXT NOT NULL,
-    rows INTEGER NOT NULL, units INTEGER NOT NULL, cap REAL
+    rows INTEGER NOT NULL, units INTEGER NOT NULL, cap REAL, normalization INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE records (
     data_set INTEGER NOT NULL REFERENCES data_sets, unit BLOB NOT NULL, row BLOB NOT NULL,
@@ -36,7 +36,10 @@ CREATE TABLE runs (
     started TEXT NOT NULL, ended TEXT
 );
 """
-"""``runs.noise_multiplier`` is NULL without differential privacy; ``key`` is NULL once the run is finished."""
+"""``runs.noise_multiplier`` is NULL without differential privacy; ``key`` is NULL once the run is finished.
+``data_sets.normalization`` is the version of :func:`post_client.privacy.text_identity.normalized` in its hashes."""
+MIGRATIONS = {1: "ALTER TABLE data_sets ADD COLUMN normalization INTEGER NOT NULL DEFAULT 0"}
+"""What leads from a version to the next."""
 
 
 def default_path() -> Path:
@@ -98,6 +101,11 @@ class Store:
                     connection.execute("INSERT INTO salt VALUES (?)", (os.urandom(32),))
                     connection.execute(f"PRAGMA application_id = {APPLICATION}")
                     connection.execute(f"PRAGMA user_version = {VERSION}")
+        if self._pragma("application_id") == APPLICATION and self._pragma("user_version") in MIGRATIONS:
+            with self.transaction() as connection:
+                while (version := self._pragma("user_version")) in MIGRATIONS:  # another process may have been first
+                    connection.execute(MIGRATIONS[version])
+                    connection.execute(f"PRAGMA user_version = {version + 1}")
         if (self._pragma("application_id"), self._pragma("user_version")) != (APPLICATION, VERSION):
             raise LedgerInvalid(f"{self.path} isn't a ledger of this version; use another file, or update POST")
         if self._connection.execute("SELECT value FROM salt").fetchone() is None:

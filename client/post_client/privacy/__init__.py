@@ -9,7 +9,16 @@ print(plan.statement().words())
 
 from __future__ import annotations
 
-from post_client.privacy.accounting import Mechanism, Spending, Unit, compose, default_delta, epsilon_for, noise_for
+from post_client.privacy.accounting import (
+    DEFAULT_DELTA,
+    Mechanism,
+    Spending,
+    Unit,
+    compose,
+    default_delta,
+    epsilon_for,
+    noise_for,
+)
 from post_client.privacy.config import PrivacyConfig
 from post_client.privacy.dp_optimizer import Canaries, PromptDPSGD
 from post_client.privacy.noise import gaussian
@@ -20,6 +29,7 @@ from post_client.privacy.statement import PrivacyStatement
 from post_client.privacy.user_level import UserDPSGD
 
 __all__ = [
+    "DEFAULT_DELTA",
     "Canaries",
     "KeyedRandomness",
     "Mechanism",

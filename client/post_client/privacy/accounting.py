@@ -31,6 +31,8 @@ ORDERS = (
     + [2.0**x for x in range(6, 13)]
 )
 MAX_NOISE = 1e5
+DEFAULT_DELTA, DEFAULT_DELTA_EXAMPLES = 1e-6, 100_000
+"""δ unless the owner names one, and the number of rows (or users) up to which it is at most 1 / (10 N)."""
 PRV_LIMIT = 100.0
 """Above this ε (by RDP) nothing is protected, and PRV would need gigabytes for a tighter bound."""
 
@@ -59,10 +61,20 @@ class Spending:
 
 
 def default_delta(examples: int) -> float:
-    """min(1e-5, 1 / (10 N)), with 10 N rounded up to a power of ten, so that δ hides N."""
+    """:data:`DEFAULT_DELTA`, at most 1 / (10 N). It is one number, since δ leaves with the prompt: a default that
+    followed N would tell N.
+
+    Raises:
+        PrivacyInvalid: there are more rows than that; the owner must name δ.
+    """
     _check_examples(examples)
-    power = len(str(10 * examples - 1))  # 10 N <= 10**power
-    return min(1e-5, float(f"1e-{power}"))
+    if examples > DEFAULT_DELTA_EXAMPLES:
+        raise PrivacyInvalid(
+            f"{examples} rows (or users) are too many for the default delta of {DEFAULT_DELTA:g}; name one below "
+            f"1/{examples} (--delta). It leaves with the prompt, so take one that doesn't follow from the number of "
+            "rows, such as 1e-9"
+        )
+    return DEFAULT_DELTA
 
 
 def check_delta(delta: float, examples: int) -> float:
@@ -77,7 +89,7 @@ def check_delta(delta: float, examples: int) -> float:
     if delta >= 1 / examples:
         raise PrivacyInvalid(
             f"delta = {delta} is not below 1/{examples}: with it, publishing a whole row would count as private; "
-            f"use {default_delta(examples)} or less"
+            f"use {min(DEFAULT_DELTA, 0.1 / examples):.0e} or less"
         )
     return delta
 

@@ -21,7 +21,7 @@ class PrivacyConfig:
     epsilon: float = 8.0
     """The budget of the whole run (the paper's value)."""
     delta: float | None = None
-    """None: :func:`~post_client.privacy.accounting.default_delta` of the number of rows (or users)."""
+    """None: :data:`~post_client.privacy.accounting.DEFAULT_DELTA`, for up to 100,000 rows (or users)."""
     unit: Unit = "row"
     """``user``: users are sampled, each user's summed gradient is clipped, and every row needs a user."""
     trials: int = 1

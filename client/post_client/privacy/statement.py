@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from post_client.privacy.text_identity import normalized
+
 if TYPE_CHECKING:
     from post_client.privacy.accounting import Unit
     from post_shared.data.rows import Row
@@ -118,13 +120,9 @@ class PrivacyStatement:
 
 
 def also_public(rows: Iterable[Row], texts: Iterable[str]) -> int:
-    """The number of private ``rows`` whose text is in ``texts``, ignoring whitespace and case."""
-    known = set(map(_normalized, texts))
-    return sum(_normalized(row.text) in known for row in rows)
-
-
-def _normalized(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    """The number of private ``rows`` whose text is in ``texts``, as the ledger identifies rows."""
+    known = set(map(normalized, texts))
+    return sum(normalized(row.text) in known for row in rows)
 
 
 def library_versions() -> dict[str, str]:

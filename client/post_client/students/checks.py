@@ -8,6 +8,8 @@ the same whatever rows it has seen before.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -72,24 +74,25 @@ def check_keeps_no_state(student: LanguageModel, prompt: Tensor, max_length: int
     _check_rope(student.config.to_dict())
     encoded = EncodedRows(tuple(_row(student, length) for length in range(SHORT, max(SHORT, max_length) + 1)))
     own = prompt.to(student.device)[None]  # (1, l, d)
-    before = _buffers(student)
+    before = digest_of(student.model.named_buffers())
     answer = student.answer_logits(encoded.batch([0]), own)
     for longer in range(1, len(encoded)):
         student.answer_logits(encoded.batch([longer]), own)
     again = student.answer_logits(encoded.batch([0]), own)
-    if not torch.equal(again.nan_to_num(), answer.nan_to_num()) or _buffers(student) != before:
+    if not torch.equal(again.nan_to_num(), answer.nan_to_num()) or digest_of(student.model.named_buffers()) != before:
         raise ModelUnsafe(
             "the student's answer to a text depends on texts that it has seen before, so one row would change the "
             "gradients of others and differential privacy would not hold; ask the provider for a sound student"
         )
 
 
-def _buffers(student: LanguageModel) -> list[tuple[str, bytes]]:
-    """Names and bits of all buffers."""
-    return [
-        (name, buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, buffer in student.model.named_buffers()
-    ]
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names and bits of named tensors: parameters, or buffers with those that aren't saved."""
+    digest = sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_rope(config: object) -> None:

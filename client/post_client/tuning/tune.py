@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,17 +14,17 @@ from torch import nn
 
 import post_shared
 from post_client.ledger import Charge, Reserve, Run
-from post_client.privacy import Canaries, PoissonSampler, PrivacyConfig, PrivacyPlan, PrivacyStatement, default_delta
+from post_client.privacy import DEFAULT_DELTA, Canaries, PoissonSampler, PrivacyConfig, PrivacyPlan, PrivacyStatement
 from post_client.privacy.statement import also_public, library_versions
 from post_client.privacy.user_level import rows_by_user, users_of
-from post_client.students.checks import check_keeps_no_state, check_tokenizer
+from post_client.students.bounded_tokenizer import encode_private
+from post_client.students.checks import check_keeps_no_state, check_tokenizer, digest_of
 from post_shared.data.batches import Batch, EncodedRows, ShuffledBatches
 from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
 from post_shared.method.tuning.label_bias import CalibratedLoss
 from post_shared.method.tuning.tune import check_rows, plan_tuning, starting_prompt, train_on_task, tuning_objective
 from post_shared.model.devices import processor
-from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
 from post_shared.model.soft_prompt import SoftPrompt
 from post_shared.schemas.tuning import TuneOptions
@@ -45,12 +46,6 @@ class TuneResult:
     prompt: SoftPrompt
     statement: PrivacyStatement | None
     run: Run | None = None
-
-
-def encode_private(model: LanguageModel, task: Task, rows: Sequence[Row], options: TuneOptions) -> EncodedRows:
-    """The private rows as token ids, with positions reserved for the prompt."""
-    texts, labels = [row.text for row in rows], [row.label for row in rows]
-    return encode_rows(model, task, texts, options.max_length, labels=labels, reserved=options.num_virtual_tokens)
 
 
 def tune(
@@ -97,7 +92,7 @@ def tune(
     plan = plan_of(rows, options, privacy)
     if plan is not None:
         check_keeps_no_state(student, starting_prompt(student, task, options).embeddings, options.max_length)
-    run_id = run_id_of(student, task, rows, options, privacy, public) if reserve or checkpoint else ""
+    run_id = run_id_of(student, task, rows, options, privacy, public, encoded) if reserve or checkpoint else ""
     run = None
     if reserve is not None:
         run = reserve(rows, charge_of(rows, options, privacy), run_id)
@@ -152,18 +147,19 @@ def run_id_of(
     options: TuneOptions,
     privacy: PrivacyConfig | None,
     public: Sequence[str] | None,
+    encoded: EncodedRows,
 ) -> str:
     """The id of a tuning run: equal for equal models, rows, settings and environment. It stays on this machine.
 
     Runs with the same id draw the same noise, so the id covers everything that changes a gradient, even by rounding.
     """
     model = student.config.to_dict() | {"_name_or_path": ""}, student.tokenizer.backend_tokenizer.to_str()
+    inputs = list(map(asdict, encoded.rows))  # a tokenizer may give the same rows other tokens
     numerics = str(student.device), str(student.dtype), torch.get_float32_matmul_precision(), torch.get_num_threads()
     environment = *numerics, processor(student.device), library_versions(), _sources()
     row_values = list(map(asdict, rows))
-    return fingerprint(
-        options, privacy, repr(task), public, row_values, model, environment, *student.model.parameters()
-    )
+    state = digest_of(chain(student.model.named_parameters(), student.model.named_buffers()))
+    return fingerprint(options, privacy, repr(task), public, row_values, inputs, model, environment, state)
 
 
 @cache
@@ -182,7 +178,7 @@ def charge_of(rows: Sequence[Row], options: TuneOptions, privacy: PrivacyConfig 
     """
     plan = plan_of(rows, options, privacy)
     if plan is None:
-        return Charge("row", default_delta(len(rows)), None)
+        return Charge("row", DEFAULT_DELTA, None)
     return Charge(plan.config.unit, plan.delta, plan.mechanism)
 
 

@@ -41,13 +41,13 @@ def add_model_(
         _refuse_taken_name(database, name)
         from post_shared.model.language_model import LanguageModel
 
-        if not Path(source).exists() and (source.count("/") != 1 or source.startswith(("/", ".", "~"))):
-            raise InvalidInput(f"there is no folder or file {source!r}, and a hub id has the form owner/name")
         typer.echo(f"Loading {source} …", err=True)
-        model = LanguageModel.load(source, device="cpu", gguf_file=gguf_file)
-        model.save(Path(folder))
+        staged, saved = Path(folder, "source"), Path(folder, "saved")
+        staged.mkdir()
+        model = LanguageModel.load(_checked_source(source, gguf_file, staged), device="cpu")
+        model.save(saved)
         with database.write() as session:
-            row = add_model(session, store, Path(folder), name=name, role=ModelRole.TARGET, **model_facts(model))
+            row = add_model(session, store, saved, name=name, role=ModelRole.TARGET, **model_facts(model))
             record(session, local_user(), "model.add", row.id)
     typer.echo(f"{row.id}  {row.name}  {row.architecture}, {row.layers} layers, {row.parameters:,} parameters")
 
@@ -123,6 +123,45 @@ def list_datasets(json: AsJson = False) -> None:
         labels = "" if row.labels is None else ", ".join(row.labels[:12])
         table.add_row(row.id, row.name, row.kind.value, f"{row.rows:,}", labels, row.licence or "")
     print_table(table)
+
+
+def _checked_source(source: str, gguf_file: str | None, staged: Path) -> Path:
+    """A folder or a GGUF file within ``staged`` with nothing but what POST loads, checked before any library loads it.
+
+    Raises:
+        InvalidInput: there is no such model.
+        ModelUnsafe: a file is unsafe.
+    """
+    from post_shared.files.model_folder import SUFFIXES, place_file, stage
+
+    folder = Path(source)
+    if not folder.exists():
+        if source.count("/") != 1 or source.startswith(("/", ".", "~")):
+            raise InvalidInput(f"there is no folder or file {source!r}, and a hub id has the form owner/name")
+        folder = _download(source, [gguf_file] if gguf_file else [f"*{suffix}" for suffix in SUFFIXES])
+    if folder.is_file() and folder.suffix == ".gguf":
+        folder, gguf_file = folder.parent, folder.name
+    if gguf_file is None:
+        if not folder.is_dir():
+            raise InvalidInput(f"{source!r} is neither a folder nor a .gguf file")
+        stage(folder, staged)
+        return staged
+    file = folder / gguf_file
+    if Path(gguf_file).name != gguf_file or not file.is_file():
+        raise InvalidInput(f"there is no file {gguf_file!r} in {source!r}")
+    place_file(file.resolve(), staged / "model.gguf")
+    return staged / "model.gguf"
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    """The snapshot of a hub repository, without files of other types."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InvalidInput(f"can't download {hub_id!r}: {error}") from error
 
 
 def _check_name(name: str) -> None:

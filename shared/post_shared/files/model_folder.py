@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,34 @@ def check_safe(folder: Path, *, max_bytes: int = MAX_TOTAL) -> None:
         _CHECKS.get(suffix, _no_check)(folder, path)
     if "config.json" not in paths or not any(path.endswith(WEIGHTS) for path in paths):
         raise ModelUnsafe(f"{folder.name}: a model needs config.json and weights in .safetensors")
+
+
+def stage(source: Path, folder: Path) -> None:
+    """Link or copy those files of a model's folder that POST loads into the empty ``folder``, and check them there.
+
+    So nothing else, such as a pickle beside the weights, is within reach of a library that loads a model.
+
+    Raises:
+        ModelUnsafe: a file is unsafe, or a link leads out of the folder.
+    """
+    root = source.resolve()
+    blobs = root.parent.parent / "blobs"  # where the Hugging Face cache keeps the files of a snapshot
+    for file in sorted(source.iterdir()):
+        if file.suffix not in SUFFIXES or not file.is_file() or file.name.startswith("."):
+            continue
+        real = file.resolve()
+        if root not in real.parents and blobs not in real.parents:
+            raise ModelUnsafe(f"{file.name} is a link that leads out of the folder; copy the file into it")
+        place_file(real, folder / file.name)
+    check_safe(folder)
+
+
+def place_file(file: Path, place: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def _paths(folder: Path) -> Iterator[str]:

@@ -77,7 +77,7 @@ class LanguageModel(Backbone):
             path = Path(source)
             source, gguf_file = str(path.parent), path.name
         place = choose_device("auto" if device == SPREAD else device)
-        options: dict[str, Any] = {"trust_remote_code": False}
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": Path(source).exists()}
         if gguf_file:
             options["gguf_file"] = gguf_file
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from post_client.ledger.budget import WITHOUT_PRIVACY
-from post_client.privacy import Mechanism, PrivacyConfig, PrivacyPlan, compose
+from post_client.privacy import DEFAULT_DELTA, Mechanism, PrivacyConfig, PrivacyPlan, compose
 from post_client.students.download import student_hash
 from post_shared.errors import InvalidInput
 from tests.client.terminal import Captured, post
@@ -57,7 +57,7 @@ def test_a_cap_below_the_spent_budget_is_explained_once(student: Path, data: Pat
 
 
 def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path, capsys: Captured) -> None:
-    assert tune(student, data, "--epsilon", 3, "--epsilon-cap", 4, "--json") == 0
+    assert tune(student, data, "--epsilon", 3, "--epsilon-cap", 3.7, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["run"] == {"id": 1, "resumed": False}
     assert result["spent"]["epsilon"] == result["statement"]["epsilon_spent"] <= 3
@@ -70,15 +70,15 @@ def test_runs_add_up_until_the_cap_and_pushing_is_free(student: Path, data: Path
     assert tune(student, data, "--epsilon", 3, "--force") == 0
     assert "in 2 runs for a row of private.jsonl" in capsys.readouterr().out
     (account,) = ledger(capsys)
-    assert account["epsilon_cap"] == 4
+    assert account["epsilon_cap"] == 3.7
     assert [each["state"] for each in account["runs"]] == ["finished", "finished"]  # type: ignore[index]
     one = PrivacyPlan.make(PrivacyConfig(epsilon=3), 32, batch_size=4, steps=3).mechanism
-    assert account["spent"]["epsilon"] == compose([one] * 2, 1e-5).epsilon  # type: ignore[index,list-item]
+    assert account["spent"]["epsilon"] == compose([one] * 2, DEFAULT_DELTA).epsilon  # type: ignore[index,list-item]
     before = (data.parent / "p").read_bytes()
     for options in (("--epsilon", 3), ("--no-dp",)):
         assert tune(student, data, *options, "--force") == 1
         refusal = capsys.readouterr().err
-        assert "the cap is 4" in refusal
+        assert "the cap is 3.7" in refusal
         assert "0:00:" not in refusal, "no progress bar for a refused run"
     assert (data.parent / "p").read_bytes() == before
     assert ledger(capsys, "--data", data, "--epsilon-cap", 50)[0]["epsilon_cap"] == 50
@@ -123,7 +123,7 @@ def test_epsilon_noise_and_what_a_second_run_would_add(student: Path, data: Path
     figures = json.loads(capsys.readouterr().out)
     first = PrivacyPlan.make(PrivacyConfig(epsilon=3), 32, batch_size=4, steps=3).mechanism
     assert first is not None
-    both = compose([first, Mechanism(1.5, 0.25, 10)], 1e-5).epsilon
+    both = compose([first, Mechanism(1.5, 0.25, 10)], DEFAULT_DELTA).epsilon
     assert figures["spent_with_this_run"] == pytest.approx(both, abs=1e-4)
     assert figures["runs_so_far"] == 1
     assert len(ledger(capsys)[0]["runs"]) == 1  # type: ignore[arg-type]

@@ -20,8 +20,9 @@ from tokenizers import normalizers
 
 from post_client.ledger import Charge, Ledger, Run
 from post_client.privacy import Mechanism, PrivacyConfig, PrivacyPlan, compose
+from post_client.privacy.statement import also_public
 from post_client.tuning.search import search
-from post_client.tuning.tune import TuneResult, run_id_of, tune
+from post_client.tuning.tune import TuneResult, encode_private, run_id_of, tune
 from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
 from post_shared.errors import BudgetExceeded, Cancelled, Conflict, DataInvalid, InvalidInput, LedgerInvalid
@@ -50,6 +51,54 @@ def spent(ledger: Ledger, rows: Sequence[Row], unit: str = "row") -> float:
 @pytest.fixture
 def ledger(own_ledger: Path) -> Ledger:
     return Ledger(own_ledger)
+
+
+# --- the identity of rows -----------------------------------------------------------------------------
+
+SPELLINGS = ["Stra\u00dfe  NO. 5", "STRASSE no. 5", "\uff33\uff54rasse\u00a0No. 5", " strasse no. 5\n"]
+"""One text, as far as the ledger goes: case, spaces, full width."""
+
+
+def test_a_row_is_one_row_in_any_spelling_for_ledger_and_statement_alike(ledger: Ledger) -> None:
+    ledger.reserve([Row(SPELLINGS[0], "good"), Row("other", "bad")], charge(ONE), "a")
+    ledger.reserve([Row(SPELLINGS[2], "good"), Row("third", "bad")], charge(TWO), "b")
+    for spelling in SPELLINGS:
+        before, _ = ledger.foresee([Row(spelling, "good")], charge(ONE))
+        assert before.epsilon == pytest.approx(compose([ONE, TWO], 2e-5).epsilon, rel=0.2)
+        assert before.runs == 2
+        assert also_public([Row(SPELLINGS[0])], [spelling]) == 1
+    assert also_public([Row(SPELLINGS[0])], ["strasse no. 6"]) == 0
+
+
+def former_ledger(path: Path, rows: Sequence[Row], unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger as version 1 wrote it, with one run on ``rows``."""
+    with monkeypatch.context() as patch:
+        patch.setattr("post_client.ledger.records.normalized", lambda text: " ".join(text.split()))
+        with Ledger(path) as ledger:
+            ledger.reserve(rows, charge(ONE, unit), "a", name="old", epsilon_cap=50.0)
+    connection = sqlite3.connect(path)
+    connection.execute("ALTER TABLE data_sets DROP COLUMN normalization")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+
+
+@pytest.mark.parametrize("unit", ["row", "user"])
+def test_what_an_earlier_version_charged_still_counts(
+    unit: str, own_ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row(text, "good", str(at)) for at, text in enumerate([SPELLINGS[0], "Ann wrote", "plain text"])]
+    former_ledger(own_ledger, rows, unit, monkeypatch)
+    with Ledger(own_ledger) as ledger:
+        (account,) = ledger.accounts()
+        assert (account.name, account.epsilon_cap, len(account.runs)) == ("old", 50.0, 1)
+        before, _ = ledger.foresee([Row("Ann  wrote", "good")], charge(TWO))  # one row, and not the whole data set
+        assert before.runs == 1
+        assert spent(ledger, rows, unit) == account.spent.epsilon
+        ledger.reserve([replace(row, text=row.text.upper()) for row in rows], charge(TWO, unit), "b")
+        (account,) = ledger.accounts()
+        assert len(account.runs) == 2, "the same data set, not another one"
+        assert account.epsilon_cap == 50.0
 
 
 # --- composition --------------------------------------------------------------------------------------
@@ -282,7 +331,7 @@ def test_whatever_changes_a_gradient_changes_the_run_id() -> None:
     """Two prompts with equal noise and different gradients would reveal the difference without any noise."""
 
     def run_id(student: LanguageModel, task: Task = TASK) -> str:
-        return run_id_of(student, task, ROWS, CONFIG, PRIVACY, None)
+        return run_id_of(student, task, ROWS, CONFIG, PRIVACY, None, encode_private(student, task, ROWS, CONFIG))
 
     same, changed, tokens, exact = (tiny_model(layers=1) for _ in range(4))
     assert run_id(same) == run_id(tiny_model(layers=1))
@@ -302,8 +351,16 @@ def test_whatever_changes_a_gradient_changes_the_run_id() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
         others.append(run_id(same))
+    encoded = encode_private(same, TASK, ROWS, CONFIG)
+    other_tokens = replace(encoded, rows=(replace(encoded.rows[0], token_ids=[5, *encoded.rows[0].token_ids]),))
+    others.append(run_id_of(same, TASK, ROWS, CONFIG, PRIVACY, None, other_tokens))
+    biased = tiny_model(layers=1)
+    biased.model.register_buffer("correction", torch.tensor([2**24]), persistent=False)
+    others.append(run_id(biased))
+    biased.model.correction += 1  # not even float32 tells them apart
+    others.append(run_id(biased))
     assert run_id(same) not in others
-    assert len(set(others)) == 9
+    assert len(set(others)) == 12
 
 
 def test_runs_are_charged_before_the_first_step_and_bad_input_never(ledger: Ledger) -> None:

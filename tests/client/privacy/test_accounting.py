@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from post_client.privacy import PrivacyConfig, PrivacyPlan, accounting, default_delta, epsilon_for, noise_for
+from post_client.privacy import (
+    DEFAULT_DELTA,
+    PrivacyConfig,
+    PrivacyPlan,
+    accounting,
+    default_delta,
+    epsilon_for,
+    noise_for,
+)
 from post_client.privacy.accounting import check_delta, running_epsilon
 from post_shared.errors import PrivacyInvalid
 
@@ -85,17 +93,21 @@ def test_the_running_epsilon_grows_and_is_never_too_small() -> None:
     assert plan.epsilon_after(1) < plan.epsilon_after(50) <= plan.epsilon_after(100) == plan.spent.epsilon
 
 
-@given(st.integers(1, 10**9))
-def test_the_default_delta_is_far_below_one_in_n_and_hides_n(examples: int) -> None:
+@given(st.integers(1, 100_000))
+def test_the_default_delta_is_far_below_one_in_n_and_tells_nothing_of_n(examples: int) -> None:
     delta = default_delta(examples)
-    assert 0 < delta <= min(1e-5, 1 / (10 * examples))
+    assert delta == default_delta(1) == DEFAULT_DELTA
+    assert 0 < delta <= 1 / (10 * examples)
     assert check_delta(delta, examples) == delta
-    assert f"{delta:e}".startswith("1.000000e"), "a power of ten"
 
 
-@pytest.mark.parametrize(("examples", "delta"), [(1, 1e-5), (10_000, 1e-5), (10_001, 1e-6), (100_000, 1e-6)])
-def test_the_default_delta_by_number_of_rows(examples: int, delta: float) -> None:
-    assert default_delta(examples) == delta
+@pytest.mark.parametrize("examples", [100_001, 10**9])
+def test_for_more_rows_the_owner_names_delta(examples: int) -> None:
+    with pytest.raises(PrivacyInvalid, match="--delta"):
+        default_delta(examples)
+    with pytest.raises(PrivacyInvalid, match="--delta"):
+        PrivacyPlan.make(PrivacyConfig(), examples, batch_size=16, steps=1)
+    assert PrivacyPlan.make(PrivacyConfig(delta=1e-10), examples, batch_size=16, steps=1).delta == 1e-10
 
 
 @pytest.mark.parametrize("delta", [0.0, -1e-5, 1.0, 0.01, 0.02, float("nan")])
@@ -170,9 +182,9 @@ def test_the_statement_as_text_and_as_json() -> None:
     assert document["epsilon_spent"] <= 8.0
     assert document["noise_multiplier"] == plan.noise_multiplier
     assert {"opacus", "torch", "post-transfer"} <= set(document["versions"])
-    assert statement.claim == (8.0, 1e-5)
+    assert statement.claim == (8.0, DEFAULT_DELTA)
     for phrase in (
-        "(8, 1e-05)",
+        "(8, 1e-06)",
         "one row",
         "added or removed",
         "Poisson",

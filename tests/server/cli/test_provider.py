@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from post_server.auth.keys import authenticate, list_keys
 from post_server.db.database import Database
@@ -17,7 +18,8 @@ from post_server.models.service import find_model, materialise_model, model_file
 from post_server.settings import Settings, get_settings
 from post_server.storage.blob_store import BlobStore
 from post_shared.errors import Conflict, DataInvalid, InvalidInput, ModelUnsafe, PostError
-from post_shared.files.model_folder import verify
+from post_shared.files.model_folder import SUFFIXES, verify
+from post_shared.model.language_model import LanguageModel
 from post_shared.schemas.common import Role
 from post_shared.schemas.models import ModelRole
 from tests.models import tiny_model
@@ -99,6 +101,78 @@ def test_an_unsafe_model_is_refused(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(ModelUnsafe):
         run("model", "add", str(tmp_path / "saved"), "--name", "tiny")
     assert "tiny" not in run("model", "list")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"attn_implementation": "someone/kernel"}),
+        ("config.json", {"_attn_implementation_internal": "someone/kernel"}),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}),
+        ("config.json", {"hidden_size": 10**9}),
+        ("adapter_config.json", {"base_model_name_or_path": "someone/model"}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
+    ],
+)
+def test_a_source_is_checked_before_any_library_loads_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: dict[str, object]
+) -> None:
+    tiny_model("llama").save(tmp_path / "saved")
+    place = tmp_path / "saved" / file
+    place.write_text(json.dumps((json.loads(place.read_text()) if place.exists() else {}) | content))
+    monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ModelUnsafe):
+        run("model", "add", str(tmp_path / "saved"), "--name", "tiny")
+
+
+def test_nothing_but_models_files_is_within_reach_of_a_loader(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "saved"
+    tiny_model("llama").save(saved)
+    (saved / "pytorch_model.bin").write_bytes(b"a pickle")
+    (saved / "modeling_evil.py").write_text("raise SystemExit")
+    (saved / "README.md").write_text("# A model")
+    seen: list[tuple[set[str], bool]] = []
+    load, from_pretrained = LanguageModel.load, AutoConfig.from_pretrained
+
+    def watched(source: Path, **options: object) -> LanguageModel:
+        seen.append(({each.suffix for each in Path(source).iterdir()}, Path(source) == saved))
+        return load(source, **options)  # type: ignore[arg-type]
+
+    def offline(source: str, **options: object) -> object:
+        assert options["local_files_only"] is True
+        return from_pretrained(source, **options)
+
+    monkeypatch.setattr(LanguageModel, "load", watched)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    run("model", "add", str(saved), "--name", "tiny")
+    ((suffixes, original),) = seen
+    assert suffixes <= SUFFIXES
+    assert not original
+
+
+def test_a_link_out_of_the_folder_is_refused_and_those_of_the_hub_cache_are_not(
+    settings: Settings, tmp_path: Path
+) -> None:
+    cache = tmp_path / "models--someone--model"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    tiny_model("llama").save(snapshot)
+    blobs.mkdir()
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / f"sha-{file.name}")
+        file.symlink_to(Path("..", "..", "blobs", f"sha-{file.name}"))
+    assert "layers" in run("model", "add", str(snapshot), "--name", "cached")
+    (tmp_path / "secret.txt").write_text("a secret")
+    (snapshot / "vocab.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ModelUnsafe, match="leads out of the folder"):
+        run("model", "add", str(snapshot), "--name", "leaking")
+
+
+@pytest.mark.parametrize("source", ["nothing", "./no/where", "a/b/c", "README"])
+def test_a_source_that_is_not_there_says_what_may_be_given(settings: Settings, source: str) -> None:
+    with pytest.raises(InvalidInput, match="hub id has the form"):
+        run("model", "add", source, "--name", "tiny")
 
 
 def test_datasets_of_every_format_become_plain_ones(settings: Settings, tmp_path: Path) -> None:
