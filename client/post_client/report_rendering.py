@@ -66,23 +66,33 @@ def _loss(report: TradeOffReport) -> Section:
 
 
 def _accuracy(report: TradeOffReport) -> Section:
-    columns = ("", "majority label", "target", "target, tuned", "student", "student, tuned", "gap")
+    columns = (
+        "",
+        "majority label",
+        "target",
+        "target, calibrated",
+        "target, tuned",
+        "student",
+        "student, tuned",
+        "gap",
+    )
     rows = tuple(
         (
             task.dataset,
             f"{task.majority:.3f}",
-            *map(
-                estimate,
-                (task.target_zero_shot, task.target_tuned, task.student_zero_shot, task.student_tuned, task.gap),
-            ),
+            estimate(task.target_zero_shot),
+            "not measured" if task.target_calibrated is None else estimate(task.target_calibrated),
+            *map(estimate, (task.target_tuned, task.student_zero_shot, task.student_tuned, task.gap)),
         )
         for task in report.tasks
     )
     tests = ", ".join(f"{task.dataset} {task.test_rows}" for task in report.tasks)
-    better = [task.dataset for task in report.tasks if task.gap_zero_shot.value < 0]
+    better = [task.dataset for task in report.tasks if (task.gap_calibrated or task.gap_zero_shot).value < 0]
     note = f"95 % intervals; held-out rows: {tests}. Gap: tuned target minus tuned student. "
     if better:
-        note += f"The tuned student beats the target without a prompt on {', '.join(better)}."
+        note += (
+            f"The tuned student beats the target without a prompt (calibrated, where measured) on {', '.join(better)}."
+        )
     return Section("Accuracy on public tasks", columns, rows, note.strip())
 
 
@@ -139,17 +149,29 @@ def _draw_size(report: TradeOffReport, axes: Any) -> None:
 
 
 def _draw_accuracy(report: TradeOffReport, axes: Any) -> None:
-    shown = (
+    shown: tuple[tuple[str, str, str, float], ...] = (
         ("target_zero_shot", "target", COLOURS["target"], 0.45),
         ("target_tuned", "target, tuned", COLOURS["target"], 1.0),
         ("student_zero_shot", "student", COLOURS["student"], 0.45),
         ("student_tuned", "student, tuned", COLOURS["student"], 1.0),
     )
+    if all(task.target_calibrated for task in report.tasks):
+        shown = (shown[0], ("target_calibrated", "target, calibrated", COLOURS["target"], 0.7), *shown[1:])
+    width = 0.8 / len(shown)
     for bar, (member, name, colour, alpha) in enumerate(shown):
         estimates = [getattr(task, member) for task in report.tasks]
-        positions = [x + 0.2 * bar for x in range(len(estimates))]
+        positions = [x + width * bar for x in range(len(estimates))]
         values = [each.value for each in estimates]
-        axes.bar(positions, values, 0.19, yerr=_error_bars(estimates), label=name, color=colour, alpha=alpha, capsize=2)
+        axes.bar(
+            positions,
+            values,
+            0.95 * width,
+            yerr=_error_bars(estimates),
+            label=name,
+            color=colour,
+            alpha=alpha,
+            capsize=2,
+        )
     for x, task in enumerate(report.tasks):
         axes.hlines(task.majority, x - 0.1, x + 0.7, color="black", linewidth=0.8, linestyle=":")
     axes.set_xticks([x + 0.3 for x in range(len(report.tasks))], [task.dataset for task in report.tasks])

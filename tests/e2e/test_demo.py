@@ -15,10 +15,19 @@ import pytest
 from tests.server.server_harness import processes_in, wait_for
 
 MEMBERS = (
-    "zero_shot prompted_student direct_reuse post prompted_student_dp post_dp upper_bound epsilon delta n_private_test "
-    "seconds bytes_uploaded versions seed"
+    "zero_shot calibrated prompted_student direct_reuse post prompted_student_dp post_dp upper_bound epsilon delta "
+    "n_private_test seconds bytes_uploaded versions seed"
 )
-ACCURACIES = ("zero_shot", "prompted_student", "direct_reuse", "post", "prompted_student_dp", "post_dp", "upper_bound")
+ACCURACIES = (
+    "zero_shot",
+    "calibrated",
+    "prompted_student",
+    "direct_reuse",
+    "post",
+    "prompted_student_dp",
+    "post_dp",
+    "upper_bound",
+)
 
 
 def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:

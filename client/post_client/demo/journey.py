@@ -16,7 +16,7 @@ from post_client.client import Client
 from post_client.console import interruptible, quiet_libraries
 from post_client.demo import texts, tiny
 from post_client.demo.display import Display
-from post_client.demo.owner import Owner, upper_bound
+from post_client.demo.owner import Owner, calibrated, upper_bound
 from post_client.demo.provider import DemoProvider
 from post_client.demo.results import DemoResults, draw_results, print_results, versions
 from post_client.demo.settings import DemoSettings
@@ -96,12 +96,15 @@ class Journey:
                 self._publish(client, data)
             with Client(url=url, api_key=keys[Role.OWNER]) as client:
                 figures = self._run_owner(client, data)
+        with self.display.stage("calibrated", "provider", "measure the large model with public text alone"):
+            baseline = calibrated(model, data.test, [row.text for row in data.public], self.settings)
         best_accuracy = None
         if self.settings.upper_bound:
             with self.display.stage("upper_bound", "nobody", "tune on the large model: forbidden in reality") as note:
                 best_accuracy = upper_bound(model, data.train, data.test, self.settings, note)
         return DemoResults(
             **figures.__dict__,
+            calibrated=baseline,
             upper_bound=best_accuracy,
             n_private_test=len(data.test),
             seconds=self.display.seconds,

@@ -107,6 +107,18 @@ def score_here(
     return evaluate(model, task, rows, prompt, max_length=settings.tuning.max_length).accuracy
 
 
+def calibrated(source: Path, test: Sequence[Row], public: Sequence[str], settings: DemoSettings) -> float:
+    """Accuracy of the target model without any private row: what POST has to beat."""
+    from post_shared.data.tasks import Task
+    from post_shared.method.transfer.baselines import calibrated_scores
+    from post_shared.model.language_model import LanguageModel
+
+    target, task = LanguageModel.load(source, device=settings.device), Task.preset(settings.task)
+    texts, limit = [row.text for row in test], settings.tuning.max_length
+    guesses: list[int] = calibrated_scores(target, task, texts, public, max_length=limit).argmax(-1).tolist()
+    return sum(task.labels[guess] == row.label for guess, row in zip(guesses, test, strict=True)) / len(test)
+
+
 def upper_bound(source: Path, train: Sequence[Row], test: Sequence[Row], settings: DemoSettings, note: Note) -> float:
     """Accuracy of a prompt tuned on the target model itself. In reality nobody has both that model and these rows."""
     from post_client.tuning.tune import tune

@@ -16,16 +16,16 @@ from post_shared.model.language_model import LanguageModel
 from post_shared.schemas.reports import Attack, Leakage, TaskFigures
 from post_shared.training.progress import Progress, ProgressCallback, ignore
 
-CONDITIONS = ("target_zero_shot", "target_tuned", "student_zero_shot", "student_tuned")
+CONDITIONS = ("target_zero_shot", "target_calibrated", "target_tuned", "student_zero_shot", "student_tuned")
 
 
 def task_figures(task: PublicTask, right: Mapping[str, Sequence[bool]], seed: int) -> TaskFigures:
     """Accuracies and their gaps. ``right`` tells per condition whether each held-out row was classified correctly."""
-    columns = np.array([right[name] for name in CONDITIONS], dtype=np.float64).T  # (rows, 4)
+    columns = np.array([right[name] for name in CONDITIONS], dtype=np.float64).T  # (rows, 5)
 
     def statistic(sample: Numbers) -> Numbers:
-        zero_shot, tuned, _, student = means = sample.mean(0)
-        return np.array([*means, tuned - student, zero_shot - student])
+        zero_shot, calibrated, tuned, _, student = means = sample.mean(0)
+        return np.array([*means, tuned - student, zero_shot - student, calibrated - student])
 
     estimates = bootstrap(statistic, columns, seed=seed)
     counts = Counter(row.label for row in task.test)
@@ -34,7 +34,7 @@ def task_figures(task: PublicTask, right: Mapping[str, Sequence[bool]], seed: in
         tune_rows=len(task.tune),
         test_rows=len(task.test),
         majority=max(counts.values()) / len(task.test),
-        **dict(zip((*CONDITIONS, "gap", "gap_zero_shot"), estimates, strict=True)),
+        **dict(zip((*CONDITIONS, "gap", "gap_zero_shot", "gap_calibrated"), estimates, strict=True)),
     )
 
 

@@ -16,6 +16,7 @@ from post_server.reports.texts import PublicTask
 from post_shared.data.batches import ShuffledBatches
 from post_shared.inference.evaluation import guess_labels
 from post_shared.method.audit.min_k import text_scores
+from post_shared.method.transfer.baselines import PUBLIC_TEXTS, calibrated_scores
 from post_shared.method.tuning.tune import plan_tuning, starting_prompt, train_on_task
 from post_shared.model.encoding import encode_rows
 from post_shared.model.language_model import LanguageModel
@@ -27,6 +28,8 @@ from post_shared.training.stages import Stages
 
 TUNING_PASSES = 3.0
 """The cost of a tuning step, in forward passes of its batch."""
+CALIBRATION_PASSES = 4
+"""The plain template and the instructions."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ def trade_off(
             own = _checkpoint(checkpoint, f"{name}/{task.dataset}", run_id, checkpoint_seconds)
             right[f"{name}_zero_shot"] = stages.once(f"{name} on {task.dataset}", _zero_shot(model, task, request))
             right[f"{name}_tuned"] = stages.once(f"tuned {name} on {task.dataset}", _tuned(model, task, request, own))
+        right["target_calibrated"] = stages.once(
+            f"calibrated target on {task.dataset}", _calibrated(target, task, request)
+        )
         figures.append(task_figures(task, right, request.seed))
     loss = stages.once("loss", _loss(target, student, others, request.tuning.max_length))
     scores = [
@@ -91,6 +97,21 @@ Stage = Callable[[ProgressCallback], Any]
 
 def _zero_shot(model: LanguageModel, task: PublicTask, request: ReportCreate) -> Stage:
     return lambda on_progress: _right(model, task, None, request, on_progress)
+
+
+def _calibrated(target: LanguageModel, task: PublicTask, request: ReportCreate) -> Stage:
+    """The target alone, with its label bias on the tuning texts removed: what a prompt must beat."""
+    limit, own = request.tuning.max_length, [row.text for row in task.test]
+
+    def run(on_progress: ProgressCallback) -> list[bool]:
+        known, ensemble = [row.text for row in task.tune], target.kind == "causal"
+        scores = calibrated_scores(
+            target, task.task, own, known, ensemble=ensemble, max_length=limit, seed=request.tuning.seed
+        )
+        on_progress(Progress(1, 1, "calibrated"))
+        return _are_right(task, scores.argmax(-1).tolist())
+
+    return run
 
 
 def _tuned(model: LanguageModel, task: PublicTask, request: ReportCreate, checkpoint: Checkpoint | None) -> Stage:
@@ -133,6 +154,10 @@ def _right(
 ) -> list[bool]:
     texts = [row.text for row in task.test]
     guesses = guess_labels(model, task.task, texts, prompt, on_progress, max_length=request.tuning.max_length)
+    return _are_right(task, guesses)
+
+
+def _are_right(task: PublicTask, guesses: Sequence[int]) -> list[bool]:
     return [task.task.labels[guess] == row.label for guess, row in zip(guesses, task.test, strict=True)]
 
 
@@ -149,6 +174,8 @@ def _costs(
             tuning = TUNING_PASSES * request.tuning.steps * min(request.tuning.batch_size, len(task.tune))
             costs[f"{name} on {task.dataset}"] = float(model.parameters * len(task.test))
             costs[f"tuned {name} on {task.dataset}"] = model.parameters * (tuning + len(task.test))
+        calibration = CALIBRATION_PASSES * (len(task.test) + min(PUBLIC_TEXTS, len(task.tune)))
+        costs[f"calibrated target on {task.dataset}"] = float(models["target"].parameters * calibration)
     # A masked model needs a forward pass for each token of a text.
     passes = {name: request.tuning.max_length if model.kind == "masked" else 1 for name, model in models.items()}
     costs["loss"] = float(sum(model.parameters * passes[name] * others for name, model in models.items()))

@@ -89,11 +89,17 @@ class TaskFigures(Figures):
     test_rows: int
     majority: float = Field(description="Accuracy of always predicting the most frequent label.")
     target_zero_shot: Estimate
+    target_calibrated: Estimate | None = Field(
+        None, description="The target without a prompt, its label bias removed. Null in reports of earlier versions."
+    )
     target_tuned: Estimate
     student_zero_shot: Estimate
     student_tuned: Estimate
     gap: Estimate = Field(description="Tuned target minus tuned student: what an owner gains by using the target.")
     gap_zero_shot: Estimate = Field(description="Target without a prompt minus tuned student.")
+    gap_calibrated: Estimate | None = Field(
+        None, description="Calibrated target minus tuned student. Null in reports of earlier versions."
+    )
 
 
 class Attack(Figures):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from post_client.demo import fetch
 from post_client.demo.display import Display
-from post_client.demo.results import DemoResults, draw_results, print_results
+from post_client.demo.results import DemoResults, draw_results, print_results, what_private_rows_add
 from post_client.demo.settings import FAST, REAL, demo_settings
 from post_client.demo.texts import NEGATIVE, POSITIVE, labelled, make_texts, paragraphs, scored, split
 from post_client.demo.tiny import tiny_texts
@@ -163,10 +163,12 @@ def test_a_nested_archive_is_verified_too(tmp_path: Path) -> None:
 
 # --- results ------------------------------------------------------------------------------------------
 
-RESULTS = DemoResults(0.5, 0.7, 0.6, 0.8, 0.65, 0.75, None, 8.0, 1e-5, 400, {"tune": 1.5}, 92_000, {"post": "1"}, 0)
+RESULTS = DemoResults(
+    0.5, 0.55, 0.7, 0.6, 0.8, 0.65, 0.75, None, 8.0, 1e-5, 400, {"tune": 1.5}, 92_000, {"post": "1"}, 0
+)
 MEMBERS = (
-    "zero_shot prompted_student direct_reuse post prompted_student_dp post_dp upper_bound epsilon delta n_private_test "
-    "seconds bytes_uploaded versions seed"
+    "zero_shot calibrated prompted_student direct_reuse post prompted_student_dp post_dp upper_bound epsilon delta "
+    "n_private_test seconds bytes_uploaded versions seed"
 )
 
 
@@ -184,6 +186,11 @@ def test_table_and_figure_show_the_available_results(upper_bound: float | None, 
     assert ("upper bound" in shown) == (upper_bound is not None)
     draw_results(results, tmp_path / "deep" / "r.png")
     assert (tmp_path / "deep" / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_results_say_what_the_private_rows_add_beside_what_needs_none() -> None:
+    assert "(0.550), the private rows add +0.250 and +0.200 with DP" in what_private_rows_add(RESULTS)
+    assert "(0.900), the private rows add nothing here" in what_private_rows_add(replace(RESULTS, calibrated=0.9))
 
 
 @pytest.mark.parametrize("terminal", [True, False])

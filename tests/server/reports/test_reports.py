@@ -111,6 +111,7 @@ def example(job: str = "job_1", *, non_members: int = 24) -> dict[str, Any]:
     size = {"id": "mod_1", "name": "large", "hash": "ab" * 32, "layers": 4, "parameters": 1000, "size_bytes": 4000}
     estimate = {"value": 0.75, "low": 0.5, "high": 1.0}
     names = ("target_zero_shot", "target_tuned", "student_zero_shot", "student_tuned", "gap", "gap_zero_shot")
+    names += ("target_calibrated", "gap_calibrated")
     attack = {"auc": estimate, "tpr": estimate}
     leakage = [
         {"score": score, "share": share, "target": attack, "student": attack, "auc_drop": estimate}

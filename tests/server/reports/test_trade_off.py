@@ -21,6 +21,7 @@ from post_shared.errors import Cancelled, DataInvalid
 from post_shared.inference.evaluation import evaluate
 from post_shared.method.audit import roc
 from post_shared.method.audit.min_k import SHARES, text_scores
+from post_shared.method.transfer.baselines import calibrated_scores
 from post_shared.model import memory_plan
 from post_shared.model.language_model import LanguageModel
 from post_shared.model.memory_plan import saved_per_position
@@ -88,6 +89,15 @@ def test_the_figures_equal_those_of_the_plain_functions() -> None:
     )
     assert figures.gap.value == pytest.approx(figures.target_tuned.value - figures.student_tuned.value)
     assert figures.gap_zero_shot.value == pytest.approx(figures.target_zero_shot.value - figures.student_tuned.value)
+    scores = calibrated_scores(
+        target, CLASSIFICATION, [row.text for row in task.test], [row.text for row in task.tune], max_length=32
+    )
+    guesses = [CLASSIFICATION.labels[guess] for guess in scores.argmax(-1).tolist()]
+    right = [guess == row.label for guess, row in zip(guesses, task.test, strict=True)]
+    assert figures.target_calibrated is not None
+    assert figures.gap_calibrated is not None
+    assert figures.target_calibrated.value == pytest.approx(sum(right) / len(right))
+    assert figures.gap_calibrated.value == pytest.approx(sum(right) / len(right) - figures.student_tuned.value)
     labels = [row.label for row in task.test]
     assert figures.majority == max(map(labels.count, labels)) / 20
     likelihood = text_scores(student, OTHERS, 32, shares=[1.0])[:, 0, 0]
