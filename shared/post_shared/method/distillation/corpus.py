@@ -17,6 +17,7 @@ from torch import Tensor
 from post_shared.data.batches import IGNORE_INDEX
 from post_shared.data.tasks import TEXT, Task
 from post_shared.errors import DataInvalid, InvalidInput
+from post_shared.files.atomic import replacing
 from post_shared.model.language_model import LanguageModel
 from post_shared.training.checkpoint import fingerprint
 
@@ -110,11 +111,8 @@ def prepare_corpus(
     else:
         blocks = _pack(model, paragraphs, length)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".part")
-            with partial.open("wb") as file:
+            with replacing(path) as partial, partial.open("wb") as file:
                 np.save(file, blocks, allow_pickle=False)
-            partial.replace(path)
     return corpus_of(model, blocks, answers=bool(templates))
 
 
