@@ -20,7 +20,7 @@ Key = tuple[str, str, str, int]
 METHODS: dict[str, str] = {
     "zero_shot": "zero-shot (ZS): large model, no prompt",
     "calibrated_plain": "calibrated zero-shot, one question",
-    "calibrated": "calibrated zero-shot: large model, label bias off, four wordings",
+    "calibrated": "calibrated zero-shot: large model, label bias removed, an ensemble of instructions",
     "direct_reuse": "direct reuse (D): the student's prompt on the large model",
     "prompted_student": "prompted student (C)",
     "proxy": "proxy: the large model's logits plus the student's change",
