@@ -1,4 +1,4 @@
-"""The ledger's SQL queries. The caller opens the transaction."""
+"""The ledger's SQL on data sets, records and charges. The caller opens the transaction."""
 
 from __future__ import annotations
 
