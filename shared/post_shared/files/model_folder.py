@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,15 @@ def stage(source: Path, folder: Path) -> None:
 
 
 def place_file(file: Path, place: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copyfile(file, place)
+    """A copy; of weights a hard link, where the file system has them.
+
+    A link would let whoever can write the source change a configuration after it was checked.
+    """
+    if place.suffix in {WEIGHTS, ".gguf"}:
+        with suppress(OSError):
+            os.link(file, place)
+            return
+    shutil.copyfile(file, place)
 
 
 def _paths(folder: Path) -> Iterator[str]:
