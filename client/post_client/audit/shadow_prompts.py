@@ -14,6 +14,7 @@ from torch import Tensor
 from post_client.privacy import Canaries, PrivacyConfig, PrivacyPlan
 from post_client.students.checks import check_keeps_no_state, check_tokenizer
 from post_client.tuning.tune import Prepared, check_rows, encode_private, run_id_of, starting_prompt, train
+from post_shared.data.batches import EncodedRows
 from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
 from post_shared.errors import InvalidInput
@@ -78,20 +79,19 @@ def tune_shadows(
     if privacy is not None:
         check_keeps_no_state(student, starting_prompt(student, task, options).embeddings, options.max_length)
     count = nominal or int(members[0].sum())
-    run_id = ""
-    if checkpoint is not None:
-        encoded = encode_private(student, task, rows, options)
-        run_id = run_id_of(student, task, rows, options, privacy, public, encoded)
+    encoded = encode_private(student, task, rows, options)
+    run_id = "" if checkpoint is None else run_id_of(student, task, rows, options, privacy, public, encoded)
     plan: PrivacyPlan | None = None
     prompts: list[Tensor] = []
     for k, included in enumerate(members):
-        subset = [rows[index] for index in np.flatnonzero(included).tolist()]
+        indices = np.flatnonzero(included).tolist()
+        subset = [rows[index] for index in indices], EncodedRows(tuple(encoded.rows[index] for index in indices))
         plan = (
             None
             if privacy is None
             else PrivacyPlan.make(_seeded(privacy, k), count, batch_size=options.batch_size, steps=options.steps)
         )
-        prepared = _prepare(student, task, subset, options.replace(seed=options.seed + k), plan, public, canaries(k))
+        prepared = _prepare(student, task, *subset, options.replace(seed=options.seed + k), plan, public, canaries(k))
         saved_state = None
         if checkpoint is not None:
             name = fingerprint(run_id, included.tolist(), k, nominal, prepared.canaries is not None)
@@ -110,12 +110,12 @@ def _prepare(
     student: LanguageModel,
     task: Task,
     rows: Sequence[Row],
+    encoded: EncodedRows,
     options: TuneOptions,
     plan: PrivacyPlan | None,
     public: Sequence[str] | None,
     canaries: Canaries | None,
 ) -> Prepared:
-    encoded = encode_private(student, task, rows, options)
     split, calibrated = plan_tuning(student, task, rows, public, encoded, options, private=plan is not None)
     return Prepared(student, task, rows, encoded, options, plan, split, calibrated, canaries)
 

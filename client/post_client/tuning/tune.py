@@ -153,14 +153,14 @@ def run_id_of(
 
     Runs with the same id draw the same noise, so the id covers everything that changes a gradient, even by rounding.
     """
-    model = student.config.to_dict() | {"_name_or_path": ""}, student.tokenizer.backend_tokenizer.to_str()
-    beside = str(student.tokenizer.special_tokens_map), str(getattr(student.config, "_attn_implementation", ""))
+    config = student.config.to_dict() | {"_name_or_path": "", "attention": str(student.config._attn_implementation)}
+    tokenizer = student.tokenizer.backend_tokenizer.to_str(), str(student.tokenizer.special_tokens_map)
     inputs = list(map(asdict, encoded.rows))  # a tokenizer may give the same rows other tokens
     numerics = str(student.device), str(student.dtype), torch.get_float32_matmul_precision(), torch.get_num_threads()
     environment = *numerics, processor(student.device), library_versions(), _sources()
     row_values = list(map(asdict, rows))
     state = digest_of(chain(student.model.named_parameters(), student.model.named_buffers()))
-    return fingerprint(options, privacy, repr(task), public, row_values, inputs, model, beside, environment, state)
+    return fingerprint(options, privacy, repr(task), public, row_values, inputs, config, tokenizer, environment, state)
 
 
 @cache

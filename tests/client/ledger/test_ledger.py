@@ -359,8 +359,12 @@ def test_whatever_changes_a_gradient_changes_the_run_id() -> None:
     others.append(run_id(biased))
     biased.model.correction += 1  # not even float32 tells them apart
     others.append(run_id(biased))
+    kernel, ends = tiny_model(layers=1), tiny_model(layers=1)
+    kernel.model.set_attn_implementation("eager")
+    ends.tokenizer.eos_token = "<s>"
+    others += [run_id(kernel), run_id(ends)]
     assert run_id(same) not in others
-    assert len(set(others)) == 12
+    assert len(set(others)) == 14
 
 
 def test_runs_are_charged_before_the_first_step_and_bad_input_never(ledger: Ledger) -> None:
