@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from post_client.privacy import PrivacyConfig
 from post_client.students import bounded_tokenizer
@@ -26,10 +27,11 @@ ROWS = [Row(text, label) for text, label in zip(TEXTS, LABELS, strict=True)]
 OPTIONS = TuneOptions(num_virtual_tokens=4, steps=2, batch_size=8, max_length=64)
 VICTIM = "qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqz"
 RUNAWAY = {"type": "Replace", "pattern": {"Regex": "(q+)+(q+)+y"}, "content": ""}
+SWAP = {"pattern": {"String": "l"}, "content": "x"}
 GROWING = [{"type": "Replace", "pattern": {"String": "q"}, "content": "q" * 40} for _ in range(6)]
 
 
-def with_parts(model: LanguageModel, **parts: Any) -> LanguageModel:
+def with_parts(model: LanguageModel, /, **parts: Any) -> LanguageModel:
     """The model with other parts in its ``tokenizer.json``."""
     core = json.loads(model.tokenizer.backend_tokenizer.to_str()) | parts
     with tempfile.TemporaryDirectory() as folder:
@@ -55,6 +57,14 @@ def test_the_tokenizers_of_common_families_are_plain(family: str) -> None:
         {"normalizer": GROWING[0]},
         {"normalizer": {"type": "Prepend", "prepend": "q" * 1000}},
         {"normalizer": {"type": "Novel"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"normalizer": sequence(*[{"type": "ByteLevel"}] * 30)},
+        {
+            "normalizer": sequence(
+                *[{"type": "NFKD"}, {"type": "Replace", "pattern": {"String": "l"}, "content": "x"}] * 14
+            )
+        },
+        {"model": {"type": "BPE", "unk_token": "u" * 1000}},
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(q+)+y"}, "behavior": "Isolated", "invert": False}},
         {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**6}},
     ],
@@ -119,3 +129,46 @@ def test_a_tokenizer_that_can_not_encode_the_template_is_refused_whatever_the_ro
     task = Task(f"{{text}}, {VICTIM * 2} was", TASK.label_words)
     with pytest.raises(ModelUnsafe, match="template"):
         encode_private(model, task, ROWS, OPTIONS)
+
+
+def without_unknown(core: dict[str, Any]) -> dict[str, Any]:
+    """Only ASCII is in the vocabulary, and the token for all else doesn't exist."""
+    pieces = [*(piece for piece in core["model"]["vocab"] if piece.isascii()), "bad", "good"]
+    vocabulary = {piece: at for at, piece in enumerate(dict.fromkeys(pieces))}
+    return core["model"] | {"vocab": vocabulary, "merges": [], "ignore_merges": True, "unk_token": "<gone>"}
+
+
+@pytest.mark.parametrize("kind", ["unknown token", "no token", "no token, odd tokenizer", "mask in a token"])
+def test_a_row_that_breaks_a_plain_tokenizer_counts_as_empty_too(kind: str) -> None:
+    model, task, victim = tiny_model("llama", layers=1), TASK, Row("Zoran", "positive")
+    core = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    if kind == "unknown token":
+        model = with_parts(
+            model, model=without_unknown(core), pre_tokenizer={"type": "WhitespaceSplit"}, normalizer=None
+        )
+        victim = Row("\u0417\u043e\u0440\u0430\u043d", "positive")
+    elif kind.startswith("no token"):
+        pattern = {"Regex": "^Zoran, it was$"} if "odd" in kind else {"String": "Zoran, it was"}
+        model = with_parts(model, normalizer={"type": "Replace", "pattern": pattern, "content": ""})
+    else:
+        model, task = tiny_model("bert", layers=1), Task("{text}, it was {mask}", TASK.label_words)
+        token = AddedToken(f"Zoran, it was {model.tokenizer.mask_token}", special=True, normalized=False)
+        model.tokenizer.add_tokens([token], special_tokens=True)
+        model.model.resize_token_embeddings(len(model.tokenizer))
+        model = LanguageModel(model.model, model.tokenizer)
+    rows = [*ROWS, victim]
+    encoded, empty = (
+        encode_private(model, task, rows, OPTIONS),
+        encode_private(model, task, [Row("", "positive")], OPTIONS),
+    )
+    assert encoded.rows[-1] == empty.rows[0]
+    assert encoded.rows[:-1] == encode_private(model, task, ROWS, OPTIONS).rows
+    assert tune(model, task, rows, OPTIONS, privacy=PrivacyConfig(epsilon=8)).prompt.length == 4
+
+
+def test_an_answer_that_leaves_no_space_makes_an_empty_row_and_ends_no_run() -> None:
+    model, task = tiny_model("llama", layers=1), Task("{text} Answer:")
+    rows = [Row("a film", "good"), Row("a plot", " ".join(["good"] * 90))]
+    encoded = encode_private(model, task, rows, OPTIONS)
+    assert encoded.rows[0] == encode_private(model, task, rows[:1], OPTIONS).rows[0]
+    assert encoded.rows[1] == encode_private(model, task, [Row("", ".")], OPTIONS).rows[0]
