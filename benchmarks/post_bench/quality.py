@@ -110,7 +110,7 @@ class Bench:
         epsilon = self.config.epsilon if method.endswith("_dp") else None
         bits, n_test = "".join("1" if hit else "0" for hit in right), len(right)
         accuracy = sum(right) / n_test
-        return Figure(private, public, method, seed, accuracy, n_test, round(seconds, 2), epsilon, settings, bits)
+        return Figure(private, public, method, seed, accuracy, n_test, round(seconds, 4), epsilon, settings, bits)
 
     # --- what a method does ---------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ METHODS: dict[str, str] = {
 """Every method and what it is, in the order of the tables. The letters are the paper's columns."""
 SIMPLE = ("calibrated", "prompted_student", "untuned")
 """What POST has to beat: what can be had without a transfer, or without private rows."""
-LEAST_GAP = 0.02
+MIN_GAP = 0.02
 """Pairs whose gap is smaller say nothing about the share of it that is closed."""
 RESAMPLES = 1000
 
@@ -124,7 +124,7 @@ class Results:
 
 def gap_share(accuracy: float, calibrated: float | None, upper_bound: float | None) -> float | None:
     """Share of the way from calibrated zero-shot to the upper bound: what private rows add, of all they could add."""
-    if calibrated is None or upper_bound is None or upper_bound - calibrated < LEAST_GAP:
+    if calibrated is None or upper_bound is None or upper_bound - calibrated < MIN_GAP:
         return None
     return (accuracy - calibrated) / (upper_bound - calibrated)
 
@@ -193,7 +193,7 @@ def overall(rows: Sequence[Figure]) -> dict[str, float]:
     for methods in cells_of(rows).values():
         means = {name: statistics.fmean(row.accuracy for row in some) for name, some in methods.items()}
         low, high = means.get("calibrated"), means.get("upper_bound")
-        if low is None or high is None or high - low < LEAST_GAP:
+        if low is None or high is None or high - low < MIN_GAP:
             continue
         gap += high - low
         for name, mean in means.items():
