@@ -28,7 +28,7 @@ from post_client.tuning.tune import starting_prompt, tune
 from post_shared.data.rows import Row
 from post_shared.data.tasks import Task
 from post_shared.errors import DataInvalid
-from post_shared.inference.evaluation import check_labels, classify
+from post_shared.inference.evaluation import check_labels, classify, correct_rows
 from post_shared.method.distillation.distil import distil
 from post_shared.method.distillation.teacher_cache import CACHE_BYTES, CacheBudget
 from post_shared.method.transfer.baselines import PUBLIC_TEXTS, calibrated_scores, proxy_scores
@@ -98,10 +98,9 @@ class Bench:
         elif plain.startswith("calibrated"):
             (right, seconds), settings = self._calibrated(key), {"public_texts": PUBLIC_TEXTS}
         elif plain == "proxy":
-            prompt, seconds, settings = self._prompt_of(
-                (private, public, method.replace("proxy", "direct_reuse"), seed)
-            )
+            prompt, made, settings = self._prompt_of((private, public, method.replace("proxy", "direct_reuse"), seed))
             right, seconds = self._proxy(private, prompt)
+            seconds += made
         else:
             model = self._student(private) if plain == "prompted_student" else self.target
             prompt, made, settings = self._prompt_of(key)
@@ -273,9 +272,8 @@ class Bench:
         """Scores (N, C) of the private test rows -> (which are right, seconds)."""
         began = time.monotonic()
         self.tell(f"evaluate-{private}", Progress(0, 1, "evaluate"))
-        guesses, labels = scores().argmax(-1).tolist(), self._task(private).labels
-        right = [labels[guess] == row.label for guess, row in zip(guesses, self._test(private), strict=True)]
-        return right, time.monotonic() - began
+        guesses, labels = scores().argmax(-1).tolist(), [row.label for row in self._test(private)]
+        return correct_rows(self._task(private), guesses, labels), time.monotonic() - began
 
     def _test(self, private: str) -> tuple[Row, ...]:
         return self._set(private).test[: self.config.test_rows]

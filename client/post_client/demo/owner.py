@@ -110,13 +110,14 @@ def score_here(
 def calibrated(source: Path, test: Sequence[Row], public: Sequence[str], settings: DemoSettings) -> float:
     """Accuracy of the target model without any private row: what POST has to beat."""
     from post_shared.data.tasks import Task
+    from post_shared.inference.evaluation import score
     from post_shared.method.transfer.baselines import calibrated_scores
     from post_shared.model.language_model import LanguageModel
 
     target, task = LanguageModel.load(source, device=settings.device), Task.preset(settings.task)
     texts, limit = [row.text for row in test], settings.tuning.max_length
-    guesses: list[int] = calibrated_scores(target, task, texts, public, max_length=limit).argmax(-1).tolist()
-    return sum(task.labels[guess] == row.label for guess, row in zip(guesses, test, strict=True)) / len(test)
+    guesses = calibrated_scores(target, task, texts, public, max_length=limit).argmax(-1).tolist()
+    return score(task, guesses, [str(row.label) for row in test]).accuracy
 
 
 def upper_bound(source: Path, train: Sequence[Row], test: Sequence[Row], settings: DemoSettings, note: Note) -> float:

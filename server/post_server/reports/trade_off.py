@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from post_server.reports.figures import leakage_figures, measured_loss, task_figures
 from post_server.reports.texts import PublicTask
 from post_shared.data.batches import ShuffledBatches
-from post_shared.inference.evaluation import guess_labels
+from post_shared.inference.evaluation import correct_rows, guess_labels
 from post_shared.method.audit.min_k import text_scores
 from post_shared.method.transfer.baselines import PUBLIC_TEXTS, calibrated_scores
 from post_shared.method.tuning.tune import plan_tuning, starting_prompt, train_on_task
@@ -109,7 +109,7 @@ def _calibrated(target: LanguageModel, task: PublicTask, request: ReportCreate) 
             target, task.task, own, known, ensemble=ensemble, max_length=limit, seed=request.tuning.seed
         )
         on_progress(Progress(1, 1, "calibrated"))
-        return _are_right(task, scores.argmax(-1).tolist())
+        return correct_rows(task.task, scores.argmax(-1).tolist(), [row.label for row in task.test])
 
     return run
 
@@ -154,11 +154,7 @@ def _right(
 ) -> list[bool]:
     texts = [row.text for row in task.test]
     guesses = guess_labels(model, task.task, texts, prompt, on_progress, max_length=request.tuning.max_length)
-    return _are_right(task, guesses)
-
-
-def _are_right(task: PublicTask, guesses: Sequence[int]) -> list[bool]:
-    return [task.task.labels[guess] == row.label for guess, row in zip(guesses, task.test, strict=True)]
+    return correct_rows(task.task, guesses, [row.label for row in task.test])
 
 
 # --- helpers ------------------------------------------------------------------------------------------

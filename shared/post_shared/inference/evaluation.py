@@ -150,13 +150,18 @@ def _report(on_progress: ProgressCallback | None, done: int, total: int) -> None
 
 def score(task: Task, predicted: Sequence[int], labels: Sequence[str]) -> Evaluation:
     """Accuracy and recall of predicted label indices against label names."""
-    correct = [task.labels[guess] == label for guess, label in zip(predicted, labels, strict=True)]
+    correct = correct_rows(task, predicted, labels)
     recall = {}
     for name in task.labels:
         hits = [hit for hit, label in zip(correct, labels, strict=True) if label == name]
         if hits:
             recall[name] = sum(hits) / len(hits)
     return Evaluation(sum(correct) / len(correct), len(correct), recall)
+
+
+def correct_rows(task: Task, predicted: Sequence[int], labels: Sequence[str | None]) -> list[bool]:
+    """Which predicted label indices are those of the label names."""
+    return [task.labels[guess] == label for guess, label in zip(predicted, labels, strict=True)]
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
