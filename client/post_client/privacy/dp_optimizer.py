@@ -30,8 +30,7 @@ from post_shared.training.optimizer import Loss, load_optimizer_state, optimizer
 
 ROWS = 64
 """Gradients that wait to be clipped together. Memory depends on it, the result doesn't."""
-WORKSPACE = ":4096:8"
-"""What cuBLAS needs to be deterministic; read when CUDA starts."""
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic, and reads it once
 
 
 class RowGradient(NamedTuple):
@@ -85,7 +84,6 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":  # kernels on a CPU have a fixed order of summation
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
