@@ -29,6 +29,8 @@ REFUSED_MEMBERS = {
     "trust_remote_code": "it asks for Python code to run",
     "quantization_config": "POST takes plain weights only; convert the model first",
 }
+PATH_MEMBERS = frozenset({"vocab", "merges"})
+"""As strings, they make transformers read a tokenizer's parts from any file of this machine."""
 KERNEL_MEMBERS = ("attn_implementation", "experts_implementation")
 """Members whose names contain these, such as ``_attn_implementation_internal``, select the kernel of a layer."""
 PLAIN_KERNELS = (None, "eager", "sdpa")
@@ -219,6 +221,8 @@ def _check_json(folder: Path, path: str) -> None:
         # In a vocabulary, such a word may be a token, whose value is a number.
         if name in REFUSED_MEMBERS and type(value) is not int and value is not None:
             raise ModelUnsafe(f"{path}: {name!r} is refused: {REFUSED_MEMBERS[name]}")
+        if name in PATH_MEMBERS and isinstance(value, str):
+            raise ModelUnsafe(f"{path}: {name!r} is refused: it names a file to read")
         if any(member in name for member in KERNEL_MEMBERS) and not _plain_kernel(value):
             raise ModelUnsafe(f"{path}: {name!r} is refused: it can name code to fetch")
         if name == "weight_map" and path.endswith(".index.json"):

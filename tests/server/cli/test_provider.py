@@ -111,6 +111,8 @@ def test_an_unsafe_model_is_refused(settings: Settings, tmp_path: Path) -> None:
         ("config.json", {"quantization_config": {"quant_method": "gptq"}}),
         ("config.json", {"hidden_size": 10**9}),
         ("adapter_config.json", {"base_model_name_or_path": "someone/model"}),
+        ("tokenizer_config.json", {"vocab": "/etc/hostname"}),
+        ("tokenizer_config.json", {"merges": "../outside.txt"}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
     ],
 )
